@@ -1,0 +1,57 @@
+"""Calibration: how the scale of a quantized tensor is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from aqt_search.formats import NumericFormat, is_unscaled
+
+
+def reduced_axes(ndim: int, channel_axes: Sequence[int]) -> tuple[int, ...]:
+    """The axes a scale is shared over: all but `channel_axes`.
+
+    `reduced_axes(4, (-1,)) == (0, 1, 2)`. Raises ValueError for an axis that is out of range.
+    """
+    for axis in channel_axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"Channel axis {axis} is out of range for an array with {ndim} dimensions."
+            )
+    kept = {axis % ndim for axis in channel_axes}
+    return tuple(axis for axis in range(ndim) if axis not in kept)
+
+
+def absmax_scale(
+    x: jax.Array,
+    fmt: NumericFormat,
+    channel_axes: Sequence[int] = (),
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """The scale that maps the largest magnitude onto the largest value of the format.
+
+        scale = max|x| / max_value     (1 where max|x| is zero, or the format is used unscaled)
+
+    Nothing is clipped under this scale, except negative values in an unsigned format. A NaN or an
+    infinity makes its scale, and with it every value of that channel, NaN.
+
+    Args:
+      x: [...], float32 or float64.
+      fmt: the format; formats of 16 bits or more have scale 1 (chosen by data, not by a branch).
+      channel_axes: axes of x along which every index has its own scale; () is one per tensor.
+      axis_name: a mapped axis (of pmap or vmap) over whose shards the maximum is taken as well.
+
+    Returns:
+      x's shape with 1 in place of every axis that is shared; x's dtype.
+    """
+    axes = reduced_axes(x.ndim, channel_axes)
+    absmax = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    if axis_name is not None:
+        absmax = jax.lax.pmax(absmax, axis_name)
+    max_value = jnp.asarray(fmt.max_value, x.dtype)
+    scale = jnp.where(jnp.isinf(absmax), jnp.nan, absmax / max_value)
+    # A scale below the smallest normal number is flushed to zero by most backends.
+    too_small = scale < jnp.finfo(x.dtype).tiny
+    return jnp.where(too_small | is_unscaled(fmt), jnp.ones_like(scale), scale)

@@ -1,0 +1,102 @@
+"""What an assignment costs: multiply-accumulates weighted by bit widths, and bytes of weights.
+
+Every function sums over sites with the assignment's bit widths, which may be traced: costs can be
+jitted and vmapped in the assignment. With concrete formats the sums are exact integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+
+from aqt_search.formats import is_unscaled
+from aqt_search.sites import Operand, Site, SiteError, SiteFormats
+
+_SCALE_BITS = 32  # a scale is stored as float32
+
+
+def _bits(operand: Operand, fmt) -> int | jax.Array:
+    """Bits of an operand: its format's, or those of the dtype it has in the unquantized model."""
+    return 8 * operand.dtype.itemsize if fmt is None else fmt.bits
+
+
+def total_macs(sites: Mapping[str, Site]) -> int:
+    """Multiply-accumulates of one call, at the batch size the sites were traced with.
+
+    Raises:
+      SiteError: a site stands in a while loop, whose number of iterations is not known.
+    """
+    return sum(_site_macs(site) for site in sites.values())
+
+
+def _site_macs(site: Site) -> int:
+    if site.repeats is None:
+        raise SiteError(
+            f"Site {site.name!r} is inside a while loop, so how often it runs is not known and it"
+            " has no cost. Use lax.scan or fori_loop with fixed bounds, or set its `repeats` with"
+            " dataclasses.replace."
+        )
+    return site.macs * site.repeats
+
+
+def gbops(sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]) -> float | jax.Array:
+    """Billions of bit operations of one call.
+
+        GBOPs = sum over sites of MACs * lhs bits * rhs bits / 1e9   (FLIQS, arXiv 2308.03290)
+
+    An operand without a format counts with the bits of its dtype (float32: 32). ResNet-50 at
+    224 x 224 and batch 1 in bf16 x bf16 costs 1046.831169536.
+
+    Args:
+      sites: as `find_sites` returns them; trace with a batch of one for the cost of an example.
+      assignment: formats by site; missing sites are not quantized. May be traced.
+
+    Returns:
+      A float, or a float32 scalar if the formats are traced.
+
+    Raises:
+      SiteError: a site's number of executions is not known.
+    """
+    total = 0.0
+    for name, site in sites.items():
+        formats = assignment.get(name, SiteFormats())
+        bits = 1.0 * _bits(site.lhs, formats.lhs) * _bits(site.rhs, formats.rhs)
+        total = total + bits * float(_site_macs(site))
+    return total / 1e9
+
+
+def weight_bytes(
+    sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats], *, scales: bool = True
+) -> float | jax.Array:
+    """Bytes of the weights as they are stored: packed codes and, unless left out, their scales.
+
+        bytes = sum over weights of (elements * bits + scales * 32) / 8
+
+    A parameter that several sites use is stored once per distinct format width.
+
+    Args:
+      sites: as `find_sites` returns them.
+      assignment: formats by site; missing sites are not quantized. May be traced.
+      scales: whether to count the float32 scales, one per output channel of scaled formats.
+
+    Returns:
+      A float, or a float32 scalar if the formats are traced.
+    """
+    total = 0.0
+    stored: dict[str, list] = {}
+    for name, site in sites.items():
+        formats = assignment.get(name, SiteFormats())
+        for operand, fmt in ((site.lhs, formats.lhs), (site.rhs, formats.rhs)):
+            if operand.role == "weight":
+                bits = _bits(operand, fmt)
+                size = 1.0 * bits * operand.size
+                if scales and fmt is not None:
+                    scaled = 1.0 - is_unscaled(fmt)
+                    size = size + scaled * (operand.scales * _SCALE_BITS)
+                earlier = stored.setdefault(operand.parameter, [])
+                for other in earlier:
+                    size = size * (bits != other)
+                earlier.append(bits)
+                total = total + size
+    return total / 8

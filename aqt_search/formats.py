@@ -1,0 +1,252 @@
+"""Numeric formats as data: every integer and float format is a grid fixed by five numbers.
+
+A float grid with `m` mantissa bits has the spacing `ulp = 2^(e - m)` for `2^e <= |x| < 2^(e+1)`, and
+keeps the spacing of its smallest exponent below that (the subnormals). An integer grid is the float
+grid whose exponent never moves: `min_exponent = mantissa_bits`, so `ulp = 1` everywhere. One
+rounding rule therefore serves all formats, and a format can be traced, stacked, vmapped and
+checkpointed like any array.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A scale adds nothing to a grid whose exponents already span this many powers of two.
+_WIDE_MAX_VALUE = 2.0**64
+
+
+class FormatError(ValueError):
+    """A format name or specification that cannot be understood."""
+
+
+class NumericFormat(NamedTuple):
+    """The grid of a numeric format; each field is a number or an array (a stack of formats).
+
+    The grid holds `k * 2^(e - mantissa_bits)` for integers `|k| < 2^(mantissa_bits + 1)` and
+    exponents `e >= min_exponent`, cut to `[min_value, max_value]`.
+    """
+
+    mantissa_bits: int | jax.Array  # [...], int32: explicit bits after the leading one
+    min_exponent: int | jax.Array  # [...], int32: exponent of the smallest normal number
+    min_value: float | jax.Array  # [...], float32
+    max_value: float | jax.Array  # [...], float32
+    bits: int | jax.Array  # [...], int32: storage width in bits
+
+
+def _integer_format(bits: int, signed: bool) -> NumericFormat:
+    magnitude_bits = bits - 1 if signed else bits
+    largest = float(2**magnitude_bits - 1)
+    exponent = magnitude_bits - 1
+    return NumericFormat(exponent, exponent, -largest if signed else 0.0, largest, bits)
+
+
+def _float_format(exponent_bits: int, mantissa_bits: int) -> NumericFormat:
+    """Returns the grid of sign, exponent and mantissa bits, with the field's rules for its top codes.
+
+    Below 8 bits every code is a number (OCP Microscaling). From 8 bits on the top exponent is kept
+    for infinity and NaN (IEEE 754), except e4m3, which gives up only its very last code (OCP FP8).
+    """
+    bits = 1 + exponent_bits + mantissa_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    top_exponent = 2**exponent_bits - 1 - bias
+    top_mantissa = 2.0 - 2.0**-mantissa_bits
+    if (exponent_bits, mantissa_bits) == (4, 3):
+        top_mantissa -= 2.0**-mantissa_bits
+    elif bits >= 8:
+        top_exponent -= 1
+    largest = top_mantissa * 2.0**top_exponent
+    return NumericFormat(mantissa_bits, 1 - bias, -largest, largest, bits)
+
+
+_NAMED_FLOATS = {"bf16": (8, 7), "fp16": (5, 10), "fp32": (8, 23)}
+_INTEGER_NAME = re.compile(r"(u?)int([2-8])")
+_FLOAT_NAME = re.compile(r"e(\d+)m(\d+)")
+_EXAMPLE_NAMES = tuple(
+    [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
+    + ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", *_NAMED_FLOATS]
+)
+
+
+def numeric_format(name: str | NumericFormat) -> NumericFormat:
+    """Returns the format called `name`.
+
+    Names: `int2` .. `int8` (symmetric: int4 spans -7 .. 7), `uint2` .. `uint8`, `eXmY` with X in
+    2 .. 8 exponent bits and Y in 0 .. 23 mantissa bits beside a sign bit, `bf16` (e8m7), `fp16`
+    (e5m10) and `fp32` (e8m23). `e4m3` is OCP's e4m3fn (largest value 448), `e2m1`, `e2m3` and
+    `e3m2` are OCP Microscaling's; other eXmY of 8 bits or more follow IEEE 754, narrower ones use
+    every code as a number. A `NumericFormat` is returned as it is.
+
+    Raises:
+      FormatError: the name is not one of these; the message shows the nearest names.
+    """
+    if isinstance(name, NumericFormat):
+        return name
+    if not isinstance(name, str):
+        raise FormatError(
+            f"A format is a name such as 'int4' or 'e4m3', or a NumericFormat; got {name!r}."
+        )
+    if match := _INTEGER_NAME.fullmatch(name):
+        return _integer_format(int(match[2]), signed=not match[1])
+    if name in _NAMED_FLOATS:
+        return _float_format(*_NAMED_FLOATS[name])
+    if match := _FLOAT_NAME.fullmatch(name):
+        exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+        if 2 <= exponent_bits <= 8 and mantissa_bits <= 23 and exponent_bits + mantissa_bits < 32:
+            if (exponent_bits, mantissa_bits) != (8, 0):
+                return _float_format(exponent_bits, mantissa_bits)
+        raise FormatError(
+            f"Format {name!r} is out of range: eXmY takes 2 to 8 exponent bits and 0 to 23 mantissa"
+            " bits, as its values are emulated in float32 (e8m0 is a scale type, not a format here)."
+        )
+    near = difflib.get_close_matches(name, _EXAMPLE_NAMES, n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    raise FormatError(
+        f"Unknown format {name!r}: expected int2..int8, uint2..uint8, eXmY (such as e4m3 or e2m1),"
+        f" bf16, fp16 or fp32.{hint}"
+    )
+
+
+def stack_formats(formats: Sequence[str | NumericFormat]) -> NumericFormat:
+    """Stacks n formats into a table: one `NumericFormat` whose fields have shape [n].
+
+    `jax.tree.map(lambda column: column[i], table)` is format i again, with `i` traced if need be.
+    """
+    if not formats:
+        raise FormatError("stack_formats needs at least one format; got an empty sequence.")
+    rows = [numeric_format(f) for f in formats]
+    columns = [np.stack([np.asarray(v) for v in column]) for column in zip(*rows)]
+    dtypes = (np.int32, np.int32, np.float32, np.float32, np.int32)
+    return NumericFormat(*(c.astype(d) for c, d in zip(columns, dtypes)))
+
+
+def is_unscaled(fmt: NumericFormat) -> jax.Array | bool:
+    """Whether `fmt` is used with scale 1: formats of 16 bits or more, or of e7mY's range or wider."""
+    return (fmt.bits >= 16) | (fmt.max_value >= _WIDE_MAX_VALUE)
+
+
+class _FloatLayout(NamedTuple):
+    integer: np.dtype  # the integer type of the same width
+    mantissa_bits: int
+    bias: int
+
+
+def _float_layout(dtype: np.dtype) -> _FloatLayout:
+    info = jnp.finfo(dtype)
+    return _FloatLayout(np.dtype(f"int{info.bits}"), info.nmant, info.maxexp - 1)
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """floor(log2|x|), read from the exponent field; a subnormal reads as the lowest exponent."""
+    layout = _float_layout(x.dtype)
+    field = jax.lax.bitcast_convert_type(x, layout.integer) >> layout.mantissa_bits
+    return (field & (2 * layout.bias + 1)) - layout.bias
+
+
+def _power_of_two(k: jax.Array, dtype: np.dtype) -> jax.Array:
+    """2^k for normal exponents, written straight into the exponent field."""
+    layout = _float_layout(dtype)
+    return jax.lax.bitcast_convert_type((k + layout.bias) << layout.mantissa_bits, dtype)
+
+
+def round_to_grid(x: jax.Array, fmt: NumericFormat) -> jax.Array:
+    """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule."""
+    layout = _float_layout(x.dtype)
+    mantissa_bits = jnp.asarray(fmt.mantissa_bits, layout.integer)
+    min_exponent = jnp.asarray(fmt.min_exponent, layout.integer)
+    k = jnp.maximum(_exponent(x), min_exponent) - mantissa_bits
+    # 2^k may lie below the smallest normal number (2^-149 in fp32), which backends flush to zero:
+    # scaling by two half powers never leaves the normal range.
+    half, rest = k >> 1, k - (k >> 1)
+    steps = x * _power_of_two(-half, x.dtype) * _power_of_two(-rest, x.dtype)
+    steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    rounded = steps * _power_of_two(half, x.dtype) * _power_of_two(rest, x.dtype)
+    low, high = (jnp.asarray(v, x.dtype) for v in (fmt.min_value, fmt.max_value))
+    return jnp.clip(rounded, low, high)
+
+
+@jax.custom_jvp
+def _round_straight_through(x: jax.Array, fmt: NumericFormat) -> jax.Array:
+    return round_to_grid(x, fmt)
+
+
+@_round_straight_through.defjvp
+def _round_straight_through_jvp(primals, tangents):
+    x, fmt = primals
+    inside = (x >= fmt.min_value) & (x <= fmt.max_value)
+    return round_to_grid(x, fmt), jnp.where(inside, tangents[0], 0)
+
+
+def round_to_format(x: jax.typing.ArrayLike, fmt: str | NumericFormat) -> jax.Array:
+    """Rounds `x` to the nearest value of the format's grid, without any scale.
+
+        e = max(floor(log2|x|), min_exponent);  ulp = 2^(e - mantissa_bits)
+        y = clip(round_half_even(x / ulp) * ulp, min_value, max_value)
+
+    Values beyond the range saturate, infinities too; NaN stays NaN. The gradient is straight-through
+    inside `[min_value, max_value]` and zero outside. float32 and float64 are rounded as they are,
+    bfloat16 and float16 through float32. A float32 subnormal rounds to zero where the backend
+    flushes subnormals (XLA on CPU does).
+
+    Args:
+      x: any shape, floating point.
+      fmt: a name or a `NumericFormat`, whose fields broadcast against `x`; may be traced.
+
+    Returns:
+      An array of x's shape and dtype.
+
+    Raises:
+      FormatError: unknown format name.
+      TypeError: x is not floating point.
+    """
+    x = floating_array(x, "round_to_format")
+    fmt = numeric_format(fmt)
+    carrier = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
+    return _round_straight_through(carrier, fmt).astype(x.dtype)
+
+
+def floating_array(x: jax.typing.ArrayLike, caller: str) -> jax.Array:
+    """Returns `x` as an array, or raises a TypeError that names the caller."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{caller} expects a floating-point array; got dtype {x.dtype}. Convert it first."
+        )
+    return x
+
+
+def code_values(fmt: str | NumericFormat) -> np.ndarray:
+    """Every value of a format of 8 bits or fewer in the order of its codes, float32 of shape [n].
+
+    A code is sign and magnitude: code c < 2^(bits-1) (2^bits if unsigned) has exponent field
+    `c >> m` and fraction `c & (2^m - 1)` as in IEEE 754; the sign bit on top negates it. Codes that
+    a format keeps for infinity or NaN are NaN here. Sign and magnitude serve integers, too.
+    """
+    fmt = numeric_format(fmt)
+    if fmt.bits > 8:
+        raise FormatError(f"code_values lists formats of at most 8 bits; this one has {fmt.bits}.")
+    mantissa_bits, min_exponent, min_value, max_value, bits = fmt
+    codes = np.arange(2 ** (bits if min_value == 0 else bits - 1))
+    field, fraction = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
+    significand = fraction + np.where(field > 0, 2**mantissa_bits, 0)
+    exponent = np.maximum(field - 1, 0) + min_exponent - mantissa_bits
+    magnitude = np.ldexp(significand.astype(np.float64), exponent)
+    magnitude[magnitude > max_value] = np.nan
+    signed = magnitude if min_value == 0 else np.concatenate([magnitude, -magnitude])
+    return signed.astype(np.float32)
+
+
+def codes_of(x: jax.Array, fmt: NumericFormat) -> jax.Array:
+    """The code (uint8, see `code_values`) of every element of `x`, which must lie on the grid."""
+    m, min_exponent = int(fmt.mantissa_bits), int(fmt.min_exponent)
+    exponent = jnp.maximum(_exponent(x), min_exponent)
+    steps = jnp.abs(x) * _power_of_two(m - exponent, x.dtype)
+    magnitude = ((exponent - min_exponent) << m) + steps.astype(exponent.dtype)
+    sign = jnp.signbit(x) & (fmt.min_value < 0)
+    return (magnitude + (sign.astype(exponent.dtype) << (fmt.bits - 1))).astype(jnp.uint8)

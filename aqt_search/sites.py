@@ -1,0 +1,422 @@
+"""Sites: the matrix products and convolutions of a function, found in its jaxpr and named.
+
+`analyze` walks a closed jaxpr once, abstractly. It follows which values come from parameters and
+which from data, enters every call-like primitive, and lists the products whose results are used.
+`aqt_search.transform` runs the same jaxpr with those products quantized.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.ops import free_axes
+
+SITE_PRIMITIVES = ("dot_general", "conv_general_dilated")
+# Products that exist as primitives of their own and that we cannot quantize: refused, not skipped.
+_FOREIGN_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_matmul", "scaled_dot")
+# Primitives with one sub-jaxpr that takes the equation's own operands and returns its results.
+INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMAT_CALLS = ("remat2", "checkpoint", "remat")
+_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+Path = tuple[int, ...]  # indices of equations and, between them, of their sub-jaxprs
+
+
+class SiteError(ValueError):
+    """A site that does not exist, or that cannot be quantized where it stands."""
+
+
+class SiteFormats(NamedTuple):
+    """The formats of a site's two operands; None leaves an operand as it is."""
+
+    lhs: object | None = None  # NumericFormat of scalars
+    rhs: object | None = None  # NumericFormat of scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One side of a product."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    role: str  # "weight" (parameters only), "activation" (depends on data), "constant" (neither)
+    parameter: str | None  # the parameter leaf a weight comes from
+    channel_axes: tuple[int, ...]  # axes with a scale of their own: output channels; () activations
+    copies: int = 1  # how many of this shape are stored: the iterations of the scan it is sliced by
+
+    @property
+    def size(self) -> int:
+        """Number of stored elements."""
+        return self.copies * math.prod(self.shape)
+
+    @property
+    def scales(self) -> int:
+        """Number of stored scales once the operand is quantized."""
+        return self.copies * math.prod(self.shape[axis] for axis in self.channel_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A product that quantization applies to."""
+
+    name: str
+    kind: str  # "dot_general" or "conv_general_dilated"
+    lhs: Operand
+    rhs: Operand
+    macs: int  # multiply-accumulates of one execution, at the batch size of the trace
+    repeats: int | None  # executions per call: the length of a scan; None in a while loop
+    scope: str  # the name scopes it was traced under
+    refused: str | None = None  # why it cannot be quantized
+
+    @property
+    def lhs_shape(self) -> tuple[int, ...]:
+        """Shape of the left operand."""
+        return self.lhs.shape
+
+    @property
+    def rhs_shape(self) -> tuple[int, ...]:
+        """Shape of the right operand."""
+        return self.rhs.shape
+
+    @property
+    def weight(self) -> Operand | None:
+        """The operand that is a weight (the right one if both are not data), None if neither is."""
+        for operand in (self.rhs, self.lhs):
+            if operand.role == "weight":
+                return operand
+        return None
+
+
+class _Origin(NamedTuple):
+    parameters: frozenset[int]  # indices of the parameter leaves a value depends on
+    data: bool  # whether it depends on a data argument
+    copies: int = 1  # how many slices of this shape the scans around it go through
+
+    def join(self, other: _Origin) -> _Origin:
+        return _Origin(
+            self.parameters | other.parameters,
+            self.data or other.data,
+            max(self.copies, other.copies),
+        )
+
+
+_NOWHERE = _Origin(frozenset(), False)
+
+
+def _join(origins: Sequence[_Origin]) -> _Origin:
+    joined = _NOWHERE
+    for origin in origins:
+        joined = joined.join(origin)
+    return joined
+
+
+class _Found(NamedTuple):
+    path: Path
+    eqn: jex_core.JaxprEqn
+    origins: tuple[_Origin, ...]
+    repeats: int | None
+    scope: str
+    refused: str | None
+
+
+# --- Which equations are used ---------------------------------------------------------------------
+
+
+def _closed_parts(jaxpr) -> tuple[jex_core.Jaxpr, Sequence]:
+    """A jaxpr with its constants, whether it came open or closed."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def sub_jaxprs(eqn: jex_core.JaxprEqn) -> list[tuple[jex_core.Jaxpr, Sequence]]:
+    """The jaxprs an equation holds, each with its constants, in the order of their parameters."""
+    found = []
+    for _, value in sorted(eqn.params.items()):
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (jex_core.Jaxpr, jex_core.ClosedJaxpr)):
+                found.append(_closed_parts(item))
+    return found
+
+
+def _is_variable(atom) -> bool:
+    return not isinstance(atom, jex_core.Literal)
+
+
+def used_equations(jaxpr: jex_core.Jaxpr, used_outputs: Sequence[bool]):
+    """Which results of every equation are used, and which inputs of the jaxpr.
+
+    Returns (one tuple of bools per equation, all False if it is dead; a list of bools).
+    """
+    used = {v for v, u in zip(jaxpr.outvars, used_outputs) if u and _is_variable(v)}
+    results: list[tuple[bool, ...]] = [()] * len(jaxpr.eqns)
+    for index in reversed(range(len(jaxpr.eqns))):
+        eqn = jaxpr.eqns[index]
+        results[index] = tuple(v in used for v in eqn.outvars)
+        if any(results[index]) or eqn.effects:
+            inputs = _used_inputs(eqn, results[index])
+            used.update(v for v, u in zip(eqn.invars, inputs) if u and _is_variable(v))
+    return results, [v in used for v in jaxpr.invars]
+
+
+def _used_inputs(eqn: jex_core.JaxprEqn, used: Sequence[bool]) -> Sequence[bool]:
+    name = eqn.primitive.name
+    if name in INLINED_CALLS + REMAT_CALLS:
+        ((body, _),) = sub_jaxprs(eqn)
+        return used_equations(body, used)[1]
+    if name == "scan":
+        return scan_liveness(eqn, used)[1]
+    return [True] * len(eqn.invars)
+
+
+def scan_liveness(eqn: jex_core.JaxprEqn, used: Sequence[bool]):
+    """Which results of a scan's body are used, to a fixed point over the carry, and which inputs."""
+    body, _ = _closed_parts(eqn.params["jaxpr"])
+    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    used = list(used)
+    while True:
+        inputs = used_equations(body, used)[1]
+        carried = [u or v for u, v in zip(used[:carries], inputs[consts : consts + carries])]
+        if carried == used[:carries]:
+            return used, inputs
+        used[:carries] = carried
+
+
+# --- The walk -------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """Lists the sites of a jaxpr in program order."""
+
+    def __init__(self):
+        self.found: list[_Found] = []
+
+    def run(self, jaxpr, origins, used, path: Path, repeats: int | None, scope: str):
+        """Follows the origins of values through `jaxpr`; returns those of its outputs."""
+        env = dict(zip(jaxpr.invars, origins))
+
+        def origin(atom) -> _Origin:
+            return env.get(atom, _NOWHERE) if _is_variable(atom) else _NOWHERE
+
+        results, _ = used_equations(jaxpr, used)
+        for index, eqn in enumerate(jaxpr.eqns):
+            inputs = [origin(v) for v in eqn.invars]
+            if any(results[index]) or eqn.effects:
+                inner_scope = _join_scope(scope, str(eqn.source_info.name_stack))
+                handler = self._handler(eqn)
+                outputs = handler(
+                    eqn, inputs, results[index], path + (index,), repeats, inner_scope
+                )
+            else:
+                outputs = [_join(inputs)] * len(eqn.outvars)
+            env.update(zip(eqn.outvars, outputs))
+        return [origin(v) for v in jaxpr.outvars]
+
+    def _handler(self, eqn) -> Callable:
+        name = eqn.primitive.name
+        if name in SITE_PRIMITIVES:
+            return self._site
+        if name in INLINED_CALLS + REMAT_CALLS:
+            return self._call
+        return {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name, self._other)
+
+    def _site(self, eqn, inputs, used, path, repeats, scope):
+        floating = all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars)
+        # A product of parameters and constants alone is part of a weight: it is folded at serving.
+        if floating and any(o.data for o in inputs):
+            self.found.append(_Found(path, eqn, tuple(inputs), repeats, scope, None))
+        return [_join(inputs)] * len(eqn.outvars)
+
+    def _call(self, eqn, inputs, used, path, repeats, scope):
+        ((body, _),) = sub_jaxprs(eqn)
+        return self.run(body, inputs, used, path + (0,), repeats, scope)
+
+    def _scan(self, eqn, inputs, used, path, repeats, scope):
+        body, _ = _closed_parts(eqn.params["jaxpr"])
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        used, _ = scan_liveness(eqn, used)
+        repeats = None if repeats is None else repeats * eqn.params["length"]
+
+        def once(origins):
+            return self.run(body, origins, used, path + (0,), repeats, scope)
+
+        sliced = [
+            o._replace(copies=o.copies * eqn.params["length"]) for o in inputs[consts + carries :]
+        ]
+        inputs = [*inputs[: consts + carries], *sliced]
+        outputs = once(self._carry_fixed_point(once, inputs, consts, carries))
+        # What leaves a scan is one value or a stack of all its slices.
+        return [o._replace(copies=1) for o in outputs]
+
+    def _carry_fixed_point(self, once, inputs, first: int, carries: int):
+        """Widens the origins of loop carries until an iteration adds nothing; finds no sites."""
+        while True:
+            found = len(self.found)
+            outputs = once(inputs)
+            del self.found[found:]
+            carried = inputs[first : first + carries]
+            widened = [a.join(b) for a, b in zip(carried, outputs)]
+            if widened == carried:
+                return inputs
+            inputs[first : first + carries] = widened
+
+    def _while(self, eqn, inputs, used, path, repeats, scope):
+        test, _ = _closed_parts(eqn.params["cond_jaxpr"])
+        body, _ = _closed_parts(eqn.params["body_jaxpr"])
+        split = eqn.params["cond_nconsts"]
+        consts = eqn.params["body_nconsts"]
+        carry_count = len(inputs) - split - consts
+
+        def once(origins):
+            return self.run(body, origins, [True] * carry_count, path + (1,), None, scope)
+
+        inner = self._carry_fixed_point(once, list(inputs[split:]), consts, carry_count)
+        carry = inner[consts:]
+        decides = self.run(test, list(inputs[:split]) + carry, [True], path + (0,), None, scope)
+        once(inner)
+        return [o.join(decides[0]) for o in carry]
+
+    def _cond(self, eqn, inputs, used, path, repeats, scope):
+        index, operands = inputs[0], inputs[1:]
+        outputs = [index] * len(eqn.outvars)
+        for branch, (body, _) in enumerate(sub_jaxprs(eqn)):
+            results = self.run(body, operands, used, path + (branch,), repeats, scope)
+            outputs = [a.join(b) for a, b in zip(outputs, results)]
+        return outputs
+
+    def _other(self, eqn, inputs, used, path, repeats, scope):
+        joined = _join(inputs)
+        name = eqn.primitive.name
+        if name in _FOREIGN_PRODUCTS and joined.data:
+            reason = f"{name} has no quantized form yet"
+            self.found.append(_Found(path, eqn, tuple(inputs), repeats, scope, reason))
+        for number, (body, _) in enumerate(sub_jaxprs(eqn)):
+            inner = _Walk()
+            # How operands reach an unknown primitive's jaxpr is unknown: any may be data.
+            inner.run(
+                body, [joined] * len(body.invars), [True] * len(body.outvars),
+                path + (number,), repeats, scope,
+            )  # fmt: skip
+            reason = _CUSTOM_RULE if name in _CUSTOM_CALLS else f"it is inside {name!r}"
+            self.found.extend(f._replace(refused=f.refused or reason) for f in inner.found)
+        return [joined] * len(eqn.outvars)
+
+
+_CUSTOM_RULE = (
+    "it is inside a function with a custom derivative rule (custom_jvp or custom_vjp), which would"
+    " not see the quantization"
+)
+
+
+def _join_scope(*scopes: str) -> str:
+    return "/".join(s for s in scopes if s)
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def parameter_name(path: Sequence) -> str:
+    """The path of a leaf, without Flax's leading collection 'params' and NNX's last 'value'."""
+    parts = [jax.tree_util.keystr((key,), simple=True, separator="/") for key in path]
+    if len(parts) > 1 and parts[0] == "params":
+        parts = parts[1:]
+    if len(parts) > 1 and parts[-1] in ("value", "raw_value"):
+        parts = parts[:-1]
+    return "/".join(parts) or "params"
+
+
+def _contracting(eqn: jex_core.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of each operand that share one scale at finest: those the product sums over."""
+    if eqn.primitive.name == "dot_general":
+        return eqn.params["dimension_numbers"][0]
+    lhs_spec, rhs_spec, _ = eqn.params["dimension_numbers"]
+    return tuple(lhs_spec[1:]), tuple(rhs_spec[1:])
+
+
+def _macs(eqn: jex_core.JaxprEqn) -> int:
+    output = math.prod(eqn.outvars[0].aval.shape)
+    lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
+    if eqn.primitive.name == "dot_general":
+        return output * math.prod(lhs[axis] for axis in _contracting(eqn)[0])
+    taps = math.prod(rhs[axis] for axis in _contracting(eqn)[1])
+    # A transposed convolution multiplies only what is not an inserted zero.
+    return output * taps // math.prod(eqn.params["lhs_dilation"])
+
+
+def _operand(
+    atom, origin: _Origin, contracting, names: Sequence[str], sizes: Sequence[int]
+) -> Operand:
+    shape, dtype = tuple(atom.aval.shape), np.dtype(atom.aval.dtype)
+    if origin.data:
+        return Operand(shape, dtype, "activation", None, ())
+    axes = free_axes(len(shape), contracting)
+    if not origin.parameters:
+        return Operand(shape, dtype, "constant", None, axes, origin.copies)
+    size = origin.copies * math.prod(shape)
+    # A weight computed from several leaves (a LoRA sum, a gain) is named by the one of its size.
+    leaf = min(origin.parameters, key=lambda i: (sizes[i] != size, -sizes[i], i))
+    return Operand(shape, dtype, "weight", names[leaf], axes, origin.copies)
+
+
+def _site(found: _Found, names: Sequence[str], sizes: Sequence[int]) -> Site:
+    eqn = found.eqn
+    if eqn.primitive.name not in SITE_PRIMITIVES:
+        lhs, rhs = (
+            Operand(tuple(v.aval.shape), np.dtype(v.aval.dtype), "activation", None, ())
+            for v in eqn.invars[:2]
+        )
+        macs = 0
+    else:
+        lhs, rhs = (
+            _operand(v, o, c, names, sizes)
+            for v, o, c in zip(eqn.invars, found.origins, _contracting(eqn))
+        )
+        macs = _macs(eqn)
+    site = Site("", eqn.primitive.name, lhs, rhs, macs, found.repeats, found.scope, found.refused)
+    name = site.weight.parameter if site.weight else _join_scope(found.scope, eqn.primitive.name)
+    return dataclasses.replace(site, name=name)
+
+
+def _with_unique_names(sites: Sequence[Site]) -> list[Site]:
+    """Numbers sites of equal name in program order: `name#1`, `name#2`; a lone name stays bare."""
+    totals = collections.Counter(site.name for site in sites)
+    seen: collections.Counter[str] = collections.Counter()
+    named = []
+    for site in sites:
+        seen[site.name] += 1
+        suffix = f"#{seen[site.name]}" if totals[site.name] > 1 else ""
+        named.append(dataclasses.replace(site, name=site.name + suffix))
+    return named
+
+
+def analyze(
+    jaxpr: jex_core.Jaxpr, names: Sequence[str | None]
+) -> tuple[dict[str, Site], dict[Path, str]]:
+    """Finds the sites of a jaxpr.
+
+    Args:
+      jaxpr: the function's jaxpr.
+      names: for every input of the jaxpr the name of its parameter leaf, or None for data.
+
+    Returns:
+      The sites by name in program order, and the name of the site at each path.
+    """
+    origins = [
+        _Origin(frozenset(), True) if name is None else _Origin(frozenset([index]), False)
+        for index, name in enumerate(names)
+    ]
+    walk = _Walk()
+    walk.run(jaxpr, origins, [True] * len(jaxpr.outvars), (), 1, "")
+    sizes = [math.prod(getattr(v.aval, "shape", ())) for v in jaxpr.invars]
+    sites = _with_unique_names([_site(found, names, sizes) for found in walk.found])
+    return (
+        {site.name: site for site in sites},
+        {found.path: site.name for found, site in zip(walk.found, sites)},
+    )
