@@ -1,0 +1,7 @@
+"""The report of a sweep: reads its folder and writes the front, the figures and an HTML page."""
+
+from aqt_search.report.records import Record, ReportError, load_records
+from aqt_search.report.table import format_table
+from aqt_search.report.write import write_report
+
+__all__ = ["Record", "ReportError", "format_table", "load_records", "write_report"]

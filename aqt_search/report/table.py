@@ -1,0 +1,125 @@
+"""The table of all points, as rows of text: for the terminal and for the HTML report."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from aqt_search.report.front import front_names
+from aqt_search.report.records import Record, bits_of_format
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; every field is the text to show, "" where there is no value."""
+
+    name: str
+    kind: str
+    formats: str
+    accuracy: str  # %
+    gbops: str
+    cost_to_float: str  # ratio
+    cost_to_uniform: str  # ratio
+    weights: str  # kB = 1000 bytes
+    target: str  # GBOPs
+    miss: str  # % of the target; positive: over it
+    entropy: str  # nats, mean over decisions
+    seconds: str
+    note: str
+    on_front: bool
+
+
+_TERMINAL_COLUMNS = (
+    ("name", "point"),
+    ("formats", "formats (sites)"),
+    ("accuracy", "accuracy %"),
+    ("gbops", "GBOPs"),
+    ("cost_to_uniform", "cost/uniform"),
+    ("weights", "weights kB"),
+    ("miss", "target miss"),
+    ("note", "note"),
+)
+_LEFT_ALIGNED = ("name", "formats", "note")
+
+
+def table_rows(records: Sequence[Record]) -> tuple[Row, ...]:
+    """One row per point. Costs are relative to the float point and to the dearest uniform one."""
+    front = front_names(records)
+    float_cost = reference_cost(records, "float")
+    uniform_cost = reference_cost(records, "uniform")
+    return tuple(_row(r, r.name in front, float_cost, uniform_cost) for r in records)
+
+
+def reference_cost(records: Sequence[Record], kind: str) -> float | None:
+    """GBOPs of the dearest finished point of a kind; None if there is none."""
+    return max((r.gbops for r in records if r.kind == kind and r.error is None), default=None)
+
+
+def format_table(records: Sequence[Record]) -> str:
+    """The table as aligned plain text, one line per point, with what the columns mean below."""
+    if not records:
+        return "no point has finished yet"
+    rows = table_rows(records)
+    columns = []
+    for field, title in _TERMINAL_COLUMNS:
+        cells = [title, *(_one_line(getattr(row, field)) for row in rows)]
+        width = max(map(len, cells))
+        align = str.ljust if field in _LEFT_ALIGNED else str.rjust
+        columns.append([cells[0], "-" * width, *cells[1:]])
+        columns[-1] = [align(cell, width) for cell in columns[-1]]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
+    return "\n".join([*lines, "cost/uniform: GBOPs relative to the dearest uniform point"])
+
+
+def formats_summary(record: Record, most: int = 5) -> str:
+    """How many sites use each format, fewest bits first, as "int4:7 int8:2".
+
+    The operands are told apart, as "lhs int8:9 | rhs int4:9", where they differ at some site.
+    """
+    pairs = list(record.policy.values())
+    lhs, rhs = ([pair[i] for pair in pairs] for i in (0, 1))
+    if lhs == rhs:
+        return _counts(lhs, most)
+    return f"lhs {_counts(lhs, most)} | rhs {_counts(rhs, most)}"
+
+
+def format_order(name: str | None) -> tuple[float, str]:
+    """Sort key of formats: by bits, then name; what is not quantized or not known comes last."""
+    bits = bits_of_format(name) if name else None
+    return (math.inf if bits is None else bits, name or "~")
+
+
+def _counts(names: Sequence[str | None], most: int) -> str:
+    counts = collections.Counter(names)
+    order = sorted(counts, key=format_order)
+    shown = [f"{name or 'float'}:{counts[name]}" for name in order[:most]]
+    return " ".join(shown + ([f"+{len(order) - most} more"] if len(order) > most else []))
+
+
+def _row(record: Record, on_front: bool, float_cost: float | None, uniform_cost: float | None):
+    if record.error is not None:
+        return Row(record.name, record.kind, *[""] * 10, f"failed: {record.error}", False)
+    target = record.target_gbops
+    notes = ["front"] * on_front + ["not retrained"] * record.without_retraining
+    return Row(
+        name=record.name,
+        kind=record.kind,
+        formats=formats_summary(record),
+        accuracy=f"{100 * record.accuracy:.2f}",
+        gbops=f"{record.gbops:.4g}",
+        cost_to_float=f"{record.gbops / float_cost:.4f}" if float_cost else "",
+        cost_to_uniform=f"{record.gbops / uniform_cost:.3f}" if uniform_cost else "",
+        weights=f"{record.weight_bytes / 1000:.1f}",
+        target=f"{target:.4g}" if target else "",
+        miss=f"{100 * (record.gbops - target) / target:+.1f}%" if target else "",
+        entropy=f"{record.final_entropy:.3f}" if record.final_entropy is not None else "",
+        seconds=f"{record.seconds:.0f}",
+        note=", ".join(notes),
+        on_front=on_front,
+    )
+
+
+def _one_line(text: str, most: int = 44) -> str:
+    """Error texts may have line breaks and no end; the terminal shows their beginning."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."

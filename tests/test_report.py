@@ -1,0 +1,487 @@
+"""Unit tests of the report's reader, tables, figures and page, on records made up here.
+
+Nothing is trained: the numbers are synthetic, and what is judged is that the report shows these
+numbers, refuses broken files, and stays legible and self-contained at every size.
+"""
+
+import base64
+import html.parser
+import io
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from aqt_search.report import ReportError, format_table, load_records, write_report
+from aqt_search.report.canvas import DPI, MAX_HEIGHT_INCHES, NOT_QUANTIZED, ink_on
+from aqt_search.report.curve_plot import entropy_series
+from aqt_search.report.front import front_json
+from aqt_search.report.front_plot import FRONT_INCHES, place_labels
+from aqt_search.report.records import bits_of_format
+
+OPTIONS = ["int3", "int4", "e4m3"]
+VOID_TAGS = {"meta", "img", "br"}
+
+
+def write_point(workdir, name, kind="uniform", *, sites=3, decisions=None, **result):
+    """One finished point, complete in the layout of the sweep driver; keywords override results."""
+    folder = workdir / "points" / name
+    folder.mkdir(parents=True)
+    names = [f"params/Block_{i}/Conv_0/kernel" for i in range(sites)]
+    fields = {
+        "name": name, "kind": kind, "model": "resnet8", "data": "digits", "seed": 0,
+        "accuracy": 0.95, "loss": 0.21, "train_accuracy": 0.99, "gbops": 0.5, "weight_bytes": 12345,
+        "target_gbops": None, "final_entropy": None, "steps": 40, "seconds": 33.2,
+        "command": f"python -m experiments.search --name={name}", "without_retraining": None,
+    }  # fmt: skip
+    if kind == "search":
+        fields |= {"target_gbops": 0.4, "final_entropy": 0.03, "without_retraining": True}
+    pair = {"lhs": None, "rhs": None} if kind == "float" else {"lhs": "int4", "rhs": "int8"}
+    dump(folder / "policy.json", dict.fromkeys(names, pair))
+    dump(folder / "sites.json", {
+        site: {"kind": "conv", "macs": 10 * (i + 1), "weight_size": 9,
+               "lhs_shape": [1, 8, 8, 3], "rhs_shape": [3, 3, 3, 1]}
+        for i, site in enumerate(names)
+    })  # fmt: skip
+    lines = [{"step": s, "loss": 1 / (s + 1), "accuracy": 0.5, "reward": 0.1, "expected_cost": 0.5}
+             for s in range(40)]  # fmt: skip
+    dump_lines(folder / "metrics.jsonl", [*lines, {"step": 39, "eval_accuracy": 0.9}])
+    if kind == "search":
+        chosen = names[:decisions]
+        dump(folder / "space.json", {s: {"sites": [s], "options": OPTIONS} for s in chosen})
+        rows = [[1 / 3, 1 / 3, 1 / 3], [0.0, 1.0, 0.0]]
+        probabilities = [dict.fromkeys(chosen, row) for row in rows]
+        dump_lines(
+            folder / "probabilities.jsonl",
+            [{"step": 20 * i, "probabilities": table} for i, table in enumerate(probabilities)],
+        )
+    dump(folder / "result.json", fields | result)
+    dump(workdir / "config.json", {"model": {"name": "resnet8"}, "note": "<not & a tag>"})
+    return folder
+
+
+def write_failure(workdir, name="search_9.00", error="loss is NaN <b>at\nstep 12</b>"):
+    folder = workdir / "points" / name
+    folder.mkdir(parents=True)
+    dump(folder / "result.json", {"name": name, "kind": "search", "error": error, "seed": 0})
+    dump(workdir / "config.json", {})
+
+
+def dump(path, value):
+    path.write_text(json.dumps(value))
+
+
+def dump_lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def small_sweep(workdir):
+    write_point(workdir, "float", "float", gbops=8.0, accuracy=0.98, weight_bytes=99000)
+    write_point(workdir, "uniform_int4", gbops=0.25, accuracy=0.91)
+    write_point(workdir, "uniform_int8", gbops=1.0, accuracy=0.94)
+    write_point(workdir, "search_1.10", "search", gbops=0.5, accuracy=0.96)
+    write_failure(workdir)
+
+
+class Page(html.parser.HTMLParser):
+    """Checks the nesting of tags, and keeps attributes and the cells of the table of points."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.rows, self.in_points = [], [], [], False
+        self.feed(text)
+        self.close()
+        assert self.open == [], "tags left open"
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+        self.in_points |= ("id", "points") in attributes
+        if self.in_points and tag == "tr":
+            self.rows.append([])
+        if self.in_points and tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.in_points &= tag != "table"
+
+    def handle_data(self, data):
+        if self.in_points and {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def images(self):
+        sources = [value for tag, key, value in self.attributes if (tag, key) == ("img", "src")]
+        return [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))) for s in sources]
+
+
+def page_of(workdir):
+    return Page(write_report(workdir).read_text(encoding="utf-8"))
+
+
+# ---- reading ----
+
+
+def test_records_hold_what_the_files_say(tmp_path):
+    small_sweep(tmp_path)
+    records = load_records(tmp_path)
+    assert [r.name for r in records] == [
+        "uniform_int4", "search_1.10", "uniform_int8", "float", "search_9.00",
+    ]  # fmt: skip
+    search, failed = records[1], records[-1]
+    result = json.loads((tmp_path / "points/search_1.10/result.json").read_text())
+    for field, value in result.items():
+        assert getattr(search, field) == value
+    sites = list(json.loads((tmp_path / "points/search_1.10/sites.json").read_text()))
+    assert list(search.sites) == list(search.policy) == sites
+    assert search.policy[sites[0]] == ("int4", "int8")
+    assert search.sites[sites[2]].macs == 30
+    assert len(search.metrics) == 41
+    assert [step for step, _ in search.probabilities] == [0, 20]
+    assert failed.error.startswith("loss is NaN")
+
+
+def truncate(path):
+    path.write_text(path.read_text()[:-7])
+
+
+def change(key, value):
+    return lambda path: dump(path, json.loads(path.read_text()) | {key: value})
+
+
+@pytest.mark.parametrize(
+    "file, harm, message",
+    [
+        ("result.json", truncate, "half written"),
+        ("policy.json", truncate, "half written"),
+        ("sites.json", truncate, "half written"),
+        ("space.json", truncate, "half written"),
+        ("metrics.jsonl", truncate, "line 41"),
+        ("probabilities.jsonl", truncate, "line 2"),
+        ("sites.json", os.remove, "cannot be read"),
+        ("policy.json", os.remove, "cannot be read"),
+        ("space.json", os.remove, "cannot be read"),
+        ("result.json", lambda p: p.write_bytes(b"\xff\xfe{"), "cannot be read"),
+        ("result.json", lambda p: p.write_text("[1]"), "JSON object, not list"),
+        ("result.json", change("name", "other"), "that of its folder"),
+        ("result.json", change("kind", "magic"), "float, uniform, search"),
+        ("result.json", change("gbops", 0.0), "must be positive"),
+        ("result.json", change("gbops", None), "expected a number"),
+        ("result.json", change("accuracy", 95.0), "fraction in"),
+        ("result.json", change("steps", "many"), "type int"),
+        ("policy.json", change("ghost", {"lhs": None, "rhs": None}), "ghost"),
+        ("policy.json", change("params/Block_0/Conv_0/kernel", 4), "expected format names"),
+        ("sites.json", change("params/Block_0/Conv_0/kernel", {"kind": "conv"}), "'macs' is None"),
+        ("space.json", change("d", {"sites": ["ghost"], "options": ["int4"]}), "unknown sites"),
+        ("space.json", change("d", {"sites": [], "options": ["int4"]}), "expected 1 probabilities"),
+        ("space.json", change("d", {"sites": [], "options": []}), "must have options"),
+        ("metrics.jsonl", lambda p: p.write_text('{"loss": 1}\n'), "'step' is None"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, file, harm, message):
+    folder = write_point(tmp_path, "search_1.10", "search")
+    harm(folder / file)
+    with pytest.raises(ReportError, match=re.escape(message)) as caught:
+        load_records(tmp_path)
+    culprit = "probabilities.jsonl" if message.startswith("expected 1 prob") else file
+    assert str(folder / culprit) in str(caught.value)
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(ReportError, match="no folder"):
+        load_records(tmp_path / "nowhere")
+    (tmp_path / "points" / "begun").mkdir(parents=True)  # no result.json: not finished
+    assert load_records(tmp_path) == ()
+    with pytest.raises(ReportError, match="no finished point"):
+        write_report(tmp_path)
+    assert format_table(()) == "no point has finished yet"
+
+
+def test_missing_config_is_an_error(tmp_path):
+    write_point(tmp_path, "uniform_int4")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ReportError, match=r"config\.json"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, bits",
+    [("int4", 4), ("uint8", 8), ("int16", 16), ("e4m3", 8), ("e2m1", 4), ("e4m3fn", 8),
+     ("bf16", 16), ("fp16", 16), ("fp32", 32), ("nvfp4", 4), ("odd", None)],
+)  # fmt: skip
+def test_bits_of_a_format(name, bits):
+    assert bits_of_format(name) == bits
+
+
+# ---- the front ----
+
+
+def strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_front_json_is_strict_and_complete(tmp_path):
+    small_sweep(tmp_path)
+    write_point(tmp_path, "search_lost", "search", gbops=0.01, accuracy=None)
+    write_report(tmp_path)
+    front = strict((tmp_path / "front.json").read_text())
+    points = {point["name"]: point for point in front["points"]}
+    assert len(points) == 6
+    # by hand: int8 is dominated by the search, and a point without accuracy is never on the front
+    assert front["front"] == ["uniform_int4", "search_1.10", "float"]
+    assert [n for n, p in points.items() if p["on_front"]] == front["front"]
+    assert points["search_lost"]["accuracy"] is None
+    assert "NaN" in points["search_9.00"]["error"]
+    search = points["search_1.10"]
+    assert (search["accuracy"], search["gbops"], search["target_gbops"]) == (0.96, 0.5, 0.4)
+    for name, point in points.items():
+        if "error" not in point:
+            assert point["formats"] == f"points/{name}/policy.json"
+            assert (tmp_path / point["formats"]).exists()
+
+
+def test_seeds_are_one_group(tmp_path):
+    accuracies = [0.90, 0.96, 0.93]
+    for seed, accuracy in enumerate(accuracies):
+        name = "search_1.10" + (f"_seed{seed}" if seed else "")
+        write_point(tmp_path, name, "search", seed=seed, accuracy=accuracy, gbops=0.4 + seed / 10)
+    write_point(tmp_path, "uniform_int8", gbops=0.45, accuracy=0.935)
+    front = front_json(load_records(tmp_path))
+    group = next(g for g in front["groups"] if g["kind"] == "search")
+    assert group["points"] == ["search_1.10", "search_1.10_seed1", "search_1.10_seed2"]
+    assert group["accuracy_mean"] == pytest.approx(0.93)
+    assert group["accuracy_range"] == [0.90, 0.96]
+    assert group["gbops_range"] == pytest.approx([0.4, 0.6])
+    # the mean (0.5, 0.93) is dominated, though the lucky seed's 0.96 alone would not be
+    assert front["front"] == ["uniform_int8"]
+    write_report(tmp_path)
+
+
+def test_labels_do_not_overlap():
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=FRONT_INCHES, dpi=DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    items = [(5 + x, 5 + y, f"search_{i}.10") for i, (x, y) in enumerate(rng.normal(size=(20, 2)))]
+    boxes = place_labels(axes, items)
+    frame = axes.get_window_extent()
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box in boxes:
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        assert not any(box.contains(*axes.transData.transform(item[:2])) for item in items)
+
+
+# ---- tables ----
+
+
+def test_terminal_table_shows_the_records(tmp_path):
+    small_sweep(tmp_path)
+    records = load_records(tmp_path)
+    lines = format_table(records).splitlines()
+    starts = [0, *(m.end() for m in re.finditer("-  +", lines[1]))]
+    cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None])] for line in lines]
+    assert cells[0] == ["point", "formats (sites)", "accuracy %", "GBOPs", "cost/uniform",
+                        "weights kB", "target miss", "note"]  # fmt: skip
+    for record, row in zip(records, cells[2:]):
+        assert row[0] == record.name
+        if record.error is not None:
+            assert row[1:7] == [""] * 6
+            assert row[7] == "failed: loss is NaN <b>at step 12</b>"
+            continue
+        shown = [float(cell) for cell in row[2:6]]
+        expected = [100 * record.accuracy, record.gbops, record.gbops / 1.0, 12.345]
+        expected[3] = record.weight_bytes / 1000
+        assert shown == pytest.approx(expected, rel=1e-2)
+    assert cells[2][1] == "lhs int4:3 | rhs int8:3"
+    assert cells[5][1] == "float:3"
+    assert cells[3][6:] == ["+25.0%", "front, not retrained"]  # 0.5 against a target of 0.4
+
+
+def test_html_table_shows_the_records(tmp_path):
+    small_sweep(tmp_path)
+    records = load_records(tmp_path)
+    head, *rows = page_of(tmp_path).rows
+    assert len(rows) == len(records)
+    for record, cells in zip(records, rows):
+        row = dict(zip(head, cells))
+        assert (row["point"], row["kind"]) == (record.name, record.kind)
+        if record.error is not None:
+            assert record.error in row["note"]
+            continue
+        expected = {
+            "accuracy %": 100 * record.accuracy,
+            "GBOPs": record.gbops,
+            "cost / float": record.gbops / 8.0,
+            "cost / dearest uniform": record.gbops / 1.0,
+            "weights kB": record.weight_bytes / 1000,
+            "seconds": record.seconds,
+            "target GBOPs": record.target_gbops,
+            "entropy nats": record.final_entropy,
+        }
+        for title, value in expected.items():
+            shown = float(row[title]) if row[title] else None
+            assert shown == (value if value is None else pytest.approx(value, rel=1e-2))
+
+
+# ---- the page and the figures ----
+
+
+def test_page_is_self_contained_and_escaped(tmp_path):
+    small_sweep(tmp_path)
+    evil = "search_<b>&_$x^$_\u6f22"  # markup, mathematics, and a letter the font does not have
+    folder = write_point(tmp_path, evil, "search", command="echo '<script>alert(1)</script>'")
+    sites = json.loads((folder / "sites.json").read_text())
+    policy = json.loads((folder / "policy.json").read_text())
+    dump(folder / "sites.json", sites | {"_<i>$site": next(iter(sites.values()))})
+    dump(folder / "policy.json", policy | {"_<i>$site": {"lhs": None, "rhs": "int4"}})
+    page = page_of(tmp_path)  # checks the nesting
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for fragment in ("<script", "<i>", "<b>&", "http://", "https://", "url(", "@import"):
+        assert fragment not in text
+    assert "&lt;not &amp; a tag&gt;" in text  # from the configuration
+    for tag, key, value in page.attributes:
+        if key == "src":
+            assert value.startswith("data:image/png;base64,")
+        if key == "href":
+            assert (tag, value[:7]) == ("a", "points/")
+    assert evil in [row[0] for row in page.rows]
+
+
+def test_front_png_has_its_size(tmp_path):
+    small_sweep(tmp_path)
+    page = page_of(tmp_path)
+    with Image.open(tmp_path / "front.png") as image:
+        image.verify()
+        size = image.size
+    assert size == tuple(round(DPI * inches) for inches in FRONT_INCHES)
+    assert len(page.images()) == 5  # front, formats, training, search, one policy
+
+
+def lone_point(workdir):
+    write_point(workdir, "uniform_int4")
+
+
+def only_failures(workdir):
+    write_failure(workdir)
+    write_failure(workdir, "search_2.00")
+
+
+def one_decision(workdir):
+    write_point(workdir, "search_1.10", "search", sites=1)
+
+
+def resnet152(workdir):
+    write_point(workdir, "float", "float", sites=160)
+    write_point(workdir, "search_1.10", "search", sites=160)
+
+
+def no_accuracy(workdir):
+    write_point(workdir, "uniform_int4", accuracy=None, loss=None, train_accuracy=None)
+
+
+def no_curves(workdir):
+    folder = write_point(workdir, "search_1.10", "search", target_gbops=None)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "probabilities.jsonl").unlink()
+
+
+def float_without_policy(workdir):
+    (write_point(workdir, "float", "float") / "policy.json").unlink()
+
+
+def diverged(workdir):
+    folder = write_point(workdir, "uniform_int4")
+    lines = [{"step": s, "loss": math.nan if s > 5 else 1.0, "accuracy": None} for s in range(9)]
+    dump_lines(folder / "metrics.jsonl", lines)
+
+
+def many_points(workdir):
+    for i in range(30):
+        write_point(workdir, f"search_{i}.00", "search", sites=2, decisions=1, gbops=1 + i / 9)
+
+
+@pytest.mark.parametrize(
+    "sweep, images",
+    [
+        (lone_point, 3),
+        (only_failures, 1),
+        (one_decision, 5),
+        (resnet152, 5),
+        (no_accuracy, 3),
+        (no_curves, 5),
+        (float_without_policy, 3),
+        (diverged, 3),
+        (many_points, 34),
+    ],
+)
+def test_every_size_of_sweep_has_a_report(tmp_path, sweep, images):
+    sweep(tmp_path)
+    page = page_of(tmp_path)
+    assert len(page.images()) == images
+    assert max(image.height for image in page.images()) <= MAX_HEIGHT_INCHES * DPI
+    strict((tmp_path / "front.json").read_text())
+
+
+def test_unfinished_points_are_named(tmp_path):
+    lone_point(tmp_path)
+    (tmp_path / "points" / "search_7.00").mkdir()
+    assert "Not finished yet: search_7.00." in write_report(tmp_path).read_text()
+
+
+def test_entropy_is_that_of_the_probabilities(tmp_path):
+    write_point(tmp_path, "search_1.10", "search")
+    steps, entropy = entropy_series(load_records(tmp_path)[0])
+    assert steps.tolist() == [0, 20]
+    assert entropy == pytest.approx([math.log(3), 0.0])  # uniform over three, then certain
+
+
+def test_cells_are_readable():
+    """At least 4.5 : 1, the WCAG 2 contrast for text, on every colour of a 16-format palette."""
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    shades = [f"#{int(255 * v):02x}{int(255 * w):02x}80" for v in (0, 0.5, 1) for w in (0, 0.5, 1)]
+    for shade in [NOT_QUANTIZED, *shades]:
+        dark, light = sorted([luminance(shade), luminance(ink_on(shade))])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_files_are_whole_or_untouched(tmp_path, monkeypatch):
+    lone_point(tmp_path)
+    before = write_report(tmp_path).read_bytes()
+
+    def refuse(source, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", "front.json", "front.png", "points", "report.html",
+    ]  # fmt: skip
+
+
+def test_import_leaves_matplotlib_alone():
+    code = "import sys, aqt_search.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
