@@ -1,0 +1,212 @@
+"""A folder of images, train/<class>/*.jpg and test/<class>/*.jpg, as a TFDS data set."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from aqt_search.data.decoding import MODE_OF_CHANNELS, decoding_threads, open_image
+from aqt_search.data.errors import DataError
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png")
+_CHECK_CHUNK = 256  # images held in memory while they are checked
+
+
+class LabelledFile(NamedTuple):
+    """An image file and its class."""
+
+    path: str  # relative to the folder, with forward slashes
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderListing:
+    """What a folder holds.
+
+    Attributes:
+        root: the folder.
+        class_names: sorted; a label is an index into it.
+        files: for "train" and "test", the files in the order of their paths.
+        fingerprint: hash of every file's path, size and modification time.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    files: dict[str, tuple[LabelledFile, ...]]
+    fingerprint: str
+
+
+def list_folder(root: str | os.PathLike) -> FolderListing:
+    """Lists the images of a folder. Names that start with a dot are left out.
+
+    Raises:
+        DataError: the folder is missing or empty, has no train/ or test/, a class without images or
+            one that only test/ has, or holds a file that is no JPEG or PNG by its name.
+    """
+    root = Path(root).expanduser().absolute()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder.")
+    if not _entries(root):
+        raise DataError(f"{root}: empty folder. {_layout(root)}")
+    stats = {split: _list_split(root, split) for split in ("train", "test")}
+    class_names = tuple(stats["train"])
+    for name in stats["test"]:
+        if name not in class_names:
+            raise DataError(
+                f"{root / 'test' / name}: class {name!r} is not in train/, which has "
+                f"{', '.join(map(repr, class_names[:20]))}."
+            )
+    files = {
+        split: tuple(
+            LabelledFile(path, class_names.index(name))
+            for name, paths in classes.items()
+            for path in paths
+        )
+        for split, classes in stats.items()
+    }
+    return FolderListing(root, class_names, files, _fingerprint(stats))
+
+
+def _layout(root: Path) -> str:
+    return f"Expected {root}/train/<class>/*.jpg and {root}/test/<class>/*.jpg (or jpeg, png)."
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _list_split(root: Path, split: str) -> dict[str, dict[str, os.stat_result]]:
+    """{class: {path relative to root: its stat}} of one split."""
+    folder = root / split
+    if not folder.is_dir():
+        raise DataError(f"{root}: no folder {split}/ in it. {_layout(root)}")
+    classes = {}
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            raise DataError(f"{entry.path}: a file beside the class folders. {_layout(root)}")
+        classes[entry.name] = {
+            f"{split}/{entry.name}/{image.name}": image.stat() for image in _images(entry.path)
+        }
+        if not classes[entry.name]:
+            raise DataError(
+                f"{entry.path}: no images in this class. Add some or delete the folder."
+            )
+    if not classes:
+        raise DataError(f"{folder}: no class folders, no images. {_layout(root)}")
+    return classes
+
+
+def _images(folder: str) -> list[os.DirEntry]:
+    entries = _entries(Path(folder))
+    for entry in entries:
+        if not entry.name.lower().endswith(_EXTENSIONS) or not entry.is_file():
+            raise DataError(
+                f"{entry.path}: not a file named {', '.join('*' + end for end in _EXTENSIONS)}. "
+                "Convert it, or move it out of the folder."
+            )
+    return entries
+
+
+def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]]) -> str:
+    digest = hashlib.sha256()
+    for classes in stats.values():
+        for paths in classes.values():
+            for path, stat in paths.items():
+                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+    return digest.hexdigest()[:20]
+
+
+@dataclasses.dataclass(eq=False)
+class ImageFolderConfig(tfds.core.BuilderConfig):
+    """Which folder; its fingerprint is in the name, so a changed folder is prepared anew."""
+
+    listing: FolderListing | None = dataclasses.field(default=None, repr=False)
+
+
+def folder_config(listing: FolderListing) -> ImageFolderConfig:
+    """The builder configuration for a listed folder."""
+    folder_name = re.sub(r"[^A-Za-z0-9_-]", "_", listing.root.name)
+    return ImageFolderConfig(name=f"{folder_name}-{listing.fingerprint}", listing=listing)
+
+
+class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Hands over the files' bytes as they are, after decoding each once to see that it is whole."""
+
+    name = "aqt_search_image_folder"
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # as in `Digits`
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        listing = self.builder_config.listing
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"Images of {listing.root}.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, _channels(listing))),
+                    "label": tfds.features.ClassLabel(names=listing.class_names),
+                    "filename": tfds.features.Text(),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        listing = self.builder_config.listing
+        channels = _channels(listing)
+        files = listing.files[split]
+        chunks = (files[i : i + _CHECK_CHUNK] for i in range(0, len(files), _CHECK_CHUNK))
+        threads = decoding_threads(*_open(listing, listing.files["train"][0]).size)
+        keys = itertools.count()
+        with ThreadPoolExecutor(threads) as pool:
+            for chunk in chunks:
+                read = functools.partial(_checked_bytes, listing, channels)
+                # A thread is for large images; for small ones handing over costs more than reading.
+                images = pool.map(read, chunk) if threads > 1 else map(read, chunk)
+                for file, data in zip(chunk, images, strict=True):
+                    example = {"image": data, "label": file.label, "filename": file.path}
+                    yield next(keys), example
+
+
+def _open(listing: FolderListing, file: LabelledFile) -> Image.Image:
+    path = listing.root / file.path
+    return open_image(path.read_bytes(), name=str(path))
+
+
+def _channels(listing: FolderListing) -> int:
+    """Channel count of the first training image; all others must have it."""
+    file = listing.files["train"][0]
+    mode = _open(listing, file).mode
+    for channels, known in MODE_OF_CHANNELS.items():
+        if mode == known:
+            return channels
+    raise DataError(
+        f"{listing.root / file.path}: image of mode {mode}, expected 8-bit grey (L) or RGB. "
+        "Convert the folder's images to one of them."
+    )
+
+
+def _checked_bytes(listing: FolderListing, channels: int, file: LabelledFile) -> bytes:
+    path = listing.root / file.path
+    data = path.read_bytes()
+    mode = open_image(data, name=str(path)).mode
+    if mode != MODE_OF_CHANNELS[channels]:
+        raise DataError(
+            f"{path}: image of mode {mode}, but {listing.files['train'][0].path} is "
+            f"{MODE_OF_CHANNELS[channels]} ({channels} channels). Convert all to one mode."
+        )
+    return data

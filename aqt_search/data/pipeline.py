@@ -1,0 +1,174 @@
+"""Batches from a source, as grain pipelines: shuffle, batch, read, augment, normalize.
+
+Grain is imported where it is used: it takes most of a second.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aqt_search.data.augmentation import NO_AUGMENTATION, Augmentation, augment
+from aqt_search.data.errors import DataError
+from aqt_search.data.normalization import checked_statistics, normalize
+from aqt_search.data.sources import ImageSource
+
+if TYPE_CHECKING:
+    import grain
+
+
+def train_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    seed: int,
+    mean: np.ndarray,
+    std: np.ndarray,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    start_step: int = 0,
+    num_threads: int | None = None,
+) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    """An endless iterator over shuffled, augmented, normalized batches.
+
+    Every epoch is a new order of the source; what is left of it at the end and fills no batch is
+    dropped. Batch number n depends on the source, `seed`, `batch_size` and n alone, not on threads
+    or on where the iterator started. Its random draws come from a counter-based generator (Philox)
+    at position n, so that `get_state()` is just {"next_index": n}: plain JSON, and
+    `set_state` goes on with the same bits.
+
+    Args:
+        source: where images come from.
+        batch_size: images in a batch.
+        seed: of order and augmentation.
+        mean: float32 [C], of `channel_statistics`.
+        std: float32 [C], the same.
+        augmentation: what is done to images.
+        start_step: number of the first batch.
+        num_threads: background threads that make batches; None is what suits the source. 0 makes
+            them in the caller's.
+
+    Returns:
+        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}.
+
+    Raises:
+        DataError: a batch larger than the source, or statistics that do not fit it.
+    """
+    import grain
+
+    _check_batch_size(source, batch_size)
+    if start_step < 0:
+        raise DataError(f"start_step is {start_step}, expected a batch number >= 0.")
+    mean, std = checked_statistics(mean, std, source.image_shape[-1])
+    order_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    batches = (
+        grain.MapDataset.range(len(source) // batch_size)
+        .repeat()
+        .map_with_index(_shuffled_indices(len(source), batch_size, order_seed))
+        .map(source.read)
+        .random_map(functools.partial(_augment_batch, augmentation), seed=augment_seed)
+        .map(functools.partial(_normalize_batch, mean, std))
+    )
+    iterator = iter(batches.to_iter_dataset(_read_options(source, num_threads)))
+    iterator.set_state({**iterator.get_state(), "next_index": start_step})
+    return iterator
+
+
+def eval_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    mean: np.ndarray,
+    std: np.ndarray,
+    num_threads: int | None = None,
+) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    """An iterator over the source once, in its order, in batches of one size.
+
+    The last batch is filled up with copies of the last example, which "mask" marks.
+
+    Args:
+        source: where images come from.
+        batch_size: images in a batch; may be more than the source has.
+        mean: float32 [C], of `channel_statistics` of the training images.
+        std: float32 [C], the same.
+        num_threads: as for `train_batches`.
+
+    Returns:
+        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B],
+        "mask": float32 [B]}, the mask 1 for examples and 0 for filling.
+
+    Raises:
+        DataError: an empty source, or statistics that do not fit it.
+    """
+    import grain
+
+    if not len(source):
+        raise DataError("evaluation on an empty source (held_out=0 holds out no reward images).")
+    _check_positive(batch_size)
+    mean, std = checked_statistics(mean, std, source.image_shape[-1])
+    batches = (
+        grain.MapDataset.range(-(-len(source) // batch_size))
+        .map(functools.partial(_read_in_order, source, batch_size))
+        .map(functools.partial(_normalize_batch, mean, std))
+    )
+    return iter(batches.to_iter_dataset(_read_options(source, num_threads)))
+
+
+def _check_positive(batch_size: int) -> None:
+    if operator.index(batch_size) < 1:
+        raise DataError(f"batch_size is {batch_size}, expected a number of images >= 1.")
+
+
+def _check_batch_size(source: ImageSource, batch_size: int) -> None:
+    _check_positive(batch_size)
+    if batch_size > len(source):
+        raise DataError(
+            f"batch_size is {batch_size}, but the training source has {len(source)} images. "
+            "Give a smaller batch_size, or hold out less."
+        )
+
+
+def _read_options(source: ImageSource, num_threads: int | None) -> "grain.ReadOptions":
+    import grain
+
+    threads = source.read_threads if num_threads is None else num_threads
+    # Two batches a thread keep it busy; grain's own default holds 500 batches in memory.
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+
+def _shuffled_indices(size: int, batch_size: int, seed: int) -> Callable[[int, int], np.ndarray]:
+    """A function of the batch's number to its indices into the source, int64 [B].
+
+    Grain's own shuffle asks for one index at a time: 1 ms for a batch of 128, 3.6 ms at 1,300
+    images; and it seeds epoch e with seed + e, so that runs of neighbouring seeds share orders.
+    """
+    batches_per_epoch = size // batch_size
+
+    @functools.lru_cache(maxsize=2)  # two, as threads read ahead into the next epoch
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(size)
+
+    def indices(number: int, _: int) -> np.ndarray:
+        epoch, step = divmod(number, batches_per_epoch)
+        return order(epoch)[step * batch_size : (step + 1) * batch_size]
+
+    return indices
+
+
+def _augment_batch(
+    augmentation: Augmentation, batch: dict[str, np.ndarray], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    return {**batch, "image": augment(batch["image"], rng, augmentation)}
+
+
+def _normalize_batch(
+    mean: np.ndarray, std: np.ndarray, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    return {**batch, "image": normalize(batch["image"], mean, std)}
+
+
+def _read_in_order(source: ImageSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
+    indices = number * batch_size + np.arange(batch_size)
+    mask = (indices < len(source)).astype(np.float32)
+    return {**source.read(np.minimum(indices, len(source) - 1)), "mask": mask}

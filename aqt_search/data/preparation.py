@@ -1,0 +1,54 @@
+"""Preparing a TFDS data set of our own: written whole or not at all, without TensorFlow."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+
+def prepare(
+    builder_class: type[tfds.core.GeneratorBasedBuilder],
+    *,
+    data_dir: str | os.PathLike | None,
+    config: tfds.core.BuilderConfig | None = None,
+) -> tfds.core.DatasetBuilder:
+    """Returns the builder with its data on disk, as array_record files, preparing them if need be.
+
+    Data is written under a fresh name beside its place and moved there in one rename, so a killed
+    preparation leaves nothing that is taken for data, and of several processes preparing the same
+    data set the first to end provides it. (TFDS's own temporary names are drawn from Python's
+    global random state: two processes with equal seeds would write into one folder.)
+
+    Args:
+        builder_class: the builder.
+        data_dir: where prepared data sets lie; None is TFDS's default.
+        config: the builder's configuration.
+    """
+    builder = builder_class(data_dir=data_dir, config=config)
+    if _is_whole(builder):
+        return builder
+    target = Path(builder.data_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as staging:
+        staged = builder_class(data_dir=staging, config=config)
+        staged.download_and_prepare(file_format="array_record")
+        _sync_files(Path(staged.data_dir))
+        try:
+            os.rename(staged.data_dir, target)
+        except OSError:
+            if not _is_whole(builder):  # else another process was first
+                raise
+    return builder_class(data_dir=data_dir, config=config)
+
+
+def _is_whole(builder: tfds.core.DatasetBuilder) -> bool:
+    # The folder appears by a rename, complete; asking TFDS instead would log a warning when it is
+    # not there.
+    return (Path(builder.data_dir) / "dataset_info.json").is_file()
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

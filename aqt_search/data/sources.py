@@ -1,0 +1,182 @@
+"""Random access to labelled images: in memory, in record files, or a part of either."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from aqt_search.data.decoding import decode_image
+from aqt_search.data.errors import DataError
+
+_DECODE_CHUNK = 256  # images that a thread decodes at a time
+
+
+class ImageSource(Protocol):
+    """What the pipeline reads from: labelled images of one shape, by index.
+
+    `source[i]` is {"image": uint8 [H, W, C], "label": int}; `source.read(indices)` the same for a
+    batch, {"image": uint8 [B, H, W, C], "label": int32 [B]}, and what the pipeline calls.
+    """
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+
+    @property
+    def read_threads(self) -> int:
+        """How many threads should read batches at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Reads a batch."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images decoded into memory."""
+
+    images: np.ndarray  # [N, H, W, C], uint8
+    labels: np.ndarray  # [N], int32
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        return self.images.shape[1:]
+
+    @property
+    def read_threads(self) -> int:
+        """One: a batch is a copy, and more threads would only compete for Python's lock."""
+        return 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Copies a batch out of the array."""
+        indices = np.asarray(indices)
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource:
+    """Images decoded, and resized, each time they are read.
+
+    Attributes:
+        records: examples with "image" (encoded bytes), "label", perhaps "filename"; a TFDS data
+            source whose images are left undecoded.
+        name: what errors call it.
+        num_classes: labels must lie in [0, num_classes).
+        image_shape: height, width and channels that every image must have after resizing.
+        shape_from: name of the example that `image_shape` was taken from.
+        image_size: side length to resize to; None leaves images as they are.
+        read_threads: threads that read batches at a time.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    shape_from: str
+    image_size: int | None
+    read_threads: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        return self._decode(index, self.records[index])
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Decodes a batch.
+
+        Raises:
+            DataError: an image is broken or has another shape, or a label is out of range.
+        """
+        indices = [int(index) for index in indices]
+        records = self.records.__getitems__(indices)
+        examples = [self._decode(*pair) for pair in zip(indices, records, strict=True)]
+        return {
+            "image": np.stack([example["image"] for example in examples]),
+            "label": np.array([example["label"] for example in examples], np.int32),
+        }
+
+    def _decode(self, index: int, record: Mapping[str, Any]) -> dict[str, Any]:
+        name = example_name(self.name, index, record)
+        image = decode_image(
+            record["image"],
+            channels=self.image_shape[-1],
+            image_size=self.image_size,
+            name=name,
+        )
+        if image.shape != self.image_shape:
+            raise DataError(
+                f"{name}: image of shape {image.shape}, but {self.shape_from} has "
+                f"{self.image_shape}. Give image_size to bring every image to one size."
+            )
+        label = int(record["label"])
+        if not 0 <= label < self.num_classes:
+            raise DataError(f"{name}: label {label} is not in 0..{self.num_classes - 1}.")
+        return {"image": image, "label": label}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """Some examples of another source, in the order of `indices`."""
+
+    parent: ImageSource
+    indices: np.ndarray  # [N], int64
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        return self.parent.image_shape
+
+    @property
+    def read_threads(self) -> int:
+        """The parent's."""
+        return self.parent.read_threads
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.parent[int(self.indices[index])]
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Reads a batch from the parent."""
+        return self.parent.read(self.indices[np.asarray(indices)])
+
+
+def example_name(source_name: str, index: int, record: Mapping[str, Any]) -> str:
+    """The example's file where it is known, else its place in its source."""
+    filename = record.get("filename", b"").decode("utf-8", "replace")
+    return f"{source_name}: {filename}" if filename else f"{source_name}[{index}]"
+
+
+def decode_all(source: RecordSource) -> ArraySource:
+    """Decodes every image once, into one array.
+
+    Raises:
+        DataError: as `RecordSource.read`.
+    """
+    images = np.empty((len(source), *source.image_shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+
+    def decode_chunk(start: int) -> None:
+        chunk = slice(start, min(start + _DECODE_CHUNK, len(source)))
+        batch = source.read(range(chunk.start, chunk.stop))
+        images[chunk], labels[chunk] = batch["image"], batch["label"]
+
+    with ThreadPoolExecutor(source.read_threads) as pool:
+        for _ in pool.map(decode_chunk, range(0, len(source), _DECODE_CHUNK)):
+            pass  # the loop raises what a thread raised
+    return ArraySource(images, labels)

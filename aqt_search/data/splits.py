@@ -1,0 +1,216 @@
+"""Opening a data set by name: train, a part of it held out for the reward, and test."""
+
+import difflib
+import importlib.util
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from aqt_search.data.decoding import MODE_OF_CHANNELS, decode_image, decoding_threads
+from aqt_search.data.errors import DataError
+from aqt_search.data.sources import (
+    ImageSource,
+    RecordSource,
+    Subset,
+    decode_all,
+    example_name,
+)
+
+MAX_DECODED_BYTES = 2 * 2**30
+
+
+class Splits(NamedTuple):
+    """A data set, ready for `train_batches` and `eval_batches`."""
+
+    train: ImageSource
+    reward: ImageSource  # held out of train; empty if nothing was to be held out
+    test: ImageSource
+    num_classes: int
+    image_shape: tuple[int, int, int]  # height, width, channels
+    class_names: tuple[str, ...]
+
+
+def open_splits(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    held_out: float | int = 0.1,
+    seed: int = 0,
+    max_decoded_bytes: int = MAX_DECODED_BYTES,
+) -> Splits:
+    """Opens a data set, preparing it if need be; no TensorFlow for the first two kinds of name.
+
+    Args:
+        name: "digits", scikit-learn's; "folder:PATH", a folder with train/<class>/*.jpg and
+            test/<class>/*.jpg (or jpeg, png); or a TFDS name such as "cifar10", or "name/config",
+            prepared in a format with random access (array_record).
+        data_dir: where TFDS keeps prepared data; None is TFDS's default. A folder that changed (by
+            its files' names, sizes and times) is prepared anew, beside the old.
+        image_size: resize every image to image_size x image_size, averaging areas when shrinking
+            (see `decoding.resize`); None leaves them, and then all must have one shape.
+        held_out: how much of train is held out for the reward: a share in (0, 1), or a number of
+            images; 0 holds out none. Drawn at random without replacement, from `seed`.
+        seed: of the held-out part.
+        max_decoded_bytes: a data set that fits, decoded and resized, is decoded once into memory;
+            a larger one each time a batch is read.
+
+    Returns:
+        The splits. "test" is the split named so if it has labels, else "validation".
+
+    Raises:
+        DataError: an unknown name, an unusable data set or image, or a bad argument.
+    """
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise DataError(f"image_size is {image_size!r}, expected a whole number of pixels >= 1.")
+    builder = _open_builder(name, data_dir)
+    channels = _checked_channels(builder)
+    class_names = tuple(builder.info.features["label"].names)
+    train = _open_source(builder, "train", channels, image_size, len(class_names))
+    test = _open_source(builder, _test_split(builder), channels, image_size, len(class_names))
+    if test.image_shape != train.image_shape:
+        raise DataError(
+            f"{test.shape_from}: image of shape {test.image_shape}, but {train.shape_from} has "
+            f"{train.image_shape}. Give image_size to bring every image to one size."
+        )
+    kept, held = _hold_out(len(train), held_out, seed)
+    if (len(train) + len(test)) * int(np.prod(train.image_shape)) <= max_decoded_bytes:
+        train, test = decode_all(train), decode_all(test)
+    return Splits(
+        train=Subset(train, kept),
+        reward=Subset(train, held),
+        test=test,
+        num_classes=len(class_names),
+        image_shape=train.image_shape,
+        class_names=class_names,
+    )
+
+
+def _open_builder(name: str, data_dir: str | os.PathLike | None):
+    if name == "digits":
+        from aqt_search.data.digits import Digits
+        from aqt_search.data.preparation import prepare
+
+        return prepare(Digits, data_dir=data_dir)
+    if name.startswith("folder:"):
+        from aqt_search.data import image_folder
+        from aqt_search.data.preparation import prepare
+
+        listing = image_folder.list_folder(name.removeprefix("folder:"))
+        config = image_folder.folder_config(listing)
+        return prepare(image_folder.ImageFolder, data_dir=data_dir, config=config)
+    return _open_tfds(name, data_dir)
+
+
+def _open_tfds(name: str, data_dir: str | os.PathLike | None):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, cutoff=0.5)
+        raise DataError(
+            f"unknown data set {name!r}. Near names: {', '.join(near) or 'none'}. "
+            "Expected digits, folder:PATH or a TFDS name."
+        ) from error
+    except (ValueError, AssertionError) as error:  # no such configuration or version
+        raise DataError(f"data set {name!r} cannot be opened: {error}") from error
+    if not builder.is_prepared():
+        if importlib.util.find_spec("tensorflow") is None:
+            raise DataError(
+                f"{name!r} is not prepared in {builder.data_dir}, and TFDS needs TensorFlow to "
+                "prepare it. Install the extra 'tensorflow' and run the same command again, or "
+                f"copy it from where `tfds build {name} --file_format=array_record` was run."
+            )
+        builder.download_and_prepare(file_format="array_record")
+    return builder
+
+
+def _checked_channels(builder) -> int:
+    """Channel count of a builder's images, after checking that it is an image classification."""
+    import tensorflow_datasets as tfds
+
+    features, name = dict(builder.info.features.items()), builder.info.full_name
+    image, label = (features.get(key) for key in ("image", "label"))
+    image_is_known = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+    if not image_is_known or not isinstance(label, tfds.features.ClassLabel):
+        raise DataError(
+            f"{name}: expected features 'image' (8-bit Image) and 'label' (ClassLabel), "
+            f"found {features}."
+        )
+    channels = image.shape[-1] or 3
+    if channels not in MODE_OF_CHANNELS:
+        raise DataError(f"{name}: images of {channels} channels, expected 1 or 3.")
+    if "train" not in builder.info.splits:
+        raise DataError(f"{name}: no split 'train', only {sorted(builder.info.splits)}.")
+    return channels
+
+
+def _open_records(builder, split: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise DataError(
+            f"{builder.info.full_name} in {builder.data_dir} has no random access: it is stored as "
+            f"{builder.info.file_format.value}. Convert it once, where TensorFlow is installed: "
+            f"`tfds convert_format --dataset_version_dir={builder.data_dir} "
+            "--out_file_format=array_record`."
+        ) from error
+
+
+def _test_split(builder) -> str:
+    """The split "test", or "validation" where there is no test or one without labels (ImageNet)."""
+    present = [split for split in ("test", "validation") if split in builder.info.splits]
+    for split in present:
+        records = _open_records(builder, split)
+        if len(records) and records[0]["label"] >= 0:
+            return split
+    raise DataError(
+        f"{builder.info.full_name}: expected a split 'test' or 'validation' with labels, found "
+        f"{sorted(builder.info.splits)}."
+    )
+
+
+def _open_source(
+    builder, split: str, channels: int, image_size: int | None, num_classes: int
+) -> RecordSource:
+    """A source whose image shape is the first example's."""
+    records = _open_records(builder, split)
+    name = f"{builder.info.full_name}, {split}"
+    if not len(records):
+        raise DataError(f"{name}: no examples.")
+    record = records[0]
+    first = example_name(name, 0, record)
+    stored = decode_image(record["image"], channels=channels, image_size=None, name=first)
+    height, width = stored.shape[:2] if image_size is None else (image_size, image_size)
+    return RecordSource(
+        records=records,
+        name=name,
+        num_classes=num_classes,
+        image_shape=(height, width, channels),
+        shape_from=first,
+        image_size=image_size,
+        read_threads=decoding_threads(*stored.shape[:2]),
+    )
+
+
+def _hold_out(size: int, held_out: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of what stays in train and of what is held out, each in ascending order."""
+    is_share = isinstance(held_out, float) and 0 < held_out < 1
+    is_count = not isinstance(held_out, bool) and held_out == int(held_out) and held_out >= 0
+    if not is_share and not is_count:
+        raise DataError(
+            f"held_out is {held_out!r}, expected a share in (0, 1) or a number of images >= 0."
+        )
+    count = round(size * held_out) if is_share else int(held_out)
+    if count >= size or (is_share and count == 0):
+        raise DataError(
+            f"held_out={held_out!r} of {size} training images leaves {count} for the reward and "
+            f"{size - count} for training. Both need at least one."
+        )
+    order = np.random.default_rng(seed).permutation(size)
+    return np.sort(order[count:]), np.sort(order[:count])

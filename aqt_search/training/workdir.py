@@ -1,0 +1,212 @@
+"""The folder of one run: whole-or-nothing JSON files, its configuration, its lock."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = "run.lock"
+
+
+class WorkdirError(RuntimeError):
+    """A run cannot use its folder; the message says why and what to do."""
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Flush the folder's own entries, so that a rename in it outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 file whole or not at all: temporary name, fsync, `os.replace`.
+
+    Raises:
+        WorkdirError: the file cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WorkdirError(
+            f"could not write {path}: {error.strerror or error}. Free space or make the folder "
+            "writable, then run the same command again."
+        ) from error
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write `obj` as strict JSON with sorted keys, whole or not at all.
+
+    Raises:
+        WorkdirError: the file cannot be written; what was there before is untouched.
+        ValueError: `obj` holds a NaN or an infinity, which JSON does not have.
+        TypeError: `obj` holds something that is no JSON value.
+    """
+    write_text(path, json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WorkdirError: the file is not strict JSON in UTF-8.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON value")
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise WorkdirError(
+            f"{path} is not valid JSON: {error}. It was damaged or edited by hand; repair it, or "
+            "delete it if it can be made again."
+        ) from error
+
+
+def _make_folder(workdir: str | os.PathLike) -> Path:
+    """The folder, made if needed and known to be writable."""
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WorkdirError(
+            f"workdir {workdir} is not a folder: a file is in its place. Give another --workdir."
+        ) from error
+    except OSError as error:
+        raise WorkdirError(
+            f"workdir {workdir} cannot be made: {error.strerror}. Give another --workdir."
+        ) from error
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise WorkdirError(
+            f"workdir {workdir} is not writable by this user. Give another --workdir, or change "
+            "its permissions."
+        )
+    return workdir
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to {"a.b": value}; an empty mapping is a value."""
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    flat = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _differences(there: Mapping, now: Mapping, ignore: Iterable[str]) -> list[str]:
+    """Lines "key: there X, now Y" of all keys that differ and are not ignored."""
+    ignored = tuple(ignore)
+    there, now = (_flatten(config) if config else {} for config in (there, now))
+    lines = []
+    for key in sorted(there.keys() | now.keys()):
+        if any(key == name or key.startswith(name + ".") for name in ignored):
+            continue
+        old, new = (json.dumps(c[key]) if key in c else "absent" for c in (there, now))
+        if old == "absent" or new == "absent" or there[key] != now[key]:
+            lines.append(f"{key}: there {old}, now {new}")
+    return lines
+
+
+def claim_workdir(
+    workdir: str | os.PathLike, config: Mapping[str, Any], *, ignore: Iterable[str] = ()
+) -> Path:
+    """Make the folder and write `config.json`, or check that the one there is the same.
+
+    Claim under `lock_workdir`, so that two runs cannot claim at once.
+
+    Args:
+        workdir: folder of the run; made, with its parents, if needed.
+        config: nested mappings with string keys and JSON values (tuples count as lists).
+        ignore: keys that may differ, such as "log_every"; "eval" covers "eval.batch" too. Where
+            only these differ, `config.json` is written anew with the values of this call.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WorkdirError: not a folder, not writable, a damaged `config.json`, or one with other
+            values; lists every key that differs.
+    """
+    workdir = _make_folder(workdir)
+    path = workdir / CONFIG_FILE
+    now = json.loads(json.dumps(config, allow_nan=False))
+    try:
+        there = read_json(path)
+    except FileNotFoundError:
+        there = None
+    if there is not None:
+        if not isinstance(there, dict):
+            raise WorkdirError(f"{path} holds no configuration. Delete {workdir} or give another.")
+        lines = _differences(there, now, ignore)
+        if lines:
+            listing = "\n".join(f"  {line}" for line in lines)
+            raise WorkdirError(
+                f"workdir {workdir} holds a run with another configuration:\n{listing}\n"
+                f"Give another --workdir, or delete {workdir} to start anew."
+            )
+    if there != now:
+        write_json(path, now)
+    return workdir
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
+    """Hold the folder for this process; the system lets go when the process ends, however it does.
+
+    The lock is `flock` on `run.lock`, which stays behind and holds the PID of its last owner.
+
+    Raises:
+        WorkdirError: another process holds the folder (names its PID), or the folder or the lock
+            file cannot be made.
+    """
+    workdir = _make_folder(workdir)
+    path = workdir / LOCK_FILE
+    try:
+        file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot open the lock {path}: {error.strerror}. Give another --workdir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WorkdirError(_lock_message(workdir, file, error)) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield workdir
+
+
+def _lock_message(workdir: Path, file: Any, error: OSError) -> str:
+    """Why the lock could not be had."""
+    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        return (
+            f"cannot lock {workdir}: {error.strerror}. The file system may not offer flock; give a "
+            "--workdir on another one."
+        )
+    file.seek(0)
+    owner = file.read().strip() or "unknown"
+    return (
+        f"workdir {workdir} is in use by process {owner}. Wait for it to end, stop it, or give "
+        "another --workdir."
+    )
