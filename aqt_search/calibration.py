@@ -32,10 +32,12 @@ def absmax_scale(
 ) -> jax.Array:
     """The scale that maps the largest magnitude onto the largest value of the format.
 
-        scale = max|x| / max_value     (1 where max|x| is zero, or the format is used unscaled)
+        scale = max|x| * (1 / max_value)   (1 where max|x| is zero, or the format is used unscaled)
 
-    Nothing is clipped under this scale, except negative values in an unsigned format. A NaN or an
-    infinity makes its scale, and with it every value of that channel, NaN.
+    Nothing is clipped under this scale, except negative values in an unsigned format. So that
+    nothing overflows or is flushed to zero on the way, max|x| is cut to a quarter of the dtype's
+    largest value and the scale is at least its smallest normal number. A NaN or an infinity makes
+    its scale, and with it every value of that channel, NaN.
 
     Args:
       x: [...], float32 or float64.
@@ -47,11 +49,13 @@ def absmax_scale(
       x's shape with 1 in place of every axis that is shared; x's dtype.
     """
     axes = reduced_axes(x.ndim, channel_axes)
-    absmax = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    absmax = jax.lax.reduce_max(jax.lax.abs(x), axes)
+    absmax = jax.lax.expand_dims(jax.lax.max(absmax, jnp.zeros_like(absmax)), axes)
     if axis_name is not None:
         absmax = jax.lax.pmax(absmax, axis_name)
-    max_value = jnp.asarray(fmt.max_value, x.dtype)
-    scale = jnp.where(jnp.isinf(absmax), jnp.nan, absmax / max_value)
-    # A scale below the smallest normal number is flushed to zero by most backends.
-    too_small = scale < jnp.finfo(x.dtype).tiny
-    return jnp.where(too_small | is_unscaled(fmt), jnp.ones_like(scale), scale)
+    # A product, as XLA rewrites a division by a broadcast scalar into one: the scale, and so every
+    # rounded value, is then the same bits in every program.
+    info = jnp.finfo(x.dtype)
+    scale = jnp.minimum(absmax, info.max / 4) * (1 / jnp.asarray(fmt.max_value, x.dtype))
+    scale = jnp.where(jnp.isinf(absmax), jnp.nan, jnp.maximum(scale, info.tiny))
+    return jnp.where((absmax == 0) | is_unscaled(fmt), jnp.ones_like(scale), scale)

@@ -9,6 +9,7 @@ checkpointed like any array.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Sequence
@@ -113,6 +114,24 @@ def numeric_format(name: str | NumericFormat) -> NumericFormat:
     )
 
 
+def format_name(fmt: NumericFormat | None) -> str | None:
+    """The name `numeric_format` knows a concrete format by; None stays None.
+
+    Raises:
+      FormatError: the format is none of the named ones.
+    """
+    if fmt is None:
+        return None
+    bits, mantissa_bits = int(fmt.bits), int(fmt.mantissa_bits)
+    candidates = [f"int{bits}", f"uint{bits}"] if 2 <= bits <= 8 else []
+    candidates += [*_NAMED_FLOATS, f"e{bits - 1 - mantissa_bits}m{mantissa_bits}"]
+    for name in candidates:
+        with contextlib.suppress(FormatError):
+            if all(a == b for a, b in zip(numeric_format(name), fmt)):
+                return name
+    raise FormatError(f"{fmt} is none of the named formats.")
+
+
 def stack_formats(formats: Sequence[str | NumericFormat]) -> NumericFormat:
     """Stacks n formats into a table: one `NumericFormat` whose fields have shape [n].
 
@@ -127,48 +146,44 @@ def stack_formats(formats: Sequence[str | NumericFormat]) -> NumericFormat:
 
 
 def is_unscaled(fmt: NumericFormat) -> jax.Array | bool:
-    """Whether `fmt` is used with scale 1: formats of 16 bits or more, or of e7mY's range or wider."""
+    """Whether `fmt` is used with scale 1: formats of 16 bits or more, or with e8mY's range."""
     return (fmt.bits >= 16) | (fmt.max_value >= _WIDE_MAX_VALUE)
 
 
-class _FloatLayout(NamedTuple):
-    integer: np.dtype  # the integer type of the same width
-    mantissa_bits: int
-    bias: int
+def _exponent_mask(dtype: np.dtype) -> np.integer:
+    """The bits of the exponent field of a float32 or float64."""
+    info = np.finfo(dtype)
+    return np.dtype(f"int{info.bits}").type((info.maxexp * 2 - 1) << info.nmant)
 
 
-def _float_layout(dtype: np.dtype) -> _FloatLayout:
-    info = jnp.finfo(dtype)
-    return _FloatLayout(np.dtype(f"int{info.bits}"), info.nmant, info.maxexp - 1)
+def _leading_power(x: jax.Array) -> jax.Array:
+    """2^floor(log2|x|) for normal numbers, 0 below them: the exponent bits alone, exact."""
+    mask = _exponent_mask(x.dtype)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype
+    )
 
 
-def _exponent(x: jax.Array) -> jax.Array:
-    """floor(log2|x|), read from the exponent field; a subnormal reads as the lowest exponent."""
-    layout = _float_layout(x.dtype)
-    field = jax.lax.bitcast_convert_type(x, layout.integer) >> layout.mantissa_bits
-    return (field & (2 * layout.bias + 1)) - layout.bias
-
-
-def _power_of_two(k: jax.Array, dtype: np.dtype) -> jax.Array:
-    """2^k for normal exponents, written straight into the exponent field."""
-    layout = _float_layout(dtype)
-    return jax.lax.bitcast_convert_type((k + layout.bias) << layout.mantissa_bits, dtype)
+def _power_of_two(exponent: jax.typing.ArrayLike, dtype: np.dtype) -> jax.Array:
+    """2^exponent for exponents of normal numbers, written straight into the exponent field."""
+    info, integer = np.finfo(dtype), _exponent_mask(dtype).dtype
+    field = (jnp.asarray(exponent, integer) + integer.type(info.maxexp - 1)) << integer.type(
+        info.nmant
+    )
+    return jax.lax.bitcast_convert_type(field, dtype)
 
 
 def round_to_grid(x: jax.Array, fmt: NumericFormat) -> jax.Array:
     """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule."""
-    layout = _float_layout(x.dtype)
-    mantissa_bits = jnp.asarray(fmt.mantissa_bits, layout.integer)
-    min_exponent = jnp.asarray(fmt.min_exponent, layout.integer)
-    k = jnp.maximum(_exponent(x), min_exponent) - mantissa_bits
-    # 2^k may lie below the smallest normal number (2^-149 in fp32), which backends flush to zero:
-    # scaling by two half powers never leaves the normal range.
-    half, rest = k >> 1, k - (k >> 1)
-    steps = x * _power_of_two(-half, x.dtype) * _power_of_two(-rest, x.dtype)
-    steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    rounded = steps * _power_of_two(half, x.dtype) * _power_of_two(rest, x.dtype)
     low, high = (jnp.asarray(v, x.dtype) for v in (fmt.min_value, fmt.max_value))
-    return jnp.clip(rounded, low, high)
+    # The limits lie on the grid, so clipping first changes nothing and takes care of infinity.
+    clipped = jax.lax.clamp(low, x, high) if low.ndim == 0 else jnp.clip(x, low, high)
+    power = jnp.maximum(_leading_power(clipped), _power_of_two(fmt.min_exponent, x.dtype))
+    # ulp = power * 2^-m may lie below the smallest normal number, which backends flush to zero;
+    # the power and 2^m, applied one after the other, never do.
+    steps = clipped / power * _power_of_two(fmt.mantissa_bits, x.dtype)
+    steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return steps * _power_of_two(-fmt.mantissa_bits, x.dtype) * power
 
 
 @jax.custom_jvp
@@ -245,8 +260,9 @@ def code_values(fmt: str | NumericFormat) -> np.ndarray:
 def codes_of(x: jax.Array, fmt: NumericFormat) -> jax.Array:
     """The code (uint8, see `code_values`) of every element of `x`, which must lie on the grid."""
     m, min_exponent = int(fmt.mantissa_bits), int(fmt.min_exponent)
-    exponent = jnp.maximum(_exponent(x), min_exponent)
-    steps = jnp.abs(x) * _power_of_two(m - exponent, x.dtype)
-    magnitude = ((exponent - min_exponent) << m) + steps.astype(exponent.dtype)
+    power = jnp.maximum(_leading_power(x), _power_of_two(min_exponent, x.dtype))
+    steps = (jnp.abs(x) / power * 2.0**m).astype(np.int32)
+    # frexp's fraction lies in [1/2, 1), hence the 1 between its exponent and log2(power).
+    magnitude = ((jnp.frexp(power)[1] - 1 - min_exponent) << m) + steps
     sign = jnp.signbit(x) & (fmt.min_value < 0)
-    return (magnitude + (sign.astype(exponent.dtype) << (fmt.bits - 1))).astype(jnp.uint8)
+    return (magnitude + (sign.astype(np.int32) << (fmt.bits - 1))).astype(jnp.uint8)

@@ -85,11 +85,12 @@ def conv_general_dilated(
     lhs_format: str | NumericFormat | None = None,
     rhs_format: str | NumericFormat | None = None,
     rhs_per_channel: bool = True,
+    **lax_arguments: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated(fake_quant(lhs), fake_quant(rhs), ...)`.
 
     Args:
-      lhs ... preferred_element_type: as in lax.
+      lhs ... preferred_element_type, lax_arguments: as in lax.
       lhs_format, rhs_format: name, `NumericFormat` (may be traced) or None.
       rhs_per_channel: one scale per output feature of the kernel, instead of one for the kernel.
 
@@ -102,6 +103,7 @@ def conv_general_dilated(
         _quantize(rhs, rhs_format, rhs_per_channel, (axes.rhs_spec[0],)),
         window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
         feature_group_count, batch_group_count, precision, preferred_element_type,
+        **lax_arguments,
     )  # fmt: skip
 
 

@@ -40,13 +40,14 @@ _STORAGE_DTYPES = {
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
     """Writes n codes of `bits` bits one behind another into ceil(n * bits / 8) bytes."""
     shifts = jnp.arange(bits, dtype=jnp.uint8)
-    return jnp.packbits((codes.reshape(-1, 1) >> shifts & 1).reshape(-1), bitorder="little")
+    ones = codes.reshape(-1, 1) >> shifts[None] & 1
+    return jnp.packbits(ones.reshape(-1), bitorder="little")
 
 
 def _unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
     ones = jnp.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
-    return jnp.sum(ones * weights, axis=1, dtype=jnp.uint8)
+    return jnp.sum(ones * weights[None], axis=1, dtype=jnp.uint8)
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,8 @@ class QTensor:
 
     `data` has x's shape in a native dtype where one fits the format (int8, uint8, float8, bfloat16,
     ...), else it is a uint8 vector of packed codes (`formats.code_values` gives their order). The
-    scale has the shape of `absmax_scale`, float32; it is absent (None) in unscaled formats.
+    scale has the shape of `absmax_scale`, in float32 (float64 for a float64 tensor); it is absent
+    (None) in formats of 16 bits or more.
     """
 
     data: jax.Array
@@ -112,9 +114,9 @@ def quantize_tensor(
             f"{fmt} has {fmt.bits} bits and no storage dtype: store at most 8 bits, or bf16, fp16"
             " or fp32."
         )
-    carrier = x.astype(jnp.float32)
+    carrier = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
     scale = None if fmt.bits >= 16 else absmax_scale(carrier, fmt, channel_axes)
-    values = round_to_grid(carrier if scale is None else carrier / scale, fmt)
+    values = round_to_grid(carrier if scale is None else carrier * (1 / scale), fmt)
     if fmt in _STORAGE_DTYPES:
         data = values.astype(_STORAGE_DTYPES[fmt])
     else:

@@ -50,6 +50,34 @@ def site_formats(site: Site, spec: FormatSpec) -> SiteFormats:
     return SiteFormats(of("lhs", site.lhs.role), of("rhs", site.rhs.role))
 
 
+def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list[str]]:
+    """The sites that each of the ordered patterns takes: a site goes to the first that matches it.
+
+    Raises:
+      RuleError: a pattern matches no site, or only sites that earlier ones took (the message shows
+        the nearest names), or is no regular expression.
+    """
+    free, taken = dict.fromkeys(sites), []
+    for pattern in patterns:
+        try:
+            matched = [name for name in sites if re.search(pattern, name)]
+        except re.error as error:
+            raise RuleError(f"Rule {pattern!r} is no regular expression: {error}.") from error
+        if not matched:
+            raise RuleError(
+                f"Rule {pattern!r} matches no site. Nearest names: {_nearest(pattern, sites)}."
+            )
+        taken.append([name for name in matched if name in free])
+        if not taken[-1]:
+            raise RuleError(
+                f"Rule {pattern!r} is never used: earlier rules already took the sites it matches"
+                f" ({', '.join(matched[:3])}). Put the narrower rule first."
+            )
+        for name in taken[-1]:
+            del free[name]
+    return taken
+
+
 def assign(
     sites: Mapping[str, Site], rules: Iterable[tuple[str, FormatSpec]]
 ) -> dict[str, SiteFormats]:
@@ -75,29 +103,15 @@ def assign(
       FormatError: unknown format name.
       SiteError: a rule quantizes a site that cannot be.
     """
+    rules = list(rules)
     assignment = {name: SiteFormats() for name in sites}
-    free = set(sites)
-    for pattern, spec in rules:
-        try:
-            matched = [name for name in sites if re.search(pattern, name)]
-        except re.error as error:
-            raise RuleError(f"Rule {pattern!r} is no regular expression: {error}.") from error
-        taken = [name for name in matched if name in free]
-        if not matched:
-            raise RuleError(
-                f"Rule {pattern!r} matches no site. Nearest names: {_nearest(pattern, sites)}."
-            )
-        if not taken:
-            raise RuleError(
-                f"Rule {pattern!r} is never used: earlier rules already took the sites it matches"
-                f" ({', '.join(matched[:3])}). Put the narrower rule first."
-            )
-        for name in taken:
+    taken = match_rules(sites, [pattern for pattern, _ in rules])
+    for (pattern, spec), names in zip(rules, taken):
+        for name in names:
             assignment[name] = site_formats(sites[name], spec)
             if sites[name].refused and assignment[name] != SiteFormats():
                 raise SiteError(
                     f"Rule {pattern!r} quantizes site {name!r}, which cannot be:"
                     f" {sites[name].refused}. Put a rule ({re.escape(name)!r}, None) before it."
                 )
-        free.difference_update(taken)
     return assignment

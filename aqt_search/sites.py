@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -209,7 +211,7 @@ class _Walk:
         for index, eqn in enumerate(jaxpr.eqns):
             inputs = [origin(v) for v in eqn.invars]
             if any(results[index]) or eqn.effects:
-                inner_scope = _join_scope(scope, str(eqn.source_info.name_stack))
+                inner_scope = _join_scope(scope, _scope_name(eqn.source_info.name_stack))
                 handler = self._handler(eqn)
                 outputs = handler(
                     eqn, inputs, results[index], path + (index,), repeats, inner_scope
@@ -315,6 +317,20 @@ _CUSTOM_RULE = (
 )
 
 
+_FORWARD_TRANSFORM = re.compile(r"\b(?:vmap|jvp)\(([^()]*)\)")
+
+
+def _scope_name(name_stack) -> str:
+    """The scopes as written, `vmap(encoder)/attention` as `encoder/attention`; `transpose` stays.
+
+    A product keeps its name if the function is batched or differentiated; its gradients differ.
+    """
+    scope, count = str(name_stack), 1
+    while count:
+        scope, count = _FORWARD_TRANSFORM.subn(r"\1", scope)
+    return _join_scope(*scope.split("/"))
+
+
 def _join_scope(*scopes: str) -> str:
     return "/".join(s for s in scopes if s)
 
@@ -387,12 +403,16 @@ def _site(found: _Found, names: Sequence[str], sizes: Sequence[int]) -> Site:
 def _with_unique_names(sites: Sequence[Site]) -> list[Site]:
     """Numbers sites of equal name in program order: `name#1`, `name#2`; a lone name stays bare."""
     totals = collections.Counter(site.name for site in sites)
-    seen: collections.Counter[str] = collections.Counter()
+    # A lone name may itself end in a number that the numbering must not give again.
+    taken = {name for name, total in totals.items() if total == 1}
     named = []
     for site in sites:
-        seen[site.name] += 1
-        suffix = f"#{seen[site.name]}" if totals[site.name] > 1 else ""
-        named.append(dataclasses.replace(site, name=site.name + suffix))
+        name = site.name
+        if totals[name] > 1:
+            numbered = (f"{name}#{number}" for number in itertools.count(1))
+            name = next(candidate for candidate in numbered if candidate not in taken)
+            taken.add(name)
+        named.append(dataclasses.replace(site, name=name))
     return named
 
 

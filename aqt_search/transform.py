@@ -4,8 +4,8 @@
     logits = quantize(apply)(assignment, params, x)        # apply with formats as one more argument
 
 `apply` is any JAX function of parameters and data. It is traced to a jaxpr, the operands of its
-products are fake-quantized, and everything else runs as it was written, so the result can be jitted,
-differentiated, vmapped (over assignments, too) and pmapped like any other function.
+products are fake-quantized, and everything else runs as it was written, so the result can be
+jitted, differentiated, vmapped (over assignments, too) and pmapped like any other function.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from aqt_search import sites as site_analysis
 from aqt_search.fake_quant import fake_quant
+from aqt_search.formats import NumericFormat
 from aqt_search.sites import Path, Site, SiteError, SiteFormats
 
 Assignment = Mapping[str, SiteFormats]
@@ -141,6 +142,12 @@ def quantize(fun: Callable, *, axis_name: Hashable | None = None) -> Callable:
     return quantized
 
 
+def _are_formats(value: Any) -> bool:
+    return isinstance(value, SiteFormats) and all(
+        fmt is None or isinstance(fmt, NumericFormat) for fmt in value
+    )
+
+
 def _check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None:
     for name, formats in assignment.items():
         if name not in sites:
@@ -149,10 +156,10 @@ def _check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None
                 f"The assignment names site {name!r}, which the function does not have."
                 f" Nearest: {', '.join(near or list(sites)[:3]) or 'it has no sites'}."
             )
-        if not isinstance(formats, SiteFormats):
+        if not _are_formats(formats):
             raise SiteError(
-                f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs). Use"
-                " aqt_search.assign to build an assignment from rules."
+                f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs) of a"
+                " NumericFormat or None each. Use aqt_search.assign to build an assignment from names."
             )
         if sites[name].refused and formats != SiteFormats():
             raise SiteError(

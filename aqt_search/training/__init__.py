@@ -1,0 +1,1 @@
+"""Training: the step, the loop over it, evaluation, checkpoints, metrics and schedules."""

@@ -1,0 +1,97 @@
+"""Evaluation of weights under an assignment, and BatchNorm statistics that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.training import parallel
+from aqt_search.training.train_step import cross_entropy
+
+
+class Evaluation(NamedTuple):
+    """Means over the examples of a data set."""
+
+    accuracy: float  # share of correct predictions, in [0, 1]
+    loss: float  # cross-entropy, nats
+    examples: int
+
+
+def evaluate(
+    qapply: Callable, assignment: Any, variables: Mapping[str, Any], batches: Iterable[Mapping]
+) -> Evaluation:
+    """Accuracy and loss with running BatchNorm statistics.
+
+    Args:
+      qapply: `quantize(model.apply)`.
+      assignment: formats by site.
+      variables: {"params": ..., "batch_stats": ...}, not replicated.
+      batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them.
+
+    Raises:
+      ValueError: there is no example.
+    """
+
+    def step(variables, batch):
+        logits = qapply(assignment, variables, batch["image"], train=False)
+        mask = batch["mask"]
+        correct = (jnp.argmax(logits, -1) == batch["label"]) * mask
+        losses = cross_entropy(logits, batch["label"], 0.0) * mask
+        return jax.lax.psum((correct.sum(), losses.sum(), mask.sum()), parallel.AXIS)
+
+    compiled = parallel.pmap_step(step, donate_state=False)
+    variables = parallel.replicate(variables)
+    sums = [compiled(variables, parallel.shard(batch)) for batch in batches]
+    if not sums:
+        raise ValueError("There is nothing to evaluate: the data set has no examples.")
+    correct, loss, examples = np.sum([parallel.unreplicate(s) for s in sums], axis=0, dtype=float)
+    return Evaluation(float(correct / examples), float(loss / examples), round(examples))
+
+
+def reestimate_batch_stats(
+    qapply: Callable, assignment: Any, variables: Mapping[str, Any], batches: Iterable[Mapping]
+) -> Any:
+    """BatchNorm statistics of frozen weights under `assignment`: plain means over `batches`.
+
+    A running statistic follows `new = m * old + (1 - m) * batch`, so the batch's own value is
+    `new(old=0) / (1 - m)`, with `1 - m = 1 - (new(old=1) - new(old=0))`: no module needs to tell its
+    momentum m. Statistics gathered while formats were still being sampled fit none of them.
+
+    Args:
+      qapply, assignment, variables: as for `evaluate`.
+      batches: training batches, of which each counts the same.
+
+    Returns:
+      A pytree like `variables["batch_stats"]`, not replicated.
+    """
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    if not jax.tree_util.tree_leaves(batch_stats):
+        return batch_stats
+
+    def statistics(params, batch):
+        def updated(value):
+            old = jax.tree.map(lambda s: jnp.full_like(s, value), batch_stats)
+            _, updates = qapply(
+                assignment, {"params": params, "batch_stats": old}, batch["image"],
+                train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
+            )  # fmt: skip
+            return updates["batch_stats"]
+
+        from_zero, from_one = updated(0.0), updated(1.0)
+        own = jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), from_zero, from_one)
+        return jax.lax.pmean(own, parallel.AXIS)
+
+    compiled = parallel.pmap_step(statistics, donate_state=False)
+    params = parallel.replicate(params)
+    total, count = None, 0
+    for batch in batches:
+        found = parallel.unreplicate(compiled(params, parallel.shard(batch)))
+        total = found if total is None else jax.tree.map(np.add, total, found)
+        count += 1
+    if not count:
+        raise ValueError("BatchNorm statistics need at least one batch; got none.")
+    return jax.tree.map(lambda s: (s / count).astype(np.float32), total)

@@ -1,0 +1,100 @@
+"""The training step: one update of the weights under an assignment of formats, on every replica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aqt_search.training.parallel import AXIS
+
+Batch = Mapping[str, jax.Array]  # "image": [B, H, W, C] float32, "label": [B] int32
+
+
+class TrainState(NamedTuple):
+    """Everything a training step reads and writes."""
+
+    step: jax.Array  # [], int32: updates done
+    params: Any  # pytree of float32
+    batch_stats: Any  # pytree of float32: running BatchNorm statistics, {} without BatchNorm
+    opt_state: Any  # optax state
+    rng: jax.Array  # [2], uint32: key data of the run; steps and replicas fold their numbers in
+
+
+def init_train_state(
+    model: Any, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+) -> TrainState:
+    """Initialises a Flax Linen model that maps images [B, *image_shape] to logits."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(init_key)
+    params = variables["params"]
+    return TrainState(
+        jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params),
+        jax.random.key_data(run_key),
+    )  # fmt: skip
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The random key of this step on this replica."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
+    """Softmax cross-entropy [B] in nats against one-hot labels mixed with uniform ones.
+
+    target = (1 - label_smoothing) * one_hot + label_smoothing / classes
+    (Szegedy et al. 2015, arXiv 1512.00567, section 7)
+    """
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+
+def make_update(
+    qapply: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+) -> Callable:
+    """Returns `update(state, assignment, batch) -> (state, metrics, logits)`, inside `AXIS`.
+
+    Gradients and new running statistics are averaged over the replicas; the metrics "loss",
+    "accuracy" and "gradient_norm" are of the batch before the update, as are the replica's logits.
+
+    Args:
+      qapply: `quantize(model.apply)`.
+      optimizer: applied to the averaged gradients.
+      label_smoothing: share of the target spread over all classes, in [0, 1).
+    """
+
+    def update(state: TrainState, assignment: Any, batch: Batch):
+        def loss_of(params):
+            logits, updates = qapply(
+                assignment,
+                {"params": params, "batch_stats": state.batch_stats},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": step_key(state)},
+            )
+            loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
+            return loss, (logits, updates.get("batch_stats", {}))
+
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+        grads, batch_stats, means = jax.lax.pmean(
+            (grads, batch_stats, {"loss": loss, "accuracy": accuracy}), AXIS
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = means | {"gradient_norm": optax.global_norm(grads)}
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng)
+        return new, metrics, logits
+
+    return update

@@ -1,0 +1,84 @@
+"""The command line of every job, and how it ends: user errors are printed without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from aqt_search.data import DataError
+from aqt_search.formats import FormatError
+from aqt_search.report import ReportError
+from aqt_search.rules import RuleError
+from aqt_search.search.one_shot import CollapsedSearchError
+from aqt_search.search.space import SpaceError
+from aqt_search.sites import SiteError
+from aqt_search.training.checkpoint import CheckpointError
+from aqt_search.training.loop import DivergedError, InterruptedRunError
+from aqt_search.training.metrics import MetricsError
+from aqt_search.training.workdir import WorkdirError
+from experiments.from_config import ConfigError
+
+# What a user, a disk or the data did wrong, each with a message that says what to do.
+USER_ERRORS = (
+    CheckpointError,
+    CollapsedSearchError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    FormatError,
+    MetricsError,
+    ReportError,
+    RuleError,
+    SiteError,
+    SpaceError,
+    WorkdirError,
+)
+_INTERRUPTED_STATUS = 130
+
+
+def quiet_logs() -> None:
+    """Shows warnings and errors only, unless the command line asks for another --verbosity."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+
+@contextlib.contextmanager
+def named_errors() -> Iterator[None]:
+    """Prints user errors to standard error and exits with 1; an interrupted run exits with 130."""
+    quiet_logs()
+    try:
+        yield
+    except InterruptedRunError as error:
+        print(error, file=sys.stderr)
+        sys.exit(_INTERRUPTED_STATUS)
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
+    """Parses `--config`, `--config.key=value` and `--workdir`, and runs `job(config, workdir)`."""
+    config = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file; FILE.py:quick is its short form. --config.key=value changes a value;"
+        " configs/base.py explains the keys.",
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; made if needed. The same command goes on where it was."
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+        with named_errors():
+            job(config.value, Path(workdir.value))
+
+    app.run(main)

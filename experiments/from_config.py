@@ -1,0 +1,164 @@
+"""Builds the parts of a run from a configuration: data, model, optimizer and schedule of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+import aqt_search as aqs
+from aqt_search import data
+from aqt_search.models.resnet import resnet
+from aqt_search.training.loop import Schedule
+from aqt_search.training.optimizer import make_optimizer
+from aqt_search.training.parallel import AXIS, replica_count
+from aqt_search.training.schedules import learning_rate
+
+# Streams of one run draw from the same seed; these keep their orders apart.
+_REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
+
+
+class ConfigError(ValueError):
+    """A configuration whose values do not fit together."""
+
+
+class Images(NamedTuple):
+    """A data set with the statistics that normalise it."""
+
+    splits: data.Splits
+    mean: np.ndarray  # [C]
+    std: np.ndarray  # [C]
+
+
+class Parts(NamedTuple):
+    """What `experiments.train` and `experiments.search` have in common."""
+
+    images: Images
+    model: Any  # for training: BatchNorm statistics are shared over the replicas
+    sites: dict[str, aqs.Site]
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+
+
+def load_images(config: ml_collections.ConfigDict) -> Images:
+    """Opens the data set (preparing it the first time) and measures its mean and deviation."""
+    splits = data.open_splits(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        image_size=config.data.image_size or None,
+        held_out=config.data.held_out,
+        seed=config.seed,
+    )
+    return Images(splits, *data.channel_statistics(splits.train))
+
+
+def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
+    """The configured model. Raises ConfigError for an unknown name."""
+    if config.model.name != "resnet":
+        raise ConfigError(f"Unknown model {config.model.name!r}: expected 'resnet'.")
+    return resnet(
+        config.model.depth,
+        classes,
+        form=config.model.form,
+        width=config.model.width,
+        dtype=jnp.dtype(config.model.dtype),
+        axis_name=axis_name,
+    )
+
+
+def model_sites(model: Any, image_shape: tuple[int, ...]) -> dict[str, aqs.Site]:
+    """The sites of one image's forward pass."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(lambda i: model.init(jax.random.key(0), i, train=False), image)
+    return aqs.find_sites(model.apply, variables, image, train=False)
+
+
+def steps_per_epoch(config: ml_collections.ConfigDict, images: Images) -> int:
+    """Full batches in the training images."""
+    return len(images.splits.train) // config.batch_size
+
+
+def build_parts(
+    config: ml_collections.ConfigDict, images: Images, *, axis_name: str | None = AXIS
+) -> Parts:
+    """Builds everything but the step. Raises ConfigError where values do not fit together."""
+    if config.batch_size % replica_count():
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be divided over {replica_count()} devices:"
+            " choose a multiple."
+        )
+    model = build_model(config, images.splits.num_classes, axis_name)
+    epoch = steps_per_epoch(config, images)
+    total = max(1, math.ceil(config.epochs * epoch))
+    rate = learning_rate(
+        config.optimizer.schedule,
+        peak=config.optimizer.learning_rate,
+        total_steps=total,
+        warmup_steps=round(config.optimizer.warmup_epochs * epoch),
+    )
+    optimizer = make_optimizer(
+        config.optimizer.name,
+        rate,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+        gradient_clip=config.optimizer.gradient_clip,
+    )
+    sites = model_sites(model, images.splits.image_shape)
+    schedule = Schedule(total, config.log_every, config.checkpoint_every)
+    return Parts(images, model, sites, optimizer, schedule)
+
+
+def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offset: int = 0) -> Any:
+    """Endless shuffled and augmented training batches."""
+    return data.train_batches(
+        images.splits.train,
+        batch_size=config.batch_size,
+        seed=config.seed + seed_offset,
+        mean=images.mean,
+        std=images.std,
+        augmentation=data.Augmentation(config.data.crop_padding, config.data.flip),
+    )
+
+
+def reward_stream(config: ml_collections.ConfigDict, images: Images) -> Any:
+    """Endless shuffled batches of the held-out images, not augmented."""
+    return data.train_batches(
+        images.splits.reward,
+        batch_size=config.search.held_out_batch_size,
+        seed=config.seed + _REWARD_SEED_OFFSET,
+        mean=images.mean,
+        std=images.std,
+    )
+
+
+def statistics_batches(
+    config: ml_collections.ConfigDict, images: Images
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """The batches that BatchNorm statistics are re-estimated on."""
+    stream = training_stream(config, images, _STATISTICS_SEED_OFFSET)
+    for _ in range(config.evaluation.batch_norm_batches):
+        yield next(stream)
+
+
+def evaluation_batches(
+    config: ml_collections.ConfigDict, images: Images, split: str
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """One pass over a split ("train", "reward" or "test")."""
+    return data.eval_batches(
+        getattr(images.splits, split),
+        batch_size=config.evaluation.batch_size,
+        mean=images.mean,
+        std=images.std,
+    )
+
+
+def quantized_apply(model: Any, *, axis_name: str | None = None) -> Callable:
+    """`quantize(model.apply)`."""
+    return aqs.quantize(model.apply, axis_name=axis_name)

@@ -1,0 +1,104 @@
+"""The files that a finished run leaves for the report: its result, sites and formats."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import aqt_search as aqs
+from aqt_search.formats import format_name
+from aqt_search.training.evaluation import evaluate, reestimate_batch_stats
+from aqt_search.training.metrics import read_metrics
+from aqt_search.training.workdir import write_json
+from experiments.from_config import Images, evaluation_batches, statistics_batches
+
+POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
+
+
+def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str, str | None]]:
+    """Site -> names of the formats of both operands."""
+    return {
+        name: {side: format_name(fmt) for side, fmt in formats._asdict().items()}
+        for name, formats in assignment.items()
+    }
+
+
+def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:
+    """Site -> what the cost counts."""
+    return {
+        name: {
+            "kind": "conv" if site.kind == "conv_general_dilated" else "dot",
+            "macs": site.macs * site.repeats,
+            "weight_size": site.weight.size if site.weight else 0,
+            "lhs_shape": list(site.lhs_shape),
+            "rhs_shape": list(site.rhs_shape),
+        }
+        for name, site in sites.items()
+    }
+
+
+def finish(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    images: Images,
+    model: Any,
+    sites: Mapping[str, aqs.Site],
+    assignment: Mapping[str, aqs.SiteFormats],
+    variables: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Evaluates weights under an assignment, without training them further, and writes the files.
+
+    BatchNorm statistics are first re-estimated under the assignment, on training images.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}.
+      facts: what the caller knows: "kind", "seconds", "steps", and for a search its target.
+
+    Returns:
+      The result, as written.
+    """
+    qapply = aqs.quantize(model.apply)
+    if config.evaluation.batch_norm_batches:
+        batches = statistics_batches(config, images)
+        statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
+        variables = {**variables, "batch_stats": statistics}
+    test = evaluate(qapply, assignment, variables, evaluation_batches(config, images, "test"))
+    result = {
+        "name": workdir.name,
+        "model": f"{config.model.name}{config.model.depth}",
+        "data": config.data.name.rsplit("/", 1)[-1],
+        "seed": config.seed,
+        "accuracy": test.accuracy,
+        "loss": test.loss,
+        "train_accuracy": read_metrics(workdir)[-1].get("accuracy"),
+        "gbops": float(aqs.cost.gbops(sites, assignment)),
+        "weight_bytes": float(aqs.cost.weight_bytes(sites, assignment)),
+        "target_gbops": None,
+        "final_entropy": None,
+        "without_retraining": None,
+        "command": " ".join(["python", "-m", *_command()]),
+        **facts,
+    }
+    write_json(workdir / SITES_FILE, sites_json(sites))
+    write_json(workdir / POLICY_FILE, policy_json(assignment))
+    write_json(workdir / RESULT_FILE, result)
+    return result
+
+
+def _command() -> list[str]:
+    """The module and arguments this process was started with."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return [module.name if module else Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """One line for the terminal."""
+    print(
+        f"{result['name']}: test accuracy {100 * result['accuracy']:.2f} %,"
+        f" {result['gbops']:.6g} GBOPs, weights {result['weight_bytes'] / 1000:.2f} kB"
+    )

@@ -1,0 +1,87 @@
+"""Trains a model in float or under fixed formats (quantization-aware training).
+
+    python -m experiments.train --config=configs/digits_resnet8.py --workdir=runs/int4 \
+        --config.formats="((('.*', 'int4'),))"
+
+The same command goes on where an interrupted run stopped. The workdir holds the configuration,
+metrics.jsonl, TensorBoard events, checkpoints, the formats of every layer (policy.json) and the
+result on the test images (result.json).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import aqt_search as aqs
+from aqt_search.training import parallel
+from aqt_search.training.loop import run_steps
+from aqt_search.training.train_step import TrainState, init_train_state, make_update
+from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json
+from experiments import from_config, results
+from experiments.command_line import run_job
+
+
+def configured_assignment(
+    config: ml_collections.ConfigDict, sites: dict[str, aqs.Site]
+) -> dict[str, aqs.SiteFormats]:
+    """The formats of `config.formats` or of the file `config.policy`."""
+    if not config.policy:
+        return aqs.assign(sites, config.formats)
+    if config.formats:
+        raise from_config.ConfigError("Give formats or a policy file, not both.")
+    policy = read_json(config.policy)
+    unknown = sorted(set(policy) - set(sites))
+    if unknown:
+        raise from_config.ConfigError(
+            f"{config.policy} names sites this model does not have: {', '.join(unknown[:3])}."
+        )
+
+    def formats(sides: dict[str, str | None]) -> aqs.SiteFormats:
+        return aqs.SiteFormats(**{k: v and aqs.numeric_format(v) for k, v in sides.items()})
+
+    return {name: formats(sides) for name, sides in policy.items()}
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
+) -> dict[str, Any]:
+    """Trains, evaluates and returns the result; `images` saves loading the data set again."""
+    with lock_workdir(workdir):
+        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+        images = images or from_config.load_images(config)
+        parts = from_config.build_parts(config, images)
+        assignment = configured_assignment(config, parts.sites)
+        qapply = aqs.quantize(parts.model.apply, axis_name=parallel.AXIS)
+        update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
+
+        def step(state: TrainState, batch):
+            return update(state, assignment, batch)[:2]
+
+        shape = images.splits.image_shape
+        state = init_train_state(parts.model, parts.optimizer, shape, config.seed)
+        stream = from_config.training_stream(config, images)
+        trained = run_steps(
+            step, state, [stream], parts.schedule, workdir, description=workdir.name
+        )
+        is_float = all(formats == aqs.SiteFormats() for formats in assignment.values())
+        return results.finish(
+            config, workdir, images, parts.model, parts.sites, assignment,
+            {"params": trained.state.params, "batch_stats": trained.state.batch_stats},
+            {
+                "kind": "float" if is_float else "uniform",
+                "steps": parts.schedule.total_steps,
+                "seconds": trained.seconds,
+            },
+        )  # fmt: skip
+
+
+def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs the job of the command line."""
+    results.print_result(run(config, workdir))
+
+
+if __name__ == "__main__":
+    run_job(main)
