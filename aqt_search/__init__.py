@@ -5,7 +5,7 @@
     logits = quantize(apply)(assignment, params, x)            # apply under these formats
     cost.gbops(sites, assignment)                              # what it costs
 
-The packages `aqt_search.search`, `.models`, `.data`, `.training` and `.report` are imported by name.
+The packages `aqt_search.search`, `.models`, `.data`, `.training`, `.report` are imported by name.
 """
 
 from aqt_search import cost

@@ -1,8 +1,8 @@
 """Numeric formats as data: every integer and float format is a grid fixed by five numbers.
 
-A float grid with `m` mantissa bits has the spacing `ulp = 2^(e - m)` for `2^e <= |x| < 2^(e+1)`, and
-keeps the spacing of its smallest exponent below that (the subnormals). An integer grid is the float
-grid whose exponent never moves: `min_exponent = mantissa_bits`, so `ulp = 1` everywhere. One
+A float grid with `m` mantissa bits has the spacing `ulp = 2^(e - m)` for `2^e <= |x| < 2^(e+1)`,
+and keeps the spacing of its smallest exponent below that (the subnormals). An integer grid is the
+float grid whose exponent never moves: `min_exponent = mantissa_bits`, so `ulp = 1` everywhere. One
 rounding rule therefore serves all formats, and a format can be traced, stacked, vmapped and
 checkpointed like any array.
 """
@@ -49,7 +49,7 @@ def _integer_format(bits: int, signed: bool) -> NumericFormat:
 
 
 def _float_format(exponent_bits: int, mantissa_bits: int) -> NumericFormat:
-    """Returns the grid of sign, exponent and mantissa bits, with the field's rules for its top codes.
+    """Returns the grid of sign, exponent and mantissa bits, with the usual rules for top codes.
 
     Below 8 bits every code is a number (OCP Microscaling). From 8 bits on the top exponent is kept
     for infinity and NaN (IEEE 754), except e4m3, which gives up only its very last code (OCP FP8).
@@ -99,12 +99,12 @@ def numeric_format(name: str | NumericFormat) -> NumericFormat:
         return _float_format(*_NAMED_FLOATS[name])
     if match := _FLOAT_NAME.fullmatch(name):
         exponent_bits, mantissa_bits = int(match[1]), int(match[2])
-        if 2 <= exponent_bits <= 8 and mantissa_bits <= 23 and exponent_bits + mantissa_bits < 32:
-            if (exponent_bits, mantissa_bits) != (8, 0):
-                return _float_format(exponent_bits, mantissa_bits)
+        in_range = 2 <= exponent_bits <= 8 and mantissa_bits <= 23
+        if in_range and (exponent_bits, mantissa_bits) != (8, 0):
+            return _float_format(exponent_bits, mantissa_bits)
         raise FormatError(
             f"Format {name!r} is out of range: eXmY takes 2 to 8 exponent bits and 0 to 23 mantissa"
-            " bits, as its values are emulated in float32 (e8m0 is a scale type, not a format here)."
+            " bits, as its values are emulated in float32 (e8m0 is a type of scales, not a format)."
         )
     near = difflib.get_close_matches(name, _EXAMPLE_NAMES, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
@@ -135,7 +135,8 @@ def format_name(fmt: NumericFormat | None) -> str | None:
 def stack_formats(formats: Sequence[str | NumericFormat]) -> NumericFormat:
     """Stacks n formats into a table: one `NumericFormat` whose fields have shape [n].
 
-    `jax.tree.map(lambda column: column[i], table)` is format i again, with `i` traced if need be.
+    `jax.tree.map(lambda column: jnp.asarray(column)[i], table)` is format i again; `i` may be
+    traced.
     """
     if not formats:
         raise FormatError("stack_formats needs at least one format; got an empty sequence.")
@@ -204,7 +205,7 @@ def round_to_format(x: jax.typing.ArrayLike, fmt: str | NumericFormat) -> jax.Ar
         e = max(floor(log2|x|), min_exponent);  ulp = 2^(e - mantissa_bits)
         y = clip(round_half_even(x / ulp) * ulp, min_value, max_value)
 
-    Values beyond the range saturate, infinities too; NaN stays NaN. The gradient is straight-through
+    Values beyond the range saturate, infinities too; NaN stays NaN. The gradient is that of x
     inside `[min_value, max_value]` and zero outside. float32 and float64 are rounded as they are,
     bfloat16 and float16 through float32. A float32 subnormal rounds to zero where the backend
     flushes subnormals (XLA on CPU does).

@@ -3,7 +3,8 @@
 Each takes lax's (or numpy's) own arguments plus a format per operand, so that a partial of it fits
 the `dot_general` and `conv_general_dilated` fields of Flax modules:
 
-    nn.Dense(64, dot_general=functools.partial(aqs.dot_general, lhs_format="int8", rhs_format="int4"))
+    dot_general = functools.partial(aqs.dot_general, lhs_format="int8", rhs_format="int4")
+    nn.Dense(64, dot_general=dot_general)
 
 By default the left operand (activations) has one scale and the right one (weights) a scale per
 output channel. A format of None leaves its operand as it is.

@@ -88,7 +88,7 @@ class QTensor:
 def quantize_tensor(
     x: jax.typing.ArrayLike, fmt: str | NumericFormat, channel_axes: Sequence[int] = ()
 ) -> QTensor:
-    """Stores `x` in a format; `dequantize()` of it equals `fake_quant(x, fmt, channel_axes)` exactly.
+    """Stores `x` in a format; its `dequantize()` equals `fake_quant(x, fmt, channel_axes)`.
 
     Args:
       x: any shape, floating point, finite.

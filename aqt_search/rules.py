@@ -86,7 +86,7 @@ def assign(
     A pattern is a regular expression that is searched for in the site's name (`head` matches
     anywhere, `^head/kernel$` that name alone). Its formats are a name or `NumericFormat` for both
     operands, None for no quantization, or a mapping by side (`{"lhs": "int8", "rhs": "int4"}`) or
-    by role (`{"activation": "int8", "weight": "int4"}`). Sites that no rule matches stay as they are.
+    by role (`{"activation": "int8", "weight": "int4"}`). Sites without a match stay as they are.
 
         assign(sites, [("stem|head", "int8"), (".*", {"weight": "int4", "activation": "e4m3"})])
 

@@ -179,7 +179,7 @@ def _used_inputs(eqn: jex_core.JaxprEqn, used: Sequence[bool]) -> Sequence[bool]
 
 
 def scan_liveness(eqn: jex_core.JaxprEqn, used: Sequence[bool]):
-    """Which results of a scan's body are used, to a fixed point over the carry, and which inputs."""
+    """Which results of a scan's body are used, by a fixed point over the carry; which inputs."""
     body, _ = _closed_parts(eqn.params["jaxpr"])
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
     used = list(used)

@@ -159,7 +159,7 @@ def _check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None
         if not _are_formats(formats):
             raise SiteError(
                 f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs) of a"
-                " NumericFormat or None each. Use aqt_search.assign to build an assignment from names."
+                " NumericFormat or None each. Use aqt_search.assign to build one from names."
             )
         if sites[name].refused and formats != SiteFormats():
             raise SiteError(

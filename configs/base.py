@@ -73,3 +73,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep.seeds = (0,)
     config.sweep.retrain = False  # also train each search's formats from scratch, to compare
     return config
+
+
+def shorten(config: ml_collections.ConfigDict, arg: str, *, epochs: float) -> None:
+    """Applies the argument behind a config's name: "quick" trains for `epochs` only."""
+    if arg not in ("", "quick"):
+        raise ValueError(
+            f"Unknown form {arg!r} of the config: expected CONFIG.py or CONFIG.py:quick."
+        )
+    if arg == "quick":
+        config.epochs = epochs
+        config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, epochs / 4)
+        config.evaluation.batch_norm_batches = 10

@@ -57,9 +57,33 @@ def named_errors() -> Iterator[None]:
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
         sys.exit(_INTERRUPTED_STATUS)
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(_INTERRUPTED_STATUS)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; an unknown configuration key is told as any bad flag is."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises
+        print(
+            f"FATAL Flags parsing error: no such configuration key, or no value for it: {error}\n"
+            "configs/base.py lists the keys and their values.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def load_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
+    """The configuration of `--config`. Raises ConfigError if the file cannot be read."""
+    try:
+        return flag.value.copy_and_resolve_references()
+    except OSError as error:
+        raise ConfigError(f"--config cannot be loaded. {error}") from error
 
 
 def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
@@ -79,6 +103,6 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
         with named_errors():
-            job(config.value, Path(workdir.value))
+            job(load_config(config), Path(workdir.value))
 
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,24 @@ from aqt_search.training.schedules import learning_rate
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
 
 
+# Values without which there is no run; 0 would pass for one until something divides by it.
+_POSITIVE = (
+    "batch_size", "epochs", "log_every", "checkpoint_every", "evaluation.batch_size",
+    "search.held_out_batch_size",
+)  # fmt: skip
+
+
 class ConfigError(ValueError):
-    """A configuration whose values do not fit together."""
+    """A configuration with a value that cannot be, or values that do not fit together."""
+
+
+@contextlib.contextmanager
+def checked_values(section: str) -> Iterator[None]:
+    """Turns a complaint about a value that came from `config.<section>` into a ConfigError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"In config.{section}: {error}") from error
 
 
 class Images(NamedTuple):
@@ -59,17 +76,18 @@ def load_images(config: ml_collections.ConfigDict) -> Images:
 
 
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
-    """The configured model. Raises ConfigError for an unknown name."""
+    """The configured model. Raises ConfigError for an unknown name or a value it cannot have."""
     if config.model.name != "resnet":
         raise ConfigError(f"Unknown model {config.model.name!r}: expected 'resnet'.")
-    return resnet(
-        config.model.depth,
-        classes,
-        form=config.model.form,
-        width=config.model.width,
-        dtype=jnp.dtype(config.model.dtype),
-        axis_name=axis_name,
-    )
+    with checked_values("model"):
+        return resnet(
+            config.model.depth,
+            classes,
+            form=config.model.form,
+            width=config.model.width,
+            dtype=jnp.dtype(config.model.dtype),
+            axis_name=axis_name,
+        )
 
 
 def model_sites(model: Any, image_shape: tuple[int, ...]) -> dict[str, aqs.Site]:
@@ -84,32 +102,49 @@ def steps_per_epoch(config: ml_collections.ConfigDict, images: Images) -> int:
     return len(images.splits.train) // config.batch_size
 
 
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for numbers that no run can have, or that do not fit the devices."""
+    flat = config.to_dict() | {
+        f"{section}.{key}": value
+        for section in ("evaluation", "search")
+        for key, value in config[section].items()
+    }
+    for key in _POSITIVE:
+        if not flat[key] > 0:
+            raise ConfigError(f"{key} is {flat[key]}; expected a number above 0.")
+    for key in ("batch_size", "search.held_out_batch_size"):
+        if flat[key] % replica_count():
+            raise ConfigError(
+                f"{key} {flat[key]} cannot be divided over {replica_count()} devices: choose a"
+                " multiple of their number."
+            )
+    if not 0 <= config.label_smoothing < 1:
+        raise ConfigError(f"label_smoothing is {config.label_smoothing}; expected 0 to below 1.")
+
+
 def build_parts(
     config: ml_collections.ConfigDict, images: Images, *, axis_name: str | None = AXIS
 ) -> Parts:
     """Builds everything but the step. Raises ConfigError where values do not fit together."""
-    if config.batch_size % replica_count():
-        raise ConfigError(
-            f"batch_size {config.batch_size} cannot be divided over {replica_count()} devices:"
-            " choose a multiple."
-        )
+    check_config(config)
     model = build_model(config, images.splits.num_classes, axis_name)
     epoch = steps_per_epoch(config, images)
     total = max(1, math.ceil(config.epochs * epoch))
-    rate = learning_rate(
-        config.optimizer.schedule,
-        peak=config.optimizer.learning_rate,
-        total_steps=total,
-        warmup_steps=round(config.optimizer.warmup_epochs * epoch),
-    )
-    optimizer = make_optimizer(
-        config.optimizer.name,
-        rate,
-        momentum=config.optimizer.momentum,
-        nesterov=config.optimizer.nesterov,
-        weight_decay=config.optimizer.weight_decay,
-        gradient_clip=config.optimizer.gradient_clip,
-    )
+    with checked_values("optimizer"):
+        rate = learning_rate(
+            config.optimizer.schedule,
+            peak=config.optimizer.learning_rate,
+            total_steps=total,
+            warmup_steps=round(config.optimizer.warmup_epochs * epoch),
+        )
+        optimizer = make_optimizer(
+            config.optimizer.name,
+            rate,
+            momentum=config.optimizer.momentum,
+            nesterov=config.optimizer.nesterov,
+            weight_decay=config.optimizer.weight_decay,
+            gradient_clip=config.optimizer.gradient_clip,
+        )
     sites = model_sites(model, images.splits.image_shape)
     schedule = Schedule(total, config.log_every, config.checkpoint_every)
     return Parts(images, model, sites, optimizer, schedule)
@@ -150,15 +185,11 @@ def statistics_batches(
 def evaluation_batches(
     config: ml_collections.ConfigDict, images: Images, split: str
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """One pass over a split ("train", "reward" or "test")."""
+    """One pass over a split ("train", "reward" or "test"), in batches the devices can share."""
+    replicas = replica_count()
     return data.eval_batches(
         getattr(images.splits, split),
-        batch_size=config.evaluation.batch_size,
+        batch_size=math.ceil(config.evaluation.batch_size / replicas) * replicas,
         mean=images.mean,
         std=images.std,
     )
-
-
-def quantized_apply(model: Any, *, axis_name: str | None = None) -> Callable:
-    """`quantize(model.apply)`."""
-    return aqs.quantize(model.apply, axis_name=axis_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import aqt_search as aqs
 from aqt_search.formats import format_name
 from aqt_search.training.evaluation import evaluate, reestimate_batch_stats
 from aqt_search.training.metrics import read_metrics
+from aqt_search.training.parallel import AXIS
 from aqt_search.training.workdir import write_json
 from experiments.from_config import Images, evaluation_batches, statistics_batches
 
@@ -62,12 +64,18 @@ def finish(
     Returns:
       The result, as written.
     """
-    qapply = aqs.quantize(model.apply)
+    # Activation scales are those of a whole batch, however many devices share it.
+    qapply = aqs.quantize(model.apply, axis_name=AXIS)
     if config.evaluation.batch_norm_batches:
         batches = statistics_batches(config, images)
         statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
         variables = {**variables, "batch_stats": statistics}
-    test = evaluate(qapply, assignment, variables, evaluation_batches(config, images, "test"))
+    held_out, test = (
+        evaluate(qapply, assignment, variables, evaluation_batches(config, images, split))
+        if len(getattr(images.splits, split))
+        else None
+        for split in ("reward", "test")
+    )
     result = {
         "name": workdir.name,
         "model": f"{config.model.name}{config.model.depth}",
@@ -75,13 +83,14 @@ def finish(
         "seed": config.seed,
         "accuracy": test.accuracy,
         "loss": test.loss,
+        "held_out_accuracy": held_out and held_out.accuracy,
         "train_accuracy": read_metrics(workdir)[-1].get("accuracy"),
         "gbops": float(aqs.cost.gbops(sites, assignment)),
         "weight_bytes": float(aqs.cost.weight_bytes(sites, assignment)),
         "target_gbops": None,
         "final_entropy": None,
         "without_retraining": None,
-        "command": " ".join(["python", "-m", *_command()]),
+        "command": shlex.join(["python", "-m", *_command()]),
         **facts,
     }
     write_json(workdir / SITES_FILE, sites_json(sites))

@@ -59,7 +59,8 @@ def search_options(
     """The controls of `config.search`."""
     outside = ("space", "decide", "target", "relative_to", "held_out_batch_size")
     controls = {k: v for k, v in config.search.items() if k not in outside}
-    return SearchOptions(total_steps=total_steps, target=target, **controls)
+    with from_config.checked_values("search"):
+        return SearchOptions(total_steps=total_steps, target=target, **controls)
 
 
 def probabilities(state: SearchState, space: Space, temperature: float) -> dict[str, float]:
@@ -93,7 +94,6 @@ def run(
 ) -> dict[str, Any]:
     """Searches, evaluates the formats found and returns the result."""
     with lock_workdir(workdir):
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         images = images or from_config.load_images(config)
         # Replicas hold different samples, so each normalises by its own batch.
         parts = from_config.build_parts(config, images, axis_name=None)
@@ -113,6 +113,8 @@ def run(
             policies.init_policy(space.mask, policy_optimizer(options)),
         )
         examples = config.search.held_out_batch_size if held_out else config.batch_size
+        # Claimed last, so that a refused configuration does not keep the folder.
+        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         found = run_steps(
             step, state, streams, parts.schedule, workdir,
             describe=lambda s: probabilities(s, space, options.temperature),

@@ -85,10 +85,12 @@ def run_point(point: Point, folder: Path, images: from_config.Images) -> dict[st
 def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """Runs every point and writes the report; returns the path of report.html."""
     with lock_workdir(workdir):
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
-        images = from_config.load_images(config)
+        images, seed = from_config.load_images(config), config.seed
         points = sweep_points(config, workdir)
+        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         for number, point in enumerate(points, start=1):
+            if point.config.seed != seed:  # the held-out images depend on it
+                images, seed = from_config.load_images(point.config), point.config.seed
             result = run_point(point, workdir / "points" / point.name, images)
             told = result.get("error") or (
                 f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"

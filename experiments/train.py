@@ -32,17 +32,43 @@ def configured_assignment(
         return aqs.assign(sites, config.formats)
     if config.formats:
         raise from_config.ConfigError("Give formats or a policy file, not both.")
-    policy = read_json(config.policy)
-    unknown = sorted(set(policy) - set(sites))
-    if unknown:
+    policy = read_policy(Path(config.policy))
+    odd = sorted(set(policy) ^ set(sites))
+    if odd:
         raise from_config.ConfigError(
-            f"{config.policy} names sites this model does not have: {', '.join(unknown[:3])}."
+            f"The policy {config.policy} is not of this model: only one of them has the sites"
+            f" {', '.join(odd[:3])}. Take one from a run with the same config.model and data."
         )
+    return {name: policy[name] for name in sites}
 
-    def formats(sides: dict[str, str | None]) -> aqs.SiteFormats:
-        return aqs.SiteFormats(**{k: v and aqs.numeric_format(v) for k, v in sides.items()})
 
-    return {name: formats(sides) for name, sides in policy.items()}
+def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:
+    """Reads a policy.json: {site: {"lhs": format name or null, "rhs": ...}}.
+
+    Raises:
+      ConfigError: there is no such file, or it holds something else.
+      WorkdirError: it is not JSON.
+      FormatError: an unknown format.
+    """
+    try:
+        policy = read_json(path)
+    except OSError as error:
+        message = f"Cannot read the policy {path}: {error.strerror}. Give a run's policy.json."
+        raise from_config.ConfigError(message) from error
+
+    def formats(name: str) -> aqs.SiteFormats:
+        sides = policy[name]
+        if not isinstance(sides, dict) or set(sides) != {"lhs", "rhs"}:
+            raise from_config.ConfigError(
+                f'The policy {path} gives site {name!r} {sides!r}; expected {{"lhs": format name or'
+                ' null, "rhs": format name or null}, as in the policy.json of a run.'
+            )
+        named = {k: None if v is None else aqs.numeric_format(v) for k, v in sides.items()}
+        return aqs.SiteFormats(**named)
+
+    if not isinstance(policy, dict):
+        raise from_config.ConfigError(f"The policy {path} is no JSON object of sites.")
+    return {name: formats(name) for name in policy}
 
 
 def run(
@@ -50,7 +76,6 @@ def run(
 ) -> dict[str, Any]:
     """Trains, evaluates and returns the result; `images` saves loading the data set again."""
     with lock_workdir(workdir):
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         images = images or from_config.load_images(config)
         parts = from_config.build_parts(config, images)
         assignment = configured_assignment(config, parts.sites)
@@ -63,6 +88,8 @@ def run(
         shape = images.splits.image_shape
         state = init_train_state(parts.model, parts.optimizer, shape, config.seed)
         stream = from_config.training_stream(config, images)
+        # Claimed last, so that a refused configuration does not keep the folder.
+        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         trained = run_steps(
             step, state, [stream], parts.schedule, workdir, description=workdir.name
         )

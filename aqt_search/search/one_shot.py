@@ -66,6 +66,13 @@ class SearchOptions:
                 "delay and baseline_momentum lie in [0, 1), temperature above 0; got"
                 f" {self.delay}, {self.baseline_momentum} and {self.temperature}."
             )
+        if self.beta < 0:
+            raise ValueError(f"beta, the weight of the cost, is {self.beta}; expected at least 0.")
+        if self.start >= self.total_steps:
+            raise ValueError(
+                f"A delay of {self.delay} leaves none of the {self.total_steps} steps to move the"
+                " policy in. Shorten the delay or train longer."
+            )
 
     @property
     def start(self) -> int:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import NumericFormat, numeric_format, stack_formats
+from aqt_search.formats import NumericFormat, format_name, numeric_format, stack_formats
 from aqt_search.rules import FormatSpec, assign, match_rules, site_formats
 from aqt_search.sites import Site, SiteFormats
 
@@ -38,6 +38,8 @@ class Decision:
 def _label(option: FormatSpec) -> str:
     if isinstance(option, Mapping):
         return ",".join(f"{key}={value}" for key, value in sorted(option.items()))
+    if isinstance(option, NumericFormat):
+        return str(format_name(option))
     return "none" if option is None else str(option)
 
 
@@ -108,7 +110,7 @@ class Space:
         return operands, np.array(decision_of), table
 
     def cost_table(self, cost: Callable[[Mapping[str, Site], Any], float]) -> CostTable:
-        """Splits an additive cost, such as `cost.gbops`, into shares of options and of fixed sites."""
+        """Splits an additive cost, such as `cost.gbops`, into those of options and of the rest."""
         table = np.zeros((len(self.decisions), self.max_options))
         for number, decision in enumerate(self.decisions):
             sites = {name: self.sites[name] for name in decision.sites}
@@ -173,6 +175,8 @@ def make_space(
 
     Raises:
       RuleError: a rule matches no site or is never reached.
+      FormatError: unknown format name.
+      SiteError: a rule offers a format to a site that cannot be quantized.
       SpaceError: a rule has fewer than two options or the same twice, no rule has options, or
         `decide` is something else.
     """
@@ -194,10 +198,11 @@ def make_space(
             decisions += [Decision(name, (name,), options) for name in members]
     order = {name: index for index, name in enumerate(sites)}
     decisions.sort(key=lambda decision: order[decision.sites[0]])
-    # Any option stands for a choice here: `assign` checks that its sites can be quantized at all.
-    probe = [(p, searched[i][0] if i in searched else s) for i, (p, s) in enumerate(rules)]
+    for column in range(max(map(len, searched.values()))):  # checks every option
+        chosen = {i: options[min(column, len(options) - 1)] for i, options in searched.items()}
+        formats = assign(sites, [(p, chosen.get(i, s)) for i, (p, s) in enumerate(rules)])
     covered = {name for decision in decisions for name in decision.sites}
-    fixed = {n: formats for n, formats in assign(sites, probe).items() if n not in covered}
+    fixed = {name: formats[name] for name in sites if name not in covered}
     return Space(sites, tuple(decisions), fixed)
 
 

@@ -58,8 +58,8 @@ def reestimate_batch_stats(
     """BatchNorm statistics of frozen weights under `assignment`: plain means over `batches`.
 
     A running statistic follows `new = m * old + (1 - m) * batch`, so the batch's own value is
-    `new(old=0) / (1 - m)`, with `1 - m = 1 - (new(old=1) - new(old=0))`: no module needs to tell its
-    momentum m. Statistics gathered while formats were still being sampled fit none of them.
+    `new(old=0) / (1 - m)`, with `m = (new(old=c) - new(old=0)) / c` for any c: no module needs to
+    tell its momentum m. Statistics gathered while formats were being sampled fit none of them.
 
     Args:
       qapply, assignment, variables: as for `evaluate`.
@@ -73,16 +73,19 @@ def reestimate_batch_stats(
         return batch_stats
 
     def statistics(params, batch):
-        def updated(value):
-            old = jax.tree.map(lambda s: jnp.full_like(s, value), batch_stats)
+        def updated(old):
             _, updates = qapply(
                 assignment, {"params": params, "batch_stats": old}, batch["image"],
                 train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
             )  # fmt: skip
             return updates["batch_stats"]
 
-        from_zero, from_one = updated(0.0), updated(1.0)
-        own = jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), from_zero, from_one)
+        from_zero = updated(jax.tree.map(jnp.zeros_like, batch_stats))
+        # As large as the statistic, so that the difference keeps its digits.
+        old = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), 1.0), from_zero)
+        own = jax.tree.map(
+            lambda zero, new, c: zero / (1 - (new - zero) / c), from_zero, updated(old), old
+        )
         return jax.lax.pmean(own, parallel.AXIS)
 
     compiled = parallel.pmap_step(statistics, donate_state=False)

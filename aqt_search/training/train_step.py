@@ -93,7 +93,7 @@ def make_update(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = means | {"gradient_norm": optax.global_norm(grads)}
+        metrics = means | {"gradient_norm": optax.tree.norm(grads)}
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng)
         return new, metrics, logits
 

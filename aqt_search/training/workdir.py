@@ -58,7 +58,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
         ValueError: `obj` holds a NaN or an infinity, which JSON does not have.
         TypeError: `obj` holds something that is no JSON value.
     """
-    write_text(path, json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -1,0 +1,29 @@
+# Everything runs in .venv, which the first target to need it builds.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: search test lint benchmark clean
+
+# Searches the formats of a ResNet-8 on scikit-learn's digits, beside uniform baselines.
+search: $(INSTALLED)
+	$(RUN) -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits_resnet8
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+benchmark: $(INSTALLED)
+	$(RUN) -m benchmarks.search_step
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aqt_search needs Python 3.11 or newer; run make with PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev]
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv runs

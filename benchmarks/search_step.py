@@ -1,0 +1,183 @@
+"""Search step against float training step: time, build time, memory, compilations.
+
+    python -m benchmarks.search_step            # ResNet-20, 32 x 32 x 3, batch 128: about 5 minutes
+    python -m benchmarks.search_step --quick    # smaller, to see that it runs
+
+All programs are built first, then their steps are run in turn, round after round, so that a machine
+whose speed drifts slows all of them alike; ratios are medians of the rounds' own ratios. The goals
+are the project's (CONTRIBUTING.md); nothing here fails if one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import aqt_search as aqs
+from aqt_search.models.resnet import resnet
+from aqt_search.search import policy as policies
+from aqt_search.search.one_shot import (
+    SearchOptions,
+    SearchState,
+    make_search_step,
+    policy_optimizer,
+)
+from aqt_search.search.space import make_space
+from aqt_search.training import parallel
+from aqt_search.training.optimizer import make_optimizer
+from aqt_search.training.train_step import init_train_state, make_update
+
+TWO = ("int4", "int8")
+FOUR = ("int3", "int4", "int6", "int8")
+SIXTEEN = (
+    *("int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16"),
+    *("e2m1", "e2m2", "e2m3", "e3m1", "e3m2", "e3m3", "e4m3", "e5m2"),
+)
+HELD_OUT = 32  # examples a search step measures quality on: the default of the configs
+
+
+class Program(NamedTuple):
+    """A step, the state it starts from and the batches it takes."""
+
+    name: str
+    step: Callable
+    state: Any
+    batches: tuple[Any, ...]
+
+
+class Build(NamedTuple):
+    """What building a program took."""
+
+    seconds: float
+    temporary_bytes: int
+
+
+def random_batch(rng: np.random.Generator, size: int, image_size: int) -> dict[str, np.ndarray]:
+    """Normal images and uniform labels: time does not depend on what is in them."""
+    images = rng.normal(size=(size, image_size, image_size, 3)).astype(np.float32)
+    return {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
+
+
+def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]:
+    """The float step and search steps over 2, 4 and 16 formats, each with its own state."""
+    rng = np.random.default_rng(0)
+    batch = random_batch(rng, batch_size, image_size)
+    held_out = random_batch(rng, HELD_OUT, image_size)
+    model = resnet(depth, 10)
+    optimizer = make_optimizer("sgd", 0.1, weight_decay=5e-4)
+    train = init_train_state(model, optimizer, batch["image"].shape[1:], seed=0)
+    image = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
+    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    sites = aqs.find_sites(model.apply, variables, image, train=False)
+    qapply = aqs.quantize(model.apply)
+    update = make_update(qapply, optimizer)
+    static = aqs.assign(sites, [(".*", "int8")])
+    programs = [
+        Program("float32 training", lambda s, b: update(s, {}, b)[:2], train, (batch,)),
+        Program("int8 training (static)", lambda s, b: update(s, static, b)[:2], train, (batch,)),
+    ]
+    for formats in (TWO, FOUR, SIXTEEN):
+        space = make_space(sites, [(".*", formats)])
+        target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
+        options = SearchOptions(total_steps=1000, target=target, delay=0.0)
+        costs = space.cost_table(aqs.cost.gbops)
+        step = make_search_step(qapply, update, space, costs, options)
+        state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
+        programs.append(Program(f"search, {len(formats)} formats", step, state, (batch, held_out)))
+    return programs
+
+
+def build(program: Program) -> Build:
+    """Traces, lowers and compiles a program from nothing."""
+    jax.clear_caches()
+    state = parallel.replicate(program.state)
+    batches = [parallel.shard(b) for b in program.batches]
+    start = time.perf_counter()
+    compiled = parallel.pmap_step(program.step).lower(state, *batches).compile()
+    seconds = time.perf_counter() - start
+    return Build(seconds, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def time_steps(programs: list[Program], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step, the programs taking turns; the first two rounds are not counted."""
+    steps = {p.name: parallel.pmap_step(p.step) for p in programs}
+    states = {p.name: parallel.replicate(p.state) for p in programs}
+    batches = {p.name: [parallel.shard(b) for b in p.batches] for p in programs}
+    seconds: dict[str, list[float]] = {p.name: [] for p in programs}
+    for number in range(rounds + 2):
+        # Every other round runs backwards, so that no program always follows the same one.
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            states[name], metrics = steps[name](states[name], *batches[name])
+            jax.block_until_ready((states[name], metrics))
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(values: list[float], references: list[float]) -> float:
+    """The median of the ratios round by round."""
+    return statistics.median(v / r for v, r in zip(values, references, strict=True))
+
+
+def count_compilations(program: Program, steps: int) -> int:
+    """Compilations in `steps` search steps after the first, each with another sample of formats."""
+    step = parallel.pmap_step(program.step)
+    state = parallel.replicate(program.state)
+    batches = [parallel.shard(b) for b in program.batches]
+    state, _ = step(state, *batches)
+    events: list[str] = []
+
+    def listen(name: str, _seconds: float, **_: Any) -> None:
+        if name.endswith("backend_compile_duration"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for _ in range(steps):
+        state, metrics = step(state, *batches)
+        jax.block_until_ready(metrics)
+    return len(events)
+
+
+def main() -> None:
+    """Runs the benchmark of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ResNet-8, 16 x 16, batch 32")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
+    parser.add_argument("--builds", type=int, default=5, help="timed builds")
+    args = parser.parse_args()
+    size = (8, 32, 16) if args.quick else (20, 128, 32)
+    programs = make_programs(*size)
+    builds = [{p.name: build(p) for p in programs} for _ in range(args.builds)]
+    seconds = time_steps(programs, args.rounds)
+    base = programs[0].name
+    print(f"ResNet-{size[0]}, batch {size[1]}, {size[2]} x {size[2]} x 3, on", end=" ")
+    print(f"{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(
+        f"{'program':24} {'ms':>7} {'ratio':>6} {'build s':>8} {'ratio':>6} {'MB':>6} {'ratio':>6}"
+    )
+    for program in programs:
+        name = program.name
+        built = [b[name].seconds for b in builds]
+        base_built = [b[base].seconds for b in builds]
+        memory, base_memory = builds[0][name].temporary_bytes, builds[0][base].temporary_bytes
+        print(
+            f"{name:24} {1e3 * statistics.median(seconds[name]):7.1f}"
+            f" {median_ratio(seconds[name], seconds[base]):6.3f}"
+            f" {statistics.median(built):8.2f} {median_ratio(built, base_built):6.3f}"
+            f" {memory / 1e6:6.1f} {memory / base_memory:6.3f}"
+        )
+    two, sixteen = programs[2].name, programs[-1].name
+    print(f"16 formats / 2 formats: {median_ratio(seconds[sixteen], seconds[two]):.3f}")
+    print(f"compilations in 50 more search steps: {count_compilations(programs[-1], 50)}")
+
+
+if __name__ == "__main__":
+    main()

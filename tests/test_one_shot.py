@@ -1,0 +1,361 @@
+"""The search step on a small problem, and the guard that watches a search."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+import aqt_search as aqs
+from aqt_search.search import policy as policies
+from aqt_search.search.one_shot import (
+    CollapsedSearchError,
+    QualityGuard,
+    SearchOptions,
+    SearchState,
+    accuracy_and_agreement,
+    best_choices,
+    make_search_step,
+    policy_optimizer,
+)
+from aqt_search.search.space import SpaceError, make_space
+from aqt_search.training import parallel
+from aqt_search.training.optimizer import make_optimizer
+from aqt_search.training.train_step import init_train_state, make_update
+
+CLASSES, FEATURES = 4, 6
+OPTIONS = ("int3", "int4", "int6", "int8")
+CENTRES = np.random.default_rng(7).normal(size=(CLASSES, FEATURES)) * 2
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for width in (12, 10, 8):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def batches(seed, size=32):
+    rng = np.random.default_rng(seed)
+    while True:
+        labels = rng.integers(0, CLASSES, size)
+        images = CENTRES[labels] + rng.normal(size=(size, FEATURES))
+        yield {"image": images.astype(np.float32), "label": labels.astype(np.int32)}
+
+
+class Recorder:
+    """The samples of both replicas, step by step, and how often the model was traced."""
+
+    def __init__(self):
+        self.drawn: dict[int, list[np.ndarray]] = {0: [], 1: []}
+        self.traces = 0
+
+    def spying_space(self, space):
+        def record(replica, choices):
+            self.drawn[int(replica)].append(np.asarray(choices))
+
+        class Spying(type(space)):
+            def assignment(self, choices):
+                jax.debug.callback(record, jax.lax.axis_index(parallel.AXIS), choices)
+                return super().assignment(choices)
+
+        return Spying(space.sites, space.decisions, space.fixed)
+
+    def counting(self, qapply):
+        def apply(*args, **kwargs):
+            self.traces += 1
+            return qapply(*args, **kwargs)
+
+        return apply
+
+    @property
+    def choices(self):
+        """[steps, replicas, decisions]"""
+        jax.effects_barrier()
+        return np.stack([self.drawn[0], self.drawn[1]], axis=1)
+
+
+class Problem(NamedTuple):
+    step: Any  # not compiled
+    state: SearchState  # the first, not replicated
+    space: Any
+    costs: Any
+    recorder: Recorder
+
+
+def problem(spy=True, rules=((".*", OPTIONS),), **options):
+    model, recorder = Net(), Recorder()
+    optimizer = make_optimizer("sgd", 0.05)
+    train = init_train_state(model, optimizer, (FEATURES,), seed=0)
+    sites = aqs.find_sites(model.apply, {"params": train.params}, jnp.zeros((1, FEATURES)))
+    space = make_space(sites, rules)
+    costs = space.cost_table(aqs.cost.gbops)
+    options = SearchOptions(target=1.5 * costs.range[0], **options)
+    qapply = recorder.counting(aqs.quantize(model.apply)) if spy else aqs.quantize(model.apply)
+    used = recorder.spying_space(space) if spy else space
+    step = make_search_step(qapply, make_update(qapply, optimizer), used, costs, options)
+    state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
+    return Problem(step, state, space, costs, recorder)
+
+
+class History(NamedTuple):
+    problem: Problem
+    policies: list  # before every step and after the last, of both replicas
+    trains: list
+    metrics: list
+    traces: list  # so far, after every step
+    batches: list  # those of every step
+
+
+def search(steps, *, held_out=True, keep=True, **options):
+    """Runs a search and keeps what went by."""
+    setting = problem(total_steps=options.pop("total_steps", steps), **options)
+    step = parallel.pmap_step(setting.step, donate_state=False)
+    state = parallel.replicate(setting.state)
+    streams = [batches(1), batches(2)][: 1 + held_out]
+    history = History(setting, [], [], [], [], [])
+    for _ in range(steps):
+        inputs = [parallel.shard(next(stream)) for stream in streams]
+        if keep:
+            history.policies.append(jax.tree.map(np.asarray, state.policy))
+            history.trains.append(jax.tree.map(np.asarray, state.train))
+            history.batches.append(inputs)
+        state, metrics = step(state, *inputs)
+        history.metrics.append(jax.tree.map(np.asarray, metrics))
+        history.traces.append(setting.recorder.traces)
+    history.policies.append(jax.tree.map(np.asarray, state.policy))
+    history.trains.append(jax.tree.map(np.asarray, state.train))
+    return history
+
+
+DELAY_STEPS, STEPS = 150, 200
+
+
+@pytest.fixture(scope="module")
+def short():
+    """Three quarters of delay, then a policy that moves."""
+    return search(STEPS, delay=DELAY_STEPS / STEPS, learning_rate=0.3)
+
+
+def test_the_policy_rests_until_the_delay_is_over(short):
+    first = short.policies[0]
+    for policy in short.policies[1 : DELAY_STEPS + 1]:
+        jax.tree.map(np.testing.assert_array_equal, policy, first)
+    moved = [np.abs(p.logits - q.logits).max() for p, q in zip(short.policies, short.policies[1:])]
+    assert min(moved[DELAY_STEPS:]) > 0
+    assert short.policies[-1].updates.tolist() == [STEPS - DELAY_STEPS] * 2
+
+
+def test_samples_are_uniform_before_the_delay_is_over(short):
+    drawn = short.problem.recorder.choices[:DELAY_STEPS]  # [steps, replicas, decisions]
+    assert drawn.shape == (DELAY_STEPS, 2, 4)
+    expected = DELAY_STEPS * 2 / len(OPTIONS)
+    counts = np.stack([np.bincount(drawn[..., d].ravel(), minlength=4) for d in range(4)])
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    # 4 decisions of 3 degrees of freedom; a fair sampler passes for all but one in 10^6 seeds.
+    assert statistic < chi2.ppf(1 - 1e-6, 12)
+
+
+def test_unequal_numbers_of_options_are_sampled_alike():
+    rules = (("Dense_0", ("int4", "int8")), ("Dense_1", ("int4", "int6", "int8")), (".*", OPTIONS))
+    found = search(150, keep=False, rules=rules, delay=0.9, total_steps=1000)
+    drawn = found.problem.recorder.choices
+    for decision, options in enumerate((2, 3, 4, 4)):
+        counts = np.bincount(drawn[..., decision].ravel(), minlength=options)
+        assert len(counts) == options
+        # Each count is binomial: five standard deviations.
+        p = 1 / options
+        assert (np.abs(counts - 300 * p) < 5 * math.sqrt(300 * p * (1 - p))).all()
+
+
+def test_replicas_draw_their_own_samples_and_hold_one_state(short):
+    drawn = short.problem.recorder.choices[:DELAY_STEPS]
+    same = (drawn[:, 0] == drawn[:, 1]).all(axis=1).mean()
+    # Two fair draws of 4 ** 4 points agree once in 256: 10 of 150 would be far outside.
+    assert same < 10 / DELAY_STEPS
+    steps = (drawn[1:] == drawn[:-1]).all(axis=(1, 2)).mean()
+    assert steps < 10 / DELAY_STEPS
+    for tree in (short.trains[-1], short.policies[-1], short.metrics[-1]):
+        for leaf in jax.tree.leaves(tree):
+            np.testing.assert_array_equal(leaf[0], leaf[1])
+
+
+def test_no_sample_compiles_anything(short):
+    points = {tuple(c) for c in short.problem.recorder.choices[:, 0]}
+    assert len(points) >= 50
+    assert short.traces[0] == short.traces[-1]
+
+
+def test_metrics_alone_come_back_to_python():
+    setting = problem(spy=False, total_steps=10)
+    batch = parallel.shard(next(batches(1)))
+    step = jax.pmap(setting.step, axis_name=parallel.AXIS)
+    state = parallel.replicate(setting.state)
+    jaxpr = str(jax.make_jaxpr(step)(state, batch, batch))
+    assert "categorical" in jaxpr or "gumbel" in jaxpr or "random_bits" in jaxpr
+    assert "callback" not in jaxpr
+    new, metrics = jax.eval_shape(step, state, batch, batch)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    assert set(metrics) == {
+        "loss", "accuracy", "gradient_norm", "reward", "quality", "prediction_agreement", "cost",
+        "advantage", "entropy_weight", "entropy", "expected_cost",
+    }  # fmt: skip
+    assert {leaf.shape for leaf in metrics.values()} == {(2,)}
+
+
+@pytest.mark.parametrize("at", [0, DELAY_STEPS + 20])
+def test_quality_is_the_held_out_accuracy_of_the_weights_before_the_step(short, at):
+    setting, train = short.problem, short.trains[at]
+    batch, held_out = short.batches[at]
+    params = jax.tree.map(lambda leaf: leaf[0], train.params)
+    qapply = aqs.quantize(Net().apply)
+    accuracies, costs = [], []
+    for replica, choices in enumerate(setting.recorder.choices[at]):
+        assignment = setting.space.concrete_assignment(choices)
+        logits = qapply(assignment, {"params": params}, held_out["image"][replica])
+        accuracies.append(np.mean(np.argmax(logits, -1) == held_out["label"][replica]))
+        costs.append(aqs.cost.gbops(setting.space.sites, assignment))
+    # 16 examples a replica: one may lie on the border of two classes.
+    assert short.metrics[at]["quality"][0] == pytest.approx(np.mean(accuracies), abs=1.01 / 32)
+    assert short.metrics[at]["cost"][0] == pytest.approx(np.mean(costs), rel=1e-6)
+
+
+def test_the_baseline_is_a_moving_average_that_starts_at_the_first_reward(short):
+    rewards = [float(m["reward"][0]) for m in short.metrics]
+    baseline = rewards[DELAY_STEPS]
+    for number in range(DELAY_STEPS, STEPS):
+        expected = rewards[number] - baseline
+        assert float(short.metrics[number]["advantage"][0]) == pytest.approx(expected, abs=1e-5)
+        baseline = 0.95 * baseline + 0.05 * rewards[number]
+        found = short.policies[number + 1].baseline[0]
+        assert float(found) == pytest.approx(baseline, rel=1e-5)
+
+
+def test_quality_on_the_training_batch():
+    found = search(20, held_out=False, quality="train", delay=0.5)
+    for metrics in found.metrics:
+        assert metrics["quality"][0] == metrics["accuracy"][0]
+    assert np.abs(found.policies[-1].logits).max() > 0
+
+
+@pytest.mark.parametrize("log_probability", ["sum", "mean"])
+def test_a_search_ends_at_its_target_decided(log_probability):
+    """With a heavy cost term the search must find one of the many points near the target.
+
+    256 points lie between 1 and 7.1 of the cheapest cost, target 1.5; the entropy term, at its end
+    as large as the differences of rewards, leaves no decision open.
+    """
+    options = {"beta": 10.0, "entropy_weight": 1.0, "learning_rate": 0.1, "delay": 0.1}
+    found = search(500, keep=False, log_probability=log_probability, **options)
+    setting, logits = found.problem, found.policies[-1].logits[0]
+    log_p = policies.log_probabilities(logits, setting.space.mask)
+    assert float(policies.entropy(log_p).mean()) < 0.05
+    best = best_choices(logits, setting.space.mask)
+    cost = aqs.cost.gbops(setting.space.sites, setting.space.concrete_assignment(best))
+    assert cost == pytest.approx(1.5 * setting.costs.range[0], rel=0.05)
+    accuracy = np.mean([m["accuracy"][0] for m in found.metrics[-50:]])
+    assert accuracy > 0.8  # the classes overlap little; chance is 0.25
+
+
+def test_the_best_choices_are_the_most_probable_ones_that_exist():
+    logits = np.array([[0.1, 0.2, 5.0], [-3.0, -1.0, -2.0]], np.float32)
+    mask = np.array([[True, True, False], [True, True, True]])
+    np.testing.assert_array_equal(best_choices(logits, mask), [1, 1])
+
+
+def test_accuracy_and_agreement():
+    logits = jnp.asarray(np.eye(4, dtype=np.float32)[[0, 1, 1, 1, 3]])
+    accuracy, agreement = accuracy_and_agreement(logits, jnp.array([0, 1, 2, 1, 0]))
+    assert (float(accuracy), float(agreement)) == pytest.approx((3 / 5, 3 / 5))
+
+
+def test_a_target_outside_of_the_space():
+    setting = problem(spy=False, total_steps=10)
+    options = SearchOptions(total_steps=10, target=2 * setting.costs.range[1])
+    with pytest.raises(SpaceError, match="outside of the space"):
+        make_search_step(None, None, setting.space, setting.costs, options)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"reward": "sharp"}, ["reward", "'sharp'", "absolute"]),
+        ({"quality": "test"}, ["quality", "'test'", "held_out"]),
+        ({"entropy_schedule": "sine"}, ["entropy schedule", "'sine'", "cosine"]),
+        ({"log_probability": "max"}, ["log_probability", "'max'", "sum, mean"]),
+        ({"delay": 1.0}, ["delay", "[0, 1)", "1.0"]),
+        ({"delay": 0.96}, ["0.96", "10 steps", "Shorten the delay"]),
+        ({"baseline_momentum": 1.0}, ["baseline_momentum", "1.0"]),
+        ({"temperature": 0.0}, ["temperature", "0.0"]),
+        ({"beta": -1.0}, ["beta", "-1.0"]),
+    ],
+)
+def test_options_are_checked(changes, words):
+    with pytest.raises(ValueError) as caught:
+        SearchOptions(**{"total_steps": 10, "target": 1.0} | changes)
+    assert all(word in str(caught.value) for word in words)
+
+
+# --- The guard ------------------------------------------------------------------------------------
+
+GUARDED = SearchOptions(total_steps=100, target=1.0, delay=0.2)
+
+
+def watch(qualities, agreements, *, first_step=21, window=10):
+    """The step at which the guard stops a search of 10 classes and 32 examples, or None."""
+    guard = QualityGuard(GUARDED, classes=10, examples=32, window=window)
+    for step, (quality, agreement) in enumerate(zip(qualities, agreements), first_step):
+        try:
+            guard(step, {"quality": np.float32(quality), "prediction_agreement": agreement})
+        except CollapsedSearchError as error:
+            assert f"step {step} " in str(error)
+            assert "--workdir" in str(error)
+            return step
+    return None
+
+
+# Chance is 0.1; its three standard errors over 10 steps of 32 examples are 0.05.
+@pytest.mark.parametrize(
+    "quality, agreement, stops",
+    [
+        (0.9, 0.3, None),
+        (0.16, 0.5, None),
+        (0.14, 0.5, 30),
+        (0.1, 0.5, 30),
+        (0.3, 1.0, 30),  # one class makes up a third of the examples: constant all the same
+    ],
+)
+def test_the_guard_stops_a_search_without_quality(quality, agreement, stops):
+    assert watch([quality] * 40, [agreement] * 40) == stops
+
+
+def test_the_guard_waits_for_the_delay():
+    assert watch([0.1] * 29, [1.0] * 29, first_step=1) is None
+    assert watch([0.1] * 30, [1.0] * 30, first_step=1) == 30
+
+
+def test_the_guard_looks_at_the_last_steps_only():
+    assert watch([0.9] * 30 + [0.1] * 20, [0.3] * 50) == 21 + 30 + 9 - 1
+    assert watch([0.9] * 40, [1.0, 0.9] * 20) is None  # not every batch alike
+
+
+def test_defaults_of_the_guard_are_fit_for_a_search():
+    """A fair coin of a network, at chance, passes in no window; one a little better always does."""
+    rng = np.random.default_rng(0)
+    options = dataclasses.replace(GUARDED, delay=0.0)
+    for accuracy, stopped in ((0.1, True), (0.2, False)):
+        guard = QualityGuard(options, classes=10, examples=32)
+        draws = rng.binomial(32, accuracy, 50) / 32
+        for step, quality in enumerate(draws[:-1], 1):
+            guard(step, {"quality": quality, "prediction_agreement": 0.5})
+        try:
+            guard(50, {"quality": draws[-1], "prediction_agreement": 0.5})
+            assert not stopped
+        except CollapsedSearchError:
+            assert stopped

@@ -1,0 +1,185 @@
+"""Search spaces: rules to decisions, traced choices against concrete ones, and costs."""
+
+import dataclasses
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aqt_search as aqs
+from aqt_search.formats import format_name
+from aqt_search.search.space import SpaceError, make_space
+
+WEIGHT_ONLY = {"weight": "int4"}
+OPTIONS = ("int4", None, {"weight": "int3", "activation": "e4m3"})
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        x = nn.relu(nn.Conv(5, (3, 3), name="body")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def sites():
+    image = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
+    variables = jax.eval_shape(Net().init, jax.random.key(0), image)
+    return aqs.find_sites(Net().apply, variables, image)
+
+
+STEM, BODY, HEAD = "stem/kernel", "body/kernel", "head/kernel"
+
+
+def every_point(space):
+    return itertools.product(*(range(len(d.options)) for d in space.decisions))
+
+
+def as_names(formats):
+    """Format names, where None and float32 are the same thing: nothing is rounded."""
+    names = (None if f is None else format_name(jax.tree.map(np.asarray, f)) for f in formats)
+    return tuple(None if name == "fp32" else name for name in names)
+
+
+def test_the_first_matching_rule_holds_and_decisions_come_in_site_order(sites):
+    rules = [("head", ["e4m3", "bf16"]), ("stem", "int8"), (".*", ("int4", "int8", None))]
+    space = make_space(sites, rules)
+    assert [(d.name, d.sites, d.labels) for d in space.decisions] == [
+        (BODY, (BODY,), ("int4", "int8", "none")),
+        (HEAD, (HEAD,), ("e4m3", "bf16")),
+    ]
+    assert list(space.fixed) == [STEM]
+    assert as_names(space.fixed[STEM]) == ("int8", "int8")
+    np.testing.assert_array_equal(space.mask, [[1, 1, 1], [1, 1, 0]])
+    found = space.concrete_assignment([2, 1])
+    assert list(found) == list(sites) == [STEM, BODY, HEAD]
+    assert [as_names(f) for f in found.values()] == [("int8",) * 2, (None,) * 2, ("bf16",) * 2]
+    assert found[BODY] == aqs.SiteFormats(None, None)
+
+
+def test_sites_that_no_rule_matches_stay_as_they_are(sites):
+    space = make_space(sites, [("body", ("int4", "int8"))])
+    assert space.fixed == {STEM: aqs.SiteFormats(), HEAD: aqs.SiteFormats()}
+
+
+def test_a_decision_for_each_rule(sites):
+    space = make_space(sites, [("head", ("int4", "int8")), (".*", OPTIONS)], decide="rule")
+    assert [(d.name, d.sites) for d in space.decisions] == [
+        (".*", (STEM, BODY)),
+        ("head", (HEAD,)),
+    ]
+    found = space.concrete_assignment([2, 0])
+    assert [as_names(f) for f in found.values()] == [("e4m3", "int3")] * 2 + [("int4",) * 2]
+
+
+def test_options_by_role_name_their_operands(sites):
+    space = make_space(sites, [("body", ("int8", WEIGHT_ONLY, aqs.numeric_format("e2m1")))])
+    assert space.decisions[0].labels == ("int8", "weight=int4", "e2m1")
+    assert as_names(space.concrete_assignment([1])[BODY]) == (None, "int4")
+
+
+@pytest.mark.parametrize("decide", ["site", "rule"])
+def test_traced_choices_give_the_concrete_formats_at_every_point(sites, decide):
+    rules = [("head", (WEIGHT_ONLY, "e2m1")), ("stem|body", OPTIONS)]
+    space = make_space(sites, rules, decide=decide)
+    traced = jax.jit(space.assignment)
+    for choices in every_point(space):
+        found, expected = traced(jnp.array(choices)), space.concrete_assignment(choices)
+        assert set(found) == set(expected) == set(sites)
+        for name in sites:
+            assert as_names(found[name]) == as_names(expected[name]), (choices, name)
+    assert traced._cache_size() == 1
+
+
+def test_an_operand_that_no_option_quantizes_is_left_alone(sites):
+    space = make_space(sites, [("head", (WEIGHT_ONLY, {"weight": "int8"}))])
+    assert space.assignment(jnp.array([0]))[HEAD].lhs is None
+
+
+@pytest.mark.parametrize("decide", ["site", "rule"])
+def test_cost_table_is_the_cost_of_the_assignment(sites, decide):
+    rules = [("head", (WEIGHT_ONLY, "e2m1")), ("stem|body", OPTIONS)]
+    space = make_space(sites, rules, decide=decide)
+    costs = space.cost_table(aqs.cost.gbops)
+    of = jax.jit(costs.of)
+    points = list(every_point(space))
+    # With concrete formats `gbops` is exact; `of` sums float32 numbers.
+    exact = [aqs.cost.gbops(sites, space.concrete_assignment(point)) for point in points]
+    found = [float(of(jnp.array(point))) for point in points]
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    assert costs.range == pytest.approx((min(exact), max(exact)), rel=1e-12)
+
+
+def test_expected_cost_is_the_mean_over_all_points(sites):
+    space = make_space(sites, [("stem", "int8"), ("head", ("int4", "bf16")), ("body", OPTIONS)])
+    costs = space.cost_table(aqs.cost.gbops)
+    rng = np.random.default_rng(0)
+    p = np.where(space.mask, rng.uniform(0.1, 1.0, space.mask.shape), 0.0)
+    p /= p.sum(axis=1, keepdims=True)
+    mean = sum(
+        np.prod(p[np.arange(len(point)), point])
+        * aqs.cost.gbops(sites, space.concrete_assignment(point))
+        for point in every_point(space)
+    )
+    found = jax.jit(costs.expected)(jnp.asarray(p, jnp.float32))
+    assert float(found) == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_target_must_lie_in_the_range(sites):
+    costs = make_space(sites, [(".*", ("int4", "int8"))]).cost_table(aqs.cost.gbops)
+    low, high = costs.range
+    assert high == pytest.approx(4 * low)
+    for target in (low, (low + high) / 2, high):
+        costs.check_target(target)
+    for target in (0.99 * low, 1.01 * high, 0.0, -1.0, float("nan")):
+        with pytest.raises(SpaceError, match=f"{target:.6g}.*{low:.6g} and {high:.6g}"):
+            costs.check_target(target)
+
+
+@pytest.mark.parametrize(
+    "rules, kind, words",
+    [
+        ([(".*", ("int4", "int99"))], aqs.FormatError, ["'int99'"]),
+        ([("stem", "int99"), (".*", ("int4", "int8"))], aqs.FormatError, ["'int99'"]),
+        ([(".*", ("int4", "int8", "int4"))], SpaceError, ["'.*'", "'int4', 'int8', 'int4'"]),
+        ([(".*", (None, None))], SpaceError, ["'none', 'none'"]),
+        ([(".*", ("int4",))], SpaceError, ["'.*'", "'int4'", "at least two"]),
+        ([(".*", ())], SpaceError, ["'.*'", "at least two"]),
+        ([(".*", "int4")], SpaceError, ["nothing to choose"]),
+        ([], SpaceError, ["nothing to choose"]),
+        ([("tail", ("int4", "int8"))], aqs.RuleError, ["'tail'", "Nearest names"]),
+        ([(".*", ("int4", "int8")), ("stem", "int8")], aqs.RuleError, ["'stem'", "never used"]),
+        ([(".*", ("int4", {"weigth": "int8"}))], aqs.RuleError, ["weigth", "'weight'"]),
+    ],
+)
+def test_errors(sites, rules, kind, words):
+    with pytest.raises(kind) as caught:
+        make_space(sites, rules)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_unknown_way_to_decide(sites):
+    with pytest.raises(SpaceError, match=r"'layer'.*'site' or 'rule'"):
+        make_space(sites, [(".*", ("int4", "int8"))], decide="layer")
+
+
+def test_a_site_that_cannot_be_quantized_is_refused_in_any_option(sites):
+    refused = {**sites, BODY: dataclasses.replace(sites[BODY], refused="it is special")}
+    with pytest.raises(aqs.SiteError, match=r"body/kernel.*it is special"):
+        make_space(refused, [(".*", (None, "int4"))])
+    space = make_space(refused, [("body", None), (".*", ("int4", "int8"))])
+    assert BODY in space.fixed
+
+
+def test_choices_may_be_batched_by_vmap(sites):
+    space = make_space(sites, [(".*", ("int4", "int8", "e4m3"))])
+    points = np.array(list(every_point(space)))
+    costs = space.cost_table(aqs.cost.gbops)
+    of_formats = jax.vmap(lambda c: aqs.cost.gbops(sites, space.assignment(c)))(points)
+    chex.assert_shape(of_formats, (27,))
+    np.testing.assert_allclose(of_formats, jax.vmap(costs.of)(points), rtol=1e-6)
