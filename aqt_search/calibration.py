@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from aqt_search.formats import NumericFormat, is_unscaled
+from aqt_search.formats import Grid, NumericFormat, as_grid
 
 
 def reduced_axes(ndim: int, channel_axes: Sequence[int]) -> tuple[int, ...]:
@@ -48,14 +48,23 @@ def absmax_scale(
     Returns:
       x's shape with 1 in place of every axis that is shared; x's dtype.
     """
+    return absmax_scale_of_grid(x, as_grid(fmt, x.dtype), channel_axes, axis_name)
+
+
+def absmax_scale_of_grid(
+    x: jax.Array, grid: Grid, channel_axes: Sequence[int], axis_name: Hashable | None
+) -> jax.Array:
+    """`absmax_scale` for a format that is a grid already."""
     axes = reduced_axes(x.ndim, channel_axes)
     absmax = jax.lax.reduce_max(jax.lax.abs(x), axes)
     absmax = jax.lax.expand_dims(jax.lax.max(absmax, jnp.zeros_like(absmax)), axes)
     if axis_name is not None:
         absmax = jax.lax.pmax(absmax, axis_name)
+    info = jnp.finfo(x.dtype)
+    largest, smallest = x.dtype.type(info.max / 4), x.dtype.type(info.tiny)
     # A product, as XLA rewrites a division by a broadcast scalar into one: the scale, and so every
     # rounded value, is then the same bits in every program.
-    info = jnp.finfo(x.dtype)
-    scale = jnp.minimum(absmax, info.max / 4) * (1 / jnp.asarray(fmt.max_value, x.dtype))
-    scale = jnp.where(jnp.isinf(absmax), jnp.nan, jnp.maximum(scale, info.tiny))
-    return jnp.where((absmax == 0) | is_unscaled(fmt), jnp.ones_like(scale), scale)
+    scale = jax.lax.min(absmax, largest) * grid.inverse_max
+    scale = jax.lax.max(scale, smallest) + 0 * absmax  # NaN where the maximum is not finite
+    unscaled = (absmax == 0) | (grid.unscaled > 0)
+    return jax.lax.select(unscaled, jnp.ones_like(scale), scale)

@@ -6,35 +6,58 @@ import functools
 from collections.abc import Hashable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from aqt_search.calibration import absmax_scale
-from aqt_search.formats import NumericFormat, floating_array, numeric_format, round_to_grid
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _scale_round_rescale(x, fmt, channel_axes, axis_name):
-    carrier = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
-    scale = absmax_scale(carrier, fmt, channel_axes, axis_name)
-    return (round_to_grid(carrier * (1 / scale), fmt) * scale).astype(x.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _fake_quant(x, fmt, channel_axes, axis_name):
-    if jax.default_backend() != "cpu":
-        return _scale_round_rescale(x, fmt, channel_axes, axis_name)
-    # Inlined, XLA:CPU fuses the rounding into every layout copy of its result and so computes it
-    # again in the backward pass: a ResNet-20 step took 1.2 to 1.4 times the float step instead of
-    # 0.93, and its compilation held 85 roundings for 44 quantized tensors.
-    with set_xla_metadata(inlineable="false"):
-        return _scale_round_rescale(x, fmt, channel_axes, axis_name)
+from aqt_search.calibration import absmax_scale_of_grid
+from aqt_search.formats import (
+    Grid,
+    NumericFormat,
+    as_grid,
+    floating_array,
+    numeric_format,
+    round_to_grid,
+)
+from aqt_search.outline import outline
 
 
-@_fake_quant.defjvp
+def pack_grids(formats: Sequence[NumericFormat], dtype: np.dtype) -> jax.Array:
+    """The grids of n formats as one array [n, 7] of `dtype`: a single kernel makes them all."""
+    columns = zip(*formats)
+    stacked = NumericFormat(*(jnp.stack([jnp.asarray(v) for v in column]) for column in columns))
+    return jnp.stack(as_grid(stacked, dtype), axis=1)
+
+
+def carrier_dtype(x: jax.Array) -> np.dtype:
+    """The dtype that x is rounded in."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+@functools.partial(outline, static_argnums=(3, 4))
+def _scale_round_rescale(x, grids, row, channel_axes, axis_name):
+    carrier = x.astype(grids.dtype)
+    packed = jax.lax.dynamic_index_in_dim(grids, row, keepdims=False)
+    grid = Grid(*(packed[field] for field in range(len(Grid._fields))))
+    scale = absmax_scale_of_grid(carrier, grid, channel_axes, axis_name)
+    return (round_to_grid(carrier * (1 / scale), grid) * scale).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def fake_quant_packed(
+    x: jax.Array,
+    grids: jax.Array,
+    row: jax.typing.ArrayLike,
+    channel_axes: tuple[int, ...],
+    axis_name: Hashable | None,
+) -> jax.Array:
+    """`fake_quant` in the format at `row` of `grids`, an array made by `pack_grids`."""
+    return _scale_round_rescale(x, grids, row, channel_axes, axis_name)
+
+
+@fake_quant_packed.defjvp
 def _fake_quant_jvp(channel_axes, axis_name, primals, tangents):
     # absmax clips nothing, so the straight-through gradient is the identity and saves nothing.
-    return _fake_quant(*primals, channel_axes, axis_name), tangents[0]
+    return fake_quant_packed(*primals, channel_axes, axis_name), tangents[0]
 
 
 def fake_quant(
@@ -68,4 +91,5 @@ def fake_quant(
       ValueError: a channel axis is out of range.
     """
     x = floating_array(x, "fake_quant")
-    return _fake_quant(x, numeric_format(fmt), tuple(channel_axes), axis_name)
+    grids = pack_grids([numeric_format(fmt)], carrier_dtype(x))
+    return fake_quant_packed(x, grids, np.int32(0), tuple(channel_axes), axis_name)

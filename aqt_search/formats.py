@@ -160,9 +160,7 @@ def _exponent_mask(dtype: np.dtype) -> np.integer:
 def _leading_power(x: jax.Array) -> jax.Array:
     """2^floor(log2|x|) for normal numbers, 0 below them: the exponent bits alone, exact."""
     mask = _exponent_mask(x.dtype)
-    return jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype
-    )
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype)
 
 
 def _power_of_two(exponent: jax.typing.ArrayLike, dtype: np.dtype) -> jax.Array:
@@ -174,29 +172,52 @@ def _power_of_two(exponent: jax.typing.ArrayLike, dtype: np.dtype) -> jax.Array:
     return jax.lax.bitcast_convert_type(field, dtype)
 
 
-def round_to_grid(x: jax.Array, fmt: NumericFormat) -> jax.Array:
+class Grid(NamedTuple):
+    """A format as its arithmetic needs it: floats of the carrier's dtype, each exact.
+
+    The fields are scalars, or broadcast against what is rounded. `as_grid` makes one.
+    """
+
+    min_value: jax.Array
+    max_value: jax.Array
+    min_power: jax.Array  # 2^min_exponent
+    steps: jax.Array  # 2^mantissa_bits: steps of the grid from one power of two to the next
+    step: jax.Array  # 2^-mantissa_bits
+    inverse_max: jax.Array  # 1 / max_value
+    unscaled: jax.Array  # 1 if the format is used with scale 1, else 0
+
+
+def as_grid(fmt: NumericFormat, dtype: np.dtype) -> Grid:
+    """The grid of a format for carriers of `dtype`, float32 or float64."""
+    low, high = (jnp.asarray(v, dtype) for v in (fmt.min_value, fmt.max_value))
+    mantissa_bits = jnp.asarray(fmt.mantissa_bits)
+    return Grid(
+        low, high, _power_of_two(fmt.min_exponent, dtype), _power_of_two(mantissa_bits, dtype),
+        _power_of_two(-mantissa_bits, dtype), 1 / high, jnp.asarray(is_unscaled(fmt), dtype),
+    )  # fmt: skip
+
+
+def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
     """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule."""
-    low, high = (jnp.asarray(v, x.dtype) for v in (fmt.min_value, fmt.max_value))
     # The limits lie on the grid, so clipping first changes nothing and takes care of infinity.
-    clipped = jax.lax.clamp(low, x, high) if low.ndim == 0 else jnp.clip(x, low, high)
-    power = jnp.maximum(_leading_power(clipped), _power_of_two(fmt.min_exponent, x.dtype))
-    # ulp = power * 2^-m may lie below the smallest normal number, which backends flush to zero;
-    # the power and 2^m, applied one after the other, never do.
-    steps = clipped / power * _power_of_two(fmt.mantissa_bits, x.dtype)
-    steps = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    return steps * _power_of_two(-fmt.mantissa_bits, x.dtype) * power
+    clipped = jnp.minimum(jnp.maximum(x, grid.min_value), grid.max_value)
+    power = jnp.maximum(_leading_power(clipped), grid.min_power)
+    # ulp = power * step may lie below the smallest normal number, which backends flush to zero;
+    # the power and the step, applied one after the other, never do.
+    steps = clipped / power * grid.steps
+    return jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * grid.step * power
 
 
 @jax.custom_jvp
 def _round_straight_through(x: jax.Array, fmt: NumericFormat) -> jax.Array:
-    return round_to_grid(x, fmt)
+    return round_to_grid(x, as_grid(fmt, x.dtype))
 
 
 @_round_straight_through.defjvp
 def _round_straight_through_jvp(primals, tangents):
     x, fmt = primals
     inside = (x >= fmt.min_value) & (x <= fmt.max_value)
-    return round_to_grid(x, fmt), jnp.where(inside, tangents[0], 0)
+    return _round_straight_through(x, fmt), jnp.where(inside, tangents[0], 0)
 
 
 def round_to_format(x: jax.typing.ArrayLike, fmt: str | NumericFormat) -> jax.Array:

@@ -15,6 +15,7 @@ from aqt_search.calibration import absmax_scale
 from aqt_search.formats import (
     FormatError,
     NumericFormat,
+    as_grid,
     code_values,
     codes_of,
     floating_array,
@@ -116,7 +117,8 @@ def quantize_tensor(
         )
     carrier = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
     scale = None if fmt.bits >= 16 else absmax_scale(carrier, fmt, channel_axes)
-    values = round_to_grid(carrier if scale is None else carrier * (1 / scale), fmt)
+    steps = carrier if scale is None else carrier * (1 / scale)
+    values = round_to_grid(steps, as_grid(fmt, carrier.dtype))
     if fmt in _STORAGE_DTYPES:
         data = values.astype(_STORAGE_DTYPES[fmt])
     else:

@@ -20,7 +20,7 @@ import jax.extend.core as jex_core
 import numpy as np
 
 from aqt_search import sites as site_analysis
-from aqt_search.fake_quant import fake_quant
+from aqt_search.fake_quant import carrier_dtype, fake_quant_packed, pack_grids
 from aqt_search.formats import NumericFormat
 from aqt_search.sites import Path, Site, SiteError, SiteFormats
 
@@ -181,6 +181,16 @@ class _Interpreter:
             for path, name in trace.site_paths.items()
             if assignment.get(name, SiteFormats()) != SiteFormats()
         }
+        # All formats go into one array: an array per operand would cost a kernel each.
+        formats = {
+            (name, side): fmt
+            for name in self._site_paths.values()
+            for side, fmt in assignment[name]._asdict().items()
+            if fmt is not None
+        }
+        self._rows = {key: np.int32(row) for row, key in enumerate(formats)}
+        dtypes = {carrier_dtype(o) for s in trace.sites.values() for o in (s.lhs, s.rhs)}
+        self._grids = {d: pack_grids(list(formats.values()), d) for d in dtypes} if formats else {}
         self._entered = {path[:end] for path in self._site_paths for end in range(len(path))}
 
     def evaluate(self, jaxpr: jex_core.Jaxpr, consts: Sequence, args: Sequence, path: Path) -> list:
@@ -202,19 +212,20 @@ class _Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def _site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence) -> jax.Array:
-        site, formats = self._sites[name], self._assignment[name]
+        site = self._sites[name]
         with jax.named_scope(name):
             quantized = [
-                self._operand(x, side, fmt)
-                for x, side, fmt in zip(operands, (site.lhs, site.rhs), formats)
+                self._operand(x, getattr(site, side), (name, side))
+                for x, side in zip(operands, SiteFormats._fields)
             ]
             return eqn.primitive.bind(*quantized, **eqn.params)
 
-    def _operand(self, x: jax.Array, side: site_analysis.Operand, fmt) -> jax.Array:
-        if fmt is None:
+    def _operand(self, x: jax.Array, operand: site_analysis.Operand, key: tuple) -> jax.Array:
+        if key not in self._rows:
             return x
-        axis_name = self._axis_name if side.role == "activation" else None
-        return fake_quant(x, fmt, side.channel_axes, axis_name)
+        axis_name = self._axis_name if operand.role == "activation" else None
+        grids = self._grids[carrier_dtype(x)]
+        return fake_quant_packed(x, grids, self._rows[key], operand.channel_axes, axis_name)
 
     def _enter(self, eqn: jex_core.JaxprEqn, operands: Sequence, here: Path) -> list:
         name = eqn.primitive.name

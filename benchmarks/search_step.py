@@ -32,7 +32,7 @@ from aqt_search.search.one_shot import (
 from aqt_search.search.space import make_space
 from aqt_search.training import parallel
 from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.training.train_step import batch_stats_momentum, init_train_state, make_update
 
 TWO = ("int4", "int8")
 FOUR = ("int3", "int4", "int6", "int8")
@@ -78,6 +78,7 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     sites = aqs.find_sites(model.apply, variables, image, train=False)
     qapply = aqs.quantize(model.apply)
     update = make_update(qapply, optimizer)
+    momentum = batch_stats_momentum(model.apply, train, batch["image"].shape[1:])
     static = aqs.assign(sites, [(".*", "int8")])
     programs = [
         Program("float32 training", lambda s, b: update(s, {}, b)[:2], train, (batch,)),
@@ -88,7 +89,7 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
         target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
         options = SearchOptions(total_steps=1000, target=target, delay=0.0)
         costs = space.cost_table(aqs.cost.gbops)
-        step = make_search_step(qapply, update, space, costs, options)
+        step = make_search_step(qapply, update, space, costs, options, momentum)
         state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
         programs.append(Program(f"search, {len(formats)} formats", step, state, (batch, held_out)))
     return programs

@@ -66,16 +66,19 @@ def named_errors() -> Iterator[None]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; an unknown configuration key is told as any bad flag is."""
+    """Parses the command line; a configuration's own errors end in one line, as a bad flag does."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises
-        print(
-            f"FATAL Flags parsing error: no such configuration key, or no value for it: {error}\n"
-            "configs/base.py lists the keys and their values.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        problem = str(error).strip().splitlines()[-1]  # ml_collections puts a traceback before it
+    except (AttributeError, KeyError, TypeError) as error:  # what it raises for an unknown key
+        problem = f"no such configuration key, or no value for it: {error}"
+    print(
+        f"FATAL Flags parsing error: {problem}\nconfigs/base.py lists the configuration's keys;"
+        " --helpfull explains the flags.",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def load_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:

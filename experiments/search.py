@@ -29,7 +29,11 @@ from aqt_search.search.one_shot import (
 from aqt_search.search.space import Space, make_space
 from aqt_search.training.loop import run_steps
 from aqt_search.training.metrics import read_metrics
-from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.training.train_step import (
+    batch_stats_momentum,
+    init_train_state,
+    make_update,
+)
 from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json, write_text
 from experiments import from_config, results
 from experiments.command_line import run_job
@@ -103,7 +107,6 @@ def run(
         qapply = aqs.quantize(parts.model.apply)
         update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
         costs = space.cost_table(aqs.cost.gbops)
-        step = make_search_step(qapply, update, space, costs, options)
         held_out = options.quality == "held_out"
         streams = [from_config.training_stream(config, images)]
         streams += [from_config.reward_stream(config, images)] if held_out else []
@@ -112,6 +115,8 @@ def run(
             init_train_state(parts.model, parts.optimizer, shape, config.seed),
             policies.init_policy(space.mask, policy_optimizer(options)),
         )
+        momentum = batch_stats_momentum(parts.model.apply, state.train, shape)
+        step = make_search_step(qapply, update, space, costs, options, momentum)
         examples = config.search.held_out_batch_size if held_out else config.batch_size
         # Claimed last, so that a refused configuration does not keep the folder.
         claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))

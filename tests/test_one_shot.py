@@ -26,7 +26,7 @@ from aqt_search.search.one_shot import (
 from aqt_search.search.space import SpaceError, make_space
 from aqt_search.training import parallel
 from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.training.train_step import batch_stats_momentum, init_train_state, make_update
 
 CLASSES, FEATURES = 4, 6
 OPTIONS = ("int3", "int4", "int6", "int8")
@@ -34,10 +34,13 @@ CENTRES = np.random.default_rng(7).normal(size=(CLASSES, FEATURES)) * 2
 
 
 class Net(nn.Module):
+    momentum: float = 0.9
+
     @nn.compact
     def __call__(self, x, train=False):
         for width in (12, 10, 8):
-            x = nn.relu(nn.Dense(width)(x))
+            x = nn.BatchNorm(not train, momentum=self.momentum)(nn.Dense(width)(x))
+            x = nn.relu(x)
         return nn.Dense(CLASSES)(x)
 
 
@@ -93,13 +96,16 @@ def problem(spy=True, rules=((".*", OPTIONS),), **options):
     model, recorder = Net(), Recorder()
     optimizer = make_optimizer("sgd", 0.05)
     train = init_train_state(model, optimizer, (FEATURES,), seed=0)
-    sites = aqs.find_sites(model.apply, {"params": train.params}, jnp.zeros((1, FEATURES)))
+    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    sites = aqs.find_sites(model.apply, variables, jnp.zeros((1, FEATURES)))
     space = make_space(sites, rules)
     costs = space.cost_table(aqs.cost.gbops)
     options = SearchOptions(target=1.5 * costs.range[0], **options)
     qapply = recorder.counting(aqs.quantize(model.apply)) if spy else aqs.quantize(model.apply)
     used = recorder.spying_space(space) if spy else space
-    step = make_search_step(qapply, make_update(qapply, optimizer), used, costs, options)
+    momentum = batch_stats_momentum(model.apply, train, (FEATURES,))
+    update = make_update(qapply, optimizer)
+    step = make_search_step(qapply, update, used, costs, options, momentum)
     state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
     return Problem(step, state, space, costs, recorder)
 
@@ -214,11 +220,16 @@ def test_quality_is_the_held_out_accuracy_of_the_weights_before_the_step(short, 
     setting, train = short.problem, short.trains[at]
     batch, held_out = short.batches[at]
     params = jax.tree.map(lambda leaf: leaf[0], train.params)
-    qapply = aqs.quantize(Net().apply)
+    # With momentum 0 the running statistics are those of the last batch.
+    qapply = aqs.quantize(Net(momentum=0.0).apply)
     accuracies, costs = [], []
     for replica, choices in enumerate(setting.recorder.choices[at]):
         assignment = setting.space.concrete_assignment(choices)
-        logits = qapply(assignment, {"params": params}, held_out["image"][replica])
+        variables = {"params": params, "batch_stats": setting.state.train.batch_stats}
+        _, own = qapply(
+            assignment, variables, batch["image"][replica], train=True, mutable=["batch_stats"]
+        )
+        logits = qapply(assignment, {"params": params, **own}, held_out["image"][replica])
         accuracies.append(np.mean(np.argmax(logits, -1) == held_out["label"][replica]))
         costs.append(aqs.cost.gbops(setting.space.sites, assignment))
     # 16 examples a replica: one may lie on the border of two classes.
@@ -244,18 +255,17 @@ def test_quality_on_the_training_batch():
     assert np.abs(found.policies[-1].logits).max() > 0
 
 
-@pytest.mark.parametrize("log_probability", ["sum", "mean"])
-def test_a_search_ends_at_its_target_decided(log_probability):
+def test_a_search_ends_at_its_target_decided():
     """With a heavy cost term the search must find one of the many points near the target.
 
-    256 points lie between 1 and 7.1 of the cheapest cost, target 1.5; the entropy term, at its end
-    as large as the differences of rewards, leaves no decision open.
+    The 256 points cost 1 to 7.1 times the cheapest, target 1.5; the entropy term, at its end as
+    large as the differences of rewards, leaves no decision open (ln 4 = 1.39 is undecided).
     """
-    options = {"beta": 10.0, "entropy_weight": 1.0, "learning_rate": 0.1, "delay": 0.1}
-    found = search(500, keep=False, log_probability=log_probability, **options)
+    options = {"beta": 10.0, "entropy_weight": 1.0, "learning_rate": 0.15, "delay": 0.1}
+    found = search(400, keep=False, **options)
     setting, logits = found.problem, found.policies[-1].logits[0]
     log_p = policies.log_probabilities(logits, setting.space.mask)
-    assert float(policies.entropy(log_p).mean()) < 0.05
+    assert float(policies.entropy(log_p).mean()) < 0.1
     best = best_choices(logits, setting.space.mask)
     cost = aqs.cost.gbops(setting.space.sites, setting.space.concrete_assignment(best))
     assert cost == pytest.approx(1.5 * setting.costs.range[0], rel=0.05)
@@ -279,7 +289,7 @@ def test_a_target_outside_of_the_space():
     setting = problem(spy=False, total_steps=10)
     options = SearchOptions(total_steps=10, target=2 * setting.costs.range[1])
     with pytest.raises(SpaceError, match="outside of the space"):
-        make_search_step(None, None, setting.space, setting.costs, options)
+        make_search_step(None, None, setting.space, setting.costs, options, {})
 
 
 @pytest.mark.parametrize(
@@ -313,9 +323,7 @@ def watch(qualities, agreements, *, first_step=21, window=10):
     for step, (quality, agreement) in enumerate(zip(qualities, agreements), first_step):
         try:
             guard(step, {"quality": np.float32(quality), "prediction_agreement": agreement})
-        except CollapsedSearchError as error:
-            assert f"step {step} " in str(error)
-            assert "--workdir" in str(error)
+        except CollapsedSearchError:
             return step
     return None
 
@@ -335,13 +343,19 @@ def test_the_guard_stops_a_search_without_quality(quality, agreement, stops):
     assert watch([quality] * 40, [agreement] * 40) == stops
 
 
+def test_the_guard_says_when_and_what_to_do():
+    guard = QualityGuard(GUARDED, classes=10, examples=32, window=1)
+    with pytest.raises(CollapsedSearchError, match=r"step 21 .*one and the same.*--workdir"):
+        guard(21, {"quality": 0.3, "prediction_agreement": 1.0})
+
+
 def test_the_guard_waits_for_the_delay():
     assert watch([0.1] * 29, [1.0] * 29, first_step=1) is None
     assert watch([0.1] * 30, [1.0] * 30, first_step=1) == 30
 
 
 def test_the_guard_looks_at_the_last_steps_only():
-    assert watch([0.9] * 30 + [0.1] * 20, [0.3] * 50) == 21 + 30 + 9 - 1
+    assert watch([0.9] * 30 + [0.1] * 20, [0.3] * 50) == 20 + 30 + 10
     assert watch([0.9] * 40, [1.0, 0.9] * 20) is None  # not every batch alike
 
 

@@ -477,7 +477,7 @@ def test_names():
     names = {name: list(built(name)[1]) for name in MODELS}
     assert names["mlp"] == ["hidden/kernel", "out"]
     assert names["scan"] == ["layers#1", "layers#2"]
-    assert names["cond"] == CONDNAMES
+    assert names["cond"] == ["right", "left#1", "left#2", "third"]
     assert names["while"] == ["test", "w"]
     assert names["nested"] == ["layers", "shared"]
     assert names["linen conv"] == ["stem/kernel", "grouped/kernel", "head/kernel"]

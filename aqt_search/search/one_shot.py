@@ -22,6 +22,7 @@ from aqt_search.search import policy as policies
 from aqt_search.search.policy import PolicyState
 from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, entropy_weight, reward
 from aqt_search.search.space import CostTable, Space
+from aqt_search.training.batch_norm import batch_statistics
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.train_step import Batch, TrainState, step_key
 
@@ -86,14 +87,20 @@ def policy_optimizer(options: SearchOptions) -> optax.GradientTransformation:
 
 
 def make_search_step(
-    qapply: Callable, update: Callable, space: Space, costs: CostTable, options: SearchOptions
+    qapply: Callable,
+    update: Callable,
+    space: Space,
+    costs: CostTable,
+    options: SearchOptions,
+    momentum: Any,
 ) -> Callable:
     """Returns `step(state, batch[, held_out]) -> (state, metrics)` for `parallel.pmap_step`.
 
     With s the state before the step: formats are sampled from the policy (uniformly before
     `options.start`), the weights take one step under them, Q is the accuracy of the weights of s
-    under them, with batch statistics in BatchNorm, on the held-out batch (quality "held_out") or on
-    the training batch ("train", which then takes no second argument). With reward r and baseline b:
+    under them, on the held-out batch (quality "held_out") or on the training batch ("train", which
+    then takes no second argument), both normalised by the statistics of the training batch: the
+    running ones fit none of the samples. With reward r and baseline b:
 
         advantage = r - b;   b <- momentum * b + (1 - momentum) * r      (b starts at the first r)
 
@@ -105,6 +112,7 @@ def make_search_step(
       space: the decisions.
       costs: the cost of the space's points.
       options: the controls.
+      momentum: of the running statistics, as `training.batch_norm.running_momentum` finds it.
 
     Raises:
       SpaceError: the cost target is outside of the space's range.
@@ -120,10 +128,13 @@ def make_search_step(
         log_p = policies.log_probabilities(policy_logits, mask, options.temperature)
         choices = policies.sample(jax.random.fold_in(step_key(train), 1), log_p)
         assignment = space.assignment(choices)
-        new_train, metrics, logits = update(train, assignment, batch)
-        labels = batch["label"]
+        new_train, metrics, forward = update(train, assignment, batch)
+        logits, labels = forward.logits, batch["label"]
         if held_out is not None:
-            logits, labels = _logits(qapply, assignment, train, held_out), held_out["label"]
+            stats = batch_statistics(forward.batch_stats, train.batch_stats, momentum)
+            variables = {"params": train.params, "batch_stats": stats}
+            logits = qapply(assignment, variables, held_out["image"], train=False)
+            labels = held_out["label"]
         quality, agreement = accuracy_and_agreement(logits, labels)
         cost = costs.of(choices)
         found = reward(options.reward, quality, cost, options.target, options.beta)
@@ -148,19 +159,6 @@ def make_search_step(
         return SearchState(new_train, new_policy), metrics
 
     return step
-
-
-def _logits(qapply, assignment, train: TrainState, batch: Batch) -> jax.Array:
-    """Logits with batch statistics: the running ones fit none of the sampled formats."""
-    logits, _ = qapply(
-        assignment,
-        {"params": train.params, "batch_stats": train.batch_stats},
-        batch["image"],
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": step_key(train)},
-    )
-    return logits
 
 
 def accuracy_and_agreement(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.formats import NumericFormat, format_name, numeric_format, stack_formats
+from aqt_search.outline import outline
 from aqt_search.rules import FormatSpec, assign, match_rules, site_formats
 from aqt_search.sites import Site, SiteFormats
 
@@ -33,6 +34,13 @@ class Decision:
     def labels(self) -> tuple[str, ...]:
         """The options' names, for tables and files."""
         return tuple(_label(option) for option in self.options)
+
+
+@outline
+def _gather(table: NumericFormat, rows: jax.Array) -> NumericFormat:
+    """Element rows[i] of row i of every column."""
+    every = np.arange(len(rows))
+    return jax.tree.map(lambda column: column[every, rows], table)
 
 
 def _label(option: FormatSpec) -> str:
@@ -73,9 +81,7 @@ class Space:
         options there are.
         """
         operands, decision_of, table = self._table()
-        rows = jnp.asarray(choices)[decision_of]
-        every = np.arange(len(operands))
-        gathered = jax.tree.map(lambda column: jnp.asarray(column)[every, rows], table)
+        gathered = _gather(jax.tree.map(jnp.asarray, table), jnp.asarray(choices)[decision_of])
         chosen: dict[str, dict[str, NumericFormat]] = {}
         for index, (site, side) in enumerate(operands):
             fmt = jax.tree.map(lambda column, i=index: column[i], gathered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.training import parallel
+from aqt_search.training.batch_norm import batch_statistics, running_momentum
 from aqt_search.training.train_step import cross_entropy
 
 
@@ -57,9 +59,7 @@ def reestimate_batch_stats(
 ) -> Any:
     """BatchNorm statistics of frozen weights under `assignment`: plain means over `batches`.
 
-    A running statistic follows `new = m * old + (1 - m) * batch`, so the batch's own value is
-    `new(old=0) / (1 - m)`, with `m = (new(old=c) - new(old=0)) / c` for any c: no module needs to
-    tell its momentum m. Statistics gathered while formats were being sampled fit none of them.
+    Statistics gathered while formats were being sampled fit none of them.
 
     Args:
       qapply, assignment, variables: as for `evaluate`.
@@ -67,25 +67,25 @@ def reestimate_batch_stats(
 
     Returns:
       A pytree like `variables["batch_stats"]`, not replicated.
+
+    Raises:
+      ValueError: there is no batch.
     """
     params, batch_stats = variables["params"], variables["batch_stats"]
     if not jax.tree_util.tree_leaves(batch_stats):
         return batch_stats
+    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+
+    def updated(params, old, batch):
+        _, updates = qapply(
+            assignment, {"params": params, "batch_stats": old}, batch["image"],
+            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        return updates["batch_stats"]
 
     def statistics(params, batch):
-        def updated(old):
-            _, updates = qapply(
-                assignment, {"params": params, "batch_stats": old}, batch["image"],
-                train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
-            )  # fmt: skip
-            return updates["batch_stats"]
-
-        from_zero = updated(jax.tree.map(jnp.zeros_like, batch_stats))
-        # As large as the statistic, so that the difference keeps its digits.
-        old = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), 1.0), from_zero)
-        own = jax.tree.map(
-            lambda zero, new, c: zero / (1 - (new - zero) / c), from_zero, updated(old), old
-        )
+        momentum = running_momentum(functools.partial(updated, params), batch_stats, batch)
+        own = batch_statistics(updated(params, zeros, batch), zeros, momentum)
         return jax.lax.pmean(own, parallel.AXIS)
 
     compiled = parallel.pmap_step(statistics, donate_state=False)

@@ -107,16 +107,17 @@ def run_steps(
         state = parallel.replicate(state)
         for number in range(done + 1, schedule.total_steps + 1):
             state = run.advance(state, streams, number)
-            last = number == schedule.total_steps or interrupt.requested
-            saves = last or number % schedule.checkpoint_every == 0
+            last = number == schedule.total_steps
+            stopped_by = interrupt.requested  # read once: a later signal ends the next step
+            saves = last or stopped_by or number % schedule.checkpoint_every == 0
             shown = run.record(state, number, writer) if saves or run.is_due(number) else None
             progress.update(1, shown)
             if saves:
                 writer.flush()
                 run.save(state, streams, number)
-            if interrupt.requested and number < schedule.total_steps:
+            if stopped_by and not last:
                 raise InterruptedRunError(
-                    f"{interrupt.requested}: saved step {number} of {schedule.total_steps} in"
+                    f"{stopped_by}: saved step {number} of {schedule.total_steps} in"
                     f" {folder}. Run the same command again to go on."
                 )
     return LoopResult(parallel.unreplicate(state), run.seconds())

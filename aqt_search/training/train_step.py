@@ -9,9 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from aqt_search.training.batch_norm import running_momentum
 from aqt_search.training.parallel import AXIS
 
 Batch = Mapping[str, jax.Array]  # "image": [B, H, W, C] float32, "label": [B] int32
+
+
+class Forward(NamedTuple):
+    """What a replica's own forward pass of a training step gave."""
+
+    logits: jax.Array  # [B, classes]
+    batch_stats: Any  # running statistics updated by this replica's batch alone
 
 
 class TrainState(NamedTuple):
@@ -60,10 +68,11 @@ def make_update(
     *,
     label_smoothing: float = 0.0,
 ) -> Callable:
-    """Returns `update(state, assignment, batch) -> (state, metrics, logits)`, inside `AXIS`.
+    """Returns `update(state, assignment, batch) -> (state, metrics, forward)`, inside `AXIS`.
 
     Gradients and new running statistics are averaged over the replicas; the metrics "loss",
-    "accuracy" and "gradient_norm" are of the batch before the update, as are the replica's logits.
+    "accuracy" and "gradient_norm", and the replica's own `Forward`, are of the weights before the
+    update.
 
     Args:
       qapply: `quantize(model.apply)`.
@@ -84,17 +93,29 @@ def make_update(
             loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
             return loss, (logits, updates.get("batch_stats", {}))
 
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
+        (loss, (logits, own_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
         grads, batch_stats, means = jax.lax.pmean(
-            (grads, batch_stats, {"loss": loss, "accuracy": accuracy}), AXIS
+            (grads, own_stats, {"loss": loss, "accuracy": accuracy}), AXIS
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng)
-        return new, metrics, logits
+        return new, metrics, Forward(logits, own_stats)
 
     return update
+
+
+def batch_stats_momentum(apply: Callable, state: TrainState, image_shape: tuple[int, ...]) -> Any:
+    """The momentum of a model's running BatchNorm statistics; {} without BatchNorm."""
+
+    def update(batch_stats, images):
+        _, updates = apply(
+            {"params": state.params, "batch_stats": batch_stats}, images,
+            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        return updates.get("batch_stats", {})
+
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    return jax.jit(lambda: running_momentum(update, state.batch_stats, images))()

@@ -1,0 +1,182 @@
+"""Bad input ends every job with exit code 1 and a message that says what to do, not a traceback."""
+
+import json
+
+import jax
+import pytest
+
+from aqt_search.training.workdir import lock_workdir
+from configs import digits_resnet8
+from experiments import from_config, search, sweep, train
+from experiments.command_line import named_errors
+
+JOBS = {"train": train, "search": search, "sweep": sweep}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def images(data_dir):
+    return from_config.load_images(configured(data_dir))
+
+
+def configured(data_dir, **changes):
+    config = digits_resnet8.get_config()
+    config.update_from_flattened_dict(
+        {"data.data_dir": str(data_dir), "model.width": 0.25, "epochs": 0.2, "log_every": 1}
+        | {"optimizer.warmup_epochs": 0.0, "evaluation.batch_norm_batches": 1}
+        | changes
+    )
+    return config
+
+
+def complaint(capsys, job, config, workdir, images=None):
+    """Standard error of a job that must end with exit code 1, as from the command line."""
+    arguments = () if images is None else (images,)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended, named_errors():
+        JOBS[job].run(config, workdir, *arguments)
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+INT = ("int4", "int8")
+
+
+@pytest.mark.parametrize(
+    "job, changes, words",
+    [
+        # formats, rules and spaces
+        ("train", {"formats": ((".*", "int99"),)}, ["FormatError", "'int99'", "int2..int8"]),
+        ("train", {"formats": (("tail", "int4"),)}, ["RuleError", "'tail'", "Nearest names"]),
+        ("train", {"formats": (("(", "int4"),)}, ["RuleError", "'('", "regular expression"]),
+        ("search", {"search.space": ((".*", ("int4", "int99")),)}, ["FormatError", "'int99'"]),
+        ("search", {"search.space": (("tail", INT),)}, ["RuleError", "'tail'", "Nearest names"]),
+        ("search", {"search.space": ((".*", "int4"),)}, ["SpaceError", "nothing to choose"]),
+        ("search", {"search.space": ((".*", ("int4",)),)}, ["SpaceError", "'int4'", "two"]),
+        ("search", {"search.decide": "layer"}, ["SpaceError", "'layer'", "'site' or 'rule'"]),
+        ("search", {"search.relative_to": "int99"}, ["FormatError", "'int99'"]),
+        ("search", {"search.target": 50.0}, ["SpaceError", "outside", "between"]),
+        ("search", {"search.target": 0.0}, ["SpaceError", "target 0 ", "between"]),
+        # the search's controls
+        ("search", {"search.reward": "sharp"}, ["config.search", "'sharp'", "absolute"]),
+        ("search", {"search.quality": "test"}, ["config.search", "'test'", "held_out"]),
+        ("search", {"search.entropy_schedule": "sine"}, ["config.search", "'sine'", "cosine"]),
+        ("search", {"search.log_probability": "max"}, ["config.search", "'max'", "sum"]),
+        ("search", {"search.beta": -1.0}, ["config.search", "-1.0", "at least 0"]),
+        ("search", {"search.delay": 1.5}, ["config.search", "1.5", "[0, 1)"]),
+        ("search", {"search.delay": 0.99}, ["config.search", "0.99", "train longer"]),
+        ("search", {"search.held_out_batch_size": 33}, ["held_out_batch_size 33", "multiple"]),
+        # the model, the optimizer and the numbers of a run
+        ("train", {"model.name": "vgg"}, ["ConfigError", "'vgg'", "'resnet'"]),
+        ("train", {"model.depth": 9}, ["config.model", "depth 9", "8, 20, 32, 56"]),
+        ("train", {"model.form": "mnist"}, ["config.model", "'mnist'", "cifar, imagenet"]),
+        ("train", {"model.width": 0.0}, ["config.model", "width is 0.0", "above 0"]),
+        ("train", {"model.dtype": "float31"}, ["config.model", "float31"]),
+        ("train", {"optimizer.name": "sdg"}, ["config.optimizer", "'sdg'", "sgd, adamw"]),
+        ("train", {"optimizer.schedule": "sine"}, ["config.optimizer", "'sine'", "cosine"]),
+        ("train", {"optimizer.learning_rate": -0.1}, ["config.optimizer", "-0.1", "not below 0"]),
+        ("train", {"optimizer.warmup_epochs": 9.0}, ["config.optimizer", "warmup", "fewer"]),
+        ("train", {"label_smoothing": 1.0}, ["label_smoothing is 1.0", "below 1"]),
+        ("train", {"batch_size": 63}, ["batch_size 63", "2 devices", "multiple"]),
+        ("train", {"batch_size": 0}, ["batch_size is 0", "above 0"]),
+        ("train", {"batch_size": 4096}, ["DataError", "4096", "1293 images"]),
+        ("train", {"epochs": 0.0}, ["epochs is 0.0", "above 0"]),
+        ("train", {"log_every": 0}, ["log_every is 0", "above 0"]),
+        ("train", {"checkpoint_every": 0}, ["checkpoint_every is 0", "above 0"]),
+        ("train", {"evaluation.batch_size": 0}, ["evaluation.batch_size is 0", "above 0"]),
+        ("train", {"policy": "/nowhere/policy.json"}, ["/nowhere/policy.json", "No such file"]),
+        (
+            "train",
+            {"policy": "policy.json", "formats": ((".*", "int4"),)},
+            ["formats or a policy file, not both"],
+        ),
+    ],
+)
+def test_a_bad_value(capsys, tmp_path, data_dir, images, job, changes, words):
+    workdir = tmp_path / "run"
+    err = complaint(capsys, job, configured(data_dir, **changes), workdir, images)
+    assert all(word in err for word in words), err
+    assert not (workdir / "config.json").exists()  # the mended command may use the same folder
+
+
+@pytest.mark.parametrize("job", ["train", "search", "sweep"])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data.name": "digitz"}, ["DataError", "'digitz'", "digits", "folder:PATH"]),
+        ({"data.name": "folder:{tmp}/empty"}, ["DataError", "empty folder", "train/<class>"]),
+        ({"data.name": "folder:{tmp}/missing"}, ["DataError", "/missing", "no such folder"]),
+        ({"data.held_out": 5000}, ["DataError", "5000", "1437"]),
+    ],
+)
+def test_bad_data(capsys, tmp_path, data_dir, job, changes, words):
+    (tmp_path / "empty").mkdir()
+    changes = {
+        key: value.format(tmp=tmp_path) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    err = complaint(capsys, job, configured(data_dir, **changes), tmp_path / "run")
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"a/kernel": {"lhs": "int4", "rhs": "int4"}}, ["a/kernel", "not of this model"]),
+        ({}, ["not of this model", "head/kernel"]),
+        ([], ["no JSON object"]),
+        ({"head/kernel": "int4"}, ["'head/kernel'", "'int4'", "format name"]),
+        ({"head/kernel": {"left": "int4"}}, ["'head/kernel'", "left", '"lhs"']),
+        ({"head/kernel": {"lhs": "int99", "rhs": None}}, ["FormatError", "'int99'"]),
+        ("{", ["not valid JSON"]),
+    ],
+)
+def test_a_bad_policy_file(capsys, tmp_path, data_dir, images, content, words):
+    path = tmp_path / "policy.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    config = configured(data_dir, policy=str(path))
+    err = complaint(capsys, "train", config, tmp_path / "run", images)
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("job", ["train", "search", "sweep"])
+def test_a_workdir_in_use(capsys, tmp_path, data_dir, job):
+    with lock_workdir(tmp_path):
+        err = complaint(capsys, job, configured(data_dir), tmp_path)
+    assert all(word in err for word in ("WorkdirError", "in use by process", "--workdir"))
+
+
+def test_a_workdir_that_is_a_file(capsys, tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    err = complaint(capsys, "train", configured(data_dir), tmp_path / "file")
+    assert all(word in err for word in ("WorkdirError", "not a folder", "--workdir"))
+
+
+def test_a_diverged_run_and_a_workdir_of_another_configuration(capsys, tmp_path, data_dir, images):
+    config = configured(data_dir, **{"optimizer.learning_rate": 1e30})
+    err = complaint(capsys, "train", config, tmp_path, images)
+    assert all(word in err for word in ("DivergedError", "at step", "learning rate", "--workdir"))
+    assert not (tmp_path / "result.json").exists()
+
+    err = complaint(capsys, "train", configured(data_dir, seed=3), tmp_path, images)
+    for words in (
+        "WorkdirError", "another configuration", "seed: there 0, now 3",
+        "optimizer.learning_rate: there 1e+30, now 0.1", "--workdir",
+    ):  # fmt: skip
+        assert words in err
+
+
+def test_a_defect_is_not_dressed_up_as_bad_input():
+    with pytest.raises(ZeroDivisionError), named_errors():
+        raise ZeroDivisionError
+
+
+def test_the_table_is_for_two_devices():
+    assert jax.local_device_count() == 2

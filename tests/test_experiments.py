@@ -1,0 +1,320 @@
+"""The jobs from end to end on the digits: what they write, and how a sweep goes on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from aqt_search.report import load_records
+from aqt_search.report.records import bits_of_format
+from aqt_search.training.metrics import read_metrics
+from configs import digits_resnet8
+from experiments import from_config, search, sweep, train
+
+ROOT = Path(__file__).parent.parent
+SEARCHED = ("e2m1", "int4", "e4m3")
+RESULT_KEYS = {
+    "name", "kind", "model", "data", "seed", "accuracy", "loss", "held_out_accuracy",
+    "train_accuracy", "gbops", "weight_bytes", "target_gbops", "final_entropy",
+    "without_retraining", "command", "steps", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of equal shapes and formats compile the same programs; here they share them."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def images(data_dir):
+    return from_config.load_images(configured(data_dir))
+
+
+def configured(data_dir, **changes):
+    config = digits_resnet8.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.data_dir": str(data_dir),
+            "model.width": 0.25,
+            "epochs": 1.0,
+            "optimizer.warmup_epochs": 0.0,
+            "evaluation.batch_norm_batches": 2,
+            "log_every": 5,
+            "checkpoint_every": 10,
+            "search.learning_rate": 0.3,
+        }
+        | changes
+    )
+    return config
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def cost_from_files(folder):
+    """MACs times bits of both operands, in billions, from sites.json and policy.json alone."""
+    policy = read(folder / "policy.json")
+
+    def bits(name):
+        return 32 if name is None else bits_of_format(name)
+
+    return sum(
+        facts["macs"] * bits(policy[name]["lhs"]) * bits(policy[name]["rhs"]) / 1e9
+        for name, facts in read(folder / "sites.json").items()
+    )
+
+
+def check_run(folder, kind, result=None):
+    """What every finished run leaves behind."""
+    found = read(folder / "result.json")
+    assert result is None or found == result
+    assert set(found) == RESULT_KEYS
+    assert found["name"] == folder.name
+    assert found["kind"] == kind
+    assert (found["model"], found["data"], found["steps"]) == ("resnet8", "digits", 20)
+    assert found["gbops"] == pytest.approx(cost_from_files(folder), rel=1e-9)
+    assert 0.1 < found["accuracy"] <= 1  # ten classes; a broken network is at 0.1 or below
+    assert 0 < found["held_out_accuracy"] <= 1
+    assert found["seconds"] > 0
+    records = read_metrics(folder)
+    assert [r["step"] for r in records] == [5, 10, 15, 20]
+    assert records[-1]["accuracy"] == found["train_accuracy"]
+    assert read(folder / "config.json")["model"]["width"] == 0.25
+    assert list((folder / "tensorboard").iterdir())
+    return found
+
+
+def check_search(folder, options):
+    found = check_run(folder, "search")
+    assert found["without_retraining"] is True
+    assert 0 <= found["final_entropy"] <= math.log(len(options))
+    space, policy = read(folder / "space.json"), read(folder / "policy.json")
+    lines = [json.loads(line) for line in (folder / "probabilities.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    for name, decision in space.items():
+        assert decision["options"] == list(options)
+        for line in lines:
+            assert sum(line["probabilities"][name]) == pytest.approx(1, abs=1e-5)
+        # The answer is the most probable option, not what was sampled last.
+        best = decision["options"][int(np.argmax(lines[-1]["probabilities"][name]))]
+        for site in decision["sites"]:
+            assert_formats(policy[site], best)
+    assert max(
+        abs(p - 1 / len(options)) for row in lines[-1]["probabilities"].values() for p in row
+    )
+    return found, space, policy
+
+
+def assert_formats(sides, option):
+    if option == "none":
+        assert sides == {"lhs": None, "rhs": None}
+    elif option.startswith("weight="):
+        assert sides == {"lhs": None, "rhs": option.removeprefix("weight=")}
+    else:
+        assert sides == {"lhs": option, "rhs": option}
+
+
+# --- A sweep: training in float, under rules and under a policy file, and a search ----------------
+
+
+@pytest.fixture(scope="module")
+def swept(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sweep")
+    config = configured(
+        data_dir,
+        **{
+            "search.space": (("stem|head", "int8"), (".*", ("int4", "int6", "int8"))),
+            "sweep.baselines": ("float", "int4", "int99"),
+            "sweep.targets": (1.5,),
+            "sweep.retrain": True,
+        },
+    )
+    return config, sweep.run(config, workdir).parent
+
+
+def test_a_sweep_trains_searches_and_reports(swept, capsys):
+    _, workdir = swept
+    points = workdir / "points"
+    floats = check_run(points / "float", "float")
+    uniform = check_run(points / "int4", "uniform")
+    searched, space, policy = check_search(points / "search_1.5", ("int4", "int6", "int8"))
+    retrained = check_run(points / "retrained_1.5", "uniform")
+    sites = read(points / "float" / "sites.json")
+    assert sites["stem/kernel"] == {
+        "kind": "conv", "macs": 8 * 8 * 9 * 4, "weight_size": 9 * 4,
+        "lhs_shape": [1, 8, 8, 1], "rhs_shape": [3, 3, 1, 4],
+    }  # fmt: skip
+    assert floats["weight_bytes"] == 4 * sum(site["weight_size"] for site in sites.values())
+    four_bits = read(points / "int4" / "policy.json")
+    assert four_bits.pop("stem/kernel") == four_bits.pop("head/kernel") == {
+        "lhs": "int8", "rhs": "int8",
+    }  # fmt: skip
+    assert set(space) == set(four_bits)
+    assert all(sides == {"lhs": "int4", "rhs": "int4"} for sides in four_bits.values())
+    assert searched["target_gbops"] == pytest.approx(1.5 * uniform["gbops"])
+    assert read(points / "retrained_1.5" / "policy.json") == policy
+    assert retrained["gbops"] == searched["gbops"]
+    for name in ("front.json", "front.png", "report.html"):
+        assert (workdir / name).stat().st_size > 100
+    assert {r.name for r in load_records(workdir)} == {
+        "float", "int4", "int99", "search_1.5", "retrained_1.5",
+    }  # fmt: skip
+
+
+def test_a_point_that_fails_is_recorded_and_does_not_end_the_sweep(swept):
+    result = read(swept[1] / "points" / "int99" / "result.json")
+    assert result["error"].startswith("FormatError: Unknown format 'int99'")
+    assert (result["name"], result["kind"], result["seed"]) == ("int99", "uniform", 0)
+
+
+def test_a_sweep_keeps_finished_points_and_tries_failed_ones_again(swept, capsys):
+    config, workdir = swept
+    points = sorted((workdir / "points").iterdir())
+
+    def times():
+        return {p.name: (p / "result.json").stat().st_mtime_ns for p in points}
+
+    before = times()
+    sweep.run(config, workdir)
+    again = times()
+    assert {name for name in before if before[name] != again[name]} == {"int99"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("[1/5] float: ")
+    assert "FormatError" in lines[2]
+
+
+def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
+    """Each seed has its own held-out images, as it has when the point is run alone."""
+    options = {"sweep.baselines": ("float",), "sweep.targets": ()}
+    config = configured(data_dir, **options, **{"sweep.seeds": (0, 1)})
+    sweep.run(config, tmp_path / "sweep")
+    point = read(tmp_path / "sweep" / "points" / "float_seed1" / "result.json")
+    alone = train.run(configured(data_dir, **options, seed=1), tmp_path / "float_seed1")
+    for key in ("accuracy", "loss", "held_out_accuracy", "train_accuracy", "seed"):
+        assert point[key] == alone[key], key
+
+
+# --- Searches of other spaces, and training under other rules -------------------------------------
+
+
+def test_a_space_of_float_formats_decided_by_rule(data_dir, images, tmp_path):
+    options = ("e2m1", "e4m3", {"weight": "e3m2"}, None)
+    changes = {
+        "search.space": (("stem", "bf16"), ("stage1", options), (".*", options)),
+        "search.decide": "rule",
+        "search.target": 2.0,
+        "search.relative_to": "e2m1",
+    }
+    search.run(configured(data_dir, **changes), tmp_path / "floats", images)
+    labels = ("e2m1", "e4m3", "weight=e3m2", "none")
+    _, space, policy = check_search(tmp_path / "floats", labels)
+    assert policy["stem/kernel"] == {"lhs": "bf16", "rhs": "bf16"}
+    assert set(space) == {"stage1", ".*"}
+    assert sorted(s for d in space.values() for s in d["sites"]) == sorted(
+        set(policy) - {"stem/kernel"}
+    )
+
+
+def test_training_under_rules_goes_on_in_its_workdir(data_dir, images, tmp_path):
+    rules = (("head", None), (".*", {"weight": "int4", "activation": "e4m3"}))
+    config = configured(data_dir, formats=rules, log_every=5)
+    result = train.run(config, tmp_path / "rules", images)
+    check_run(tmp_path / "rules", "uniform", result)
+    policy = read(tmp_path / "rules" / "policy.json")
+    assert policy.pop("head/kernel") == {"lhs": None, "rhs": None}
+    assert all(sides == {"lhs": "e4m3", "rhs": "int4"} for sides in policy.values())
+    again = train.run(config, tmp_path / "rules", images)  # finished: nothing is trained
+    assert again.pop("seconds") == pytest.approx(result.pop("seconds"), abs=1.0)
+    assert again == result
+
+
+def test_training_without_held_out_images(data_dir, tmp_path):
+    changes = {"data.held_out": 0, "evaluation.batch_norm_batches": 0}
+    result = train.run(configured(data_dir, **changes), tmp_path / "all")
+    assert result["held_out_accuracy"] is None
+    assert 0 <= result["accuracy"] <= 1
+
+
+def test_any_evaluation_batch_size_is_divided_over_the_devices(data_dir, images):
+    config = configured(data_dir, **{"evaluation.batch_size": 75})
+    sizes = [len(b["label"]) for b in from_config.evaluation_batches(config, images, "test")]
+    assert sizes == [76] * 5  # 360 images, 2 devices
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+CONFIG = "--config=configs/digits_resnet8.py"
+COMMANDS = {
+    "unknown key": [CONFIG, "--workdir=/nowhere/a", "--config.optimizer.learning_rat=0.1"],
+    "bad value": [CONFIG, "--workdir=/nowhere/a", "--config.epochs=many"],
+    "no file": ["--config=configs/missing.py", "--workdir=/nowhere/a"],
+    "unknown form": [CONFIG + ":quik", "--workdir=/nowhere/a"],
+    "no workdir": [CONFIG],
+    "arguments": [CONFIG, "--workdir=/nowhere/a", "stray"],
+    "helpfull": ["--helpfull"],
+}
+
+
+@pytest.fixture(scope="module")
+def command_lines():
+    """Exit code, standard output and error of each command; they run side by side."""
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", *arguments],
+            cwd=ROOT, env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for name, arguments in COMMANDS.items()
+    }  # fmt: skip
+    ended = {name: process.communicate(timeout=120) for name, process in started.items()}
+    return {name: (started[name].returncode, *ended[name]) for name in COMMANDS}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("unknown key", ["learning_rat", "learning_rate", "configs/base.py"]),
+        ("bad value", ["--config.epochs=many"]),
+        ("no file", ["ConfigError", "configs/missing.py"]),
+        ("unknown form", ["'quik'", "CONFIG.py:quick"]),
+        ("no workdir", ["--workdir"]),
+        ("arguments", ["stray"]),
+    ],
+)
+def test_bad_command_lines(command_lines, name, words):
+    code, out, err = command_lines[name]
+    assert code == 1
+    assert "Traceback" not in err
+    assert all(word in out + err for word in words), err
+
+
+def test_helpfull(command_lines):
+    code, out, _ = command_lines["helpfull"]
+    assert code == 1  # as absl ends after help
+    assert "--config" in out
+    assert "--workdir" in out
+    assert "configs/base.py explains the keys" in " ".join(out.split())

@@ -1,0 +1,292 @@
+"""The loop: what a kill, a signal, a NaN and a damaged file leave behind, to the bit."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqt_search.training import parallel
+from aqt_search.training.loop import (
+    CHECKPOINT_FOLDER,
+    DivergedError,
+    InterruptedRunError,
+    Schedule,
+    run_steps,
+)
+from aqt_search.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+# --- A step that is soon compiled, in this process ------------------------------------------------
+
+
+class Numbers:
+    """A stream whose batches depend on their number alone."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __next__(self):
+        self.number += 1
+        return {"x": np.random.default_rng(self.number).normal(size=(4, 3)).astype(np.float32)}
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def set_state(self, state):
+        self.number = state["number"]
+
+
+def toy_step(state, batch, other):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
+    noise = jax.random.normal(jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS)), (3,))
+    gradient = jax.lax.pmean(jnp.mean(batch["x"] * other["x"], 0) + noise, parallel.AXIS)
+    weights = 0.9 * state["weights"] - 0.1 * gradient
+    metrics = {"loss": jnp.sum(weights**2), "accuracy": jnp.float32(0.5)}
+    return {"weights": weights, "step": state["step"] + 1, "rng": state["rng"]}, metrics
+
+
+def start():
+    key = jax.random.key_data(jax.random.key(3))
+    return {"weights": jnp.ones(3), "step": jnp.int32(0), "rng": key}
+
+
+def run(workdir, steps=20, step=toy_step, schedule=(3, 5), **options):
+    streams = [Numbers(), Numbers()]
+    streams[1].number = 1000
+    return run_steps(step, start(), streams, Schedule(steps, *schedule), workdir, **options)
+
+
+def first_weight(state):
+    return {"first": float(state["weights"][0])}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return run(workdir, describe=first_weight), workdir
+
+
+def same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def checkpoints(workdir):
+    return sorted(path.name for path in (workdir / CHECKPOINT_FOLDER).iterdir())
+
+
+def test_records_are_means_over_the_steps_since_the_last(undisturbed):
+    result, workdir = undisturbed
+    # log_every is 3, checkpoint_every 5; the last step is both.
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records] == [3, 5, 6, 9, 10, 12, 15, 18, 20]
+    losses = []
+    compiled, state = parallel.pmap_step(toy_step, donate_state=False), parallel.replicate(start())
+    one, other = Numbers(), Numbers()
+    other.number = 1000
+    for _ in range(20):
+        state, metrics = compiled(state, parallel.shard(next(one)), parallel.shard(next(other)))
+        losses.append(float(metrics["loss"][0]))
+    for before, record in zip([{"step": 0}, *records], records):
+        mean = np.mean(losses[before["step"] : record["step"]])
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+    same_bits(result.state, parallel.unreplicate(state))
+    assert records[-1]["first"] == float(result.state["weights"][0])
+    assert checkpoints(workdir) == ["step_000000015", "step_000000020"]
+    assert result.seconds > 0
+
+
+def test_a_finished_run_does_no_more_steps(undisturbed):
+    result, workdir = undisturbed
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = run(workdir, step=None)  # would raise if it were called
+    same_bits(again.state, result.state)
+    assert again.seconds == pytest.approx(result.seconds, abs=1.0)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_call_goes_on(undisturbed, tmp_path, number):
+    def interrupt(step, metrics):
+        if step == 6:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(InterruptedRunError, match=rf"{number.name}: saved step 7 of 20.*go on"):
+        run(tmp_path, schedule=(1, 5), check=interrupt)
+    assert checkpoints(tmp_path)[-1] == "step_000000007"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    same_bits(run(tmp_path).state, undisturbed[0].state)
+
+
+def test_a_truncated_checkpoint_is_passed_over(undisturbed, tmp_path, caplog):
+    def stop(step, metrics):
+        if step == 12:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(tmp_path, check=stop, describe=first_weight)
+    newest = tmp_path / CHECKPOINT_FOLDER / "step_000000010"
+    truncate(newest)
+    with caplog.at_level("WARNING", logger="absl"):
+        result = run(tmp_path, describe=first_weight)
+    assert "step_000000010 is damaged" in caplog.text
+    assert "going on from the checkpoint of step 5" in caplog.text
+    same_bits(result.state, undisturbed[0].state)
+    assert read_metrics(tmp_path) == read_metrics(undisturbed[1])
+
+
+def truncate(checkpoint):
+    """Cuts the largest file of a checkpoint's arrays in half."""
+    files = [path for path in (checkpoint / "arrays").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad):
+    def diverging(state, batch, other):
+        state, metrics = toy_step(state, batch, other)
+        loss = jnp.where(state["step"] == 13, float(bad), metrics["loss"])
+        return state, metrics | {"loss": loss}
+
+    with pytest.raises(DivergedError) as caught:
+        run(tmp_path, step=diverging)
+    for words in (
+        "loss became NaN or infinite at step 13",
+        "step 10",
+        "learning rate",
+        "--workdir",
+    ):
+        assert words in str(caught.value)
+    assert checkpoints(tmp_path) == ["step_000000005", "step_000000010"]
+    assert max(r["step"] for r in read_metrics(tmp_path)) == 12
+
+
+def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
+    def diverging(state, batch, other):
+        state, metrics = toy_step(state, batch, other)
+        return state, metrics | {"loss": jnp.float32(jnp.nan)}
+
+    with pytest.raises(DivergedError, match=r"at step 1; no checkpoint was saved before it"):
+        run(tmp_path, step=diverging)
+
+
+# --- The search from the command line, killed -----------------------------------------------------
+
+STEPS, CHECKPOINT_EVERY = 12, 3
+COMMAND = (
+    "--config=configs/digits_resnet8.py", "--config.model.width=0.25", "--config.batch_size=32",
+    f"--config.epochs={STEPS / 40}", "--config.optimizer.warmup_epochs=0.0",
+    "--config.log_every=1", f"--config.checkpoint_every={CHECKPOINT_EVERY}",
+    "--config.search.space=(('stem', 'int8'), ('.*', ('e2m1', 'int4', 'e4m3', 'int8')))",
+    "--config.search.target=2.0", "--config.search.learning_rate=0.3",
+    "--config.evaluation.batch_norm_batches=2",
+)  # fmt: skip
+
+
+class Killed:
+    """A search that is started as often as it takes."""
+
+    def __init__(self, folder, name):
+        self.workdir = folder / name
+        data = f"--config.data.data_dir={folder / 'data'}"
+        module = [sys.executable, "-m", "experiments.search"]
+        self.command = [*module, *COMMAND, data, f"--workdir={self.workdir}"]
+        # Restarts then compile nothing.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._environment = os.environ | cache
+
+    def start(self, *, at=None, number=None):
+        """Runs to the end, or sends a signal when metrics.jsonl has reached a step."""
+        process = subprocess.Popen(
+            self.command, cwd=ROOT, env=self._environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            while at is not None and process.poll() is None:
+                if self.last_step() >= at:
+                    process.send_signal(number)
+                    break
+                time.sleep(0.005)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    def last_step(self):
+        path = self.workdir / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def records(self):
+        return read_metrics(self.workdir)
+
+    def manifest(self):
+        """Name, shape, dtype and CRC-32 of every array of the last checkpoint."""
+        folder = self.workdir / CHECKPOINT_FOLDER / f"step_{STEPS:09d}"
+        return json.loads((folder / "manifest.json").read_text())["content"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    search = Killed(tmp_path_factory.mktemp("searches"), "whole")
+    code, out, err = search.start()
+    assert code == 0, err
+    assert "test accuracy" in out
+    return search
+
+
+def test_a_killed_search_ends_in_the_bits_of_an_undisturbed_one(whole):
+    search = Killed(whole.workdir.parent, "killed")
+    # Before the first checkpoint, and between two of them.
+    for at in (2, 7):
+        code, _, err = search.start(at=at, number=signal.SIGKILL)
+        assert code == -signal.SIGKILL, err
+        assert at <= search.last_step() < STEPS
+    code, _, err = search.start(at=9, number=signal.SIGTERM)
+    assert code == 130, err
+    assert "SIGTERM: saved step" in err
+    assert "Run the same command again" in err
+    assert "Traceback" not in err
+    newest = max((search.workdir / CHECKPOINT_FOLDER).glob("step_*"))
+    assert int(newest.name.removeprefix("step_")) == search.last_step()
+    truncate(newest)
+    code, _, err = search.start()
+    assert code == 0, err
+    assert f"{newest.name} is damaged" in err
+
+    one, other = whole.manifest(), search.manifest()
+    assert len(one["leaves"]) > 40
+    assert any(leaf["name"].startswith("policy/logits") for leaf in one["leaves"])
+    assert one["leaves"] == other["leaves"]
+    assert one["extra"]["streams"] == other["extra"]["streams"]
+    assert [r["step"] for r in whole.records()] == list(range(1, STEPS + 1))
+    assert search.records() == whole.records()
+    results = [json.loads((s.workdir / "result.json").read_text()) for s in (whole, search)]
+    for result, run_of in zip(results, (whole, search)):
+        command = shlex.split(result["command"])  # as one may paste it into a shell
+        assert command == ["python", *run_of.command[1:]]
+        for key in ("name", "seconds", "command"):
+            del result[key]
+    assert results[0] == results[1]
+    for name in ("policy.json", "space.json", "probabilities.jsonl"):
+        assert (search.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
+
+
+def test_the_manifest_tells_bits_apart(whole):
+    """The comparison above rests on CRCs: they are of the arrays, and the policy has moved."""
+    leaves = {leaf["name"]: leaf for leaf in whole.manifest()["leaves"]}
+    logits = leaves["policy/logits"]
+    zeros = np.zeros(logits["shape"], logits["dtype"])
+    assert logits["crc32"] != zlib.crc32(zeros.tobytes())
