@@ -178,10 +178,25 @@ def _used_inputs(eqn: jex_core.JaxprEqn, used: Sequence[bool]) -> Sequence[bool]
     return [True] * len(eqn.invars)
 
 
+def scan_counts(eqn: jex_core.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many the carry.
+
+    Read off the shapes, since the parameters that tell it changed between JAX 0.10 and 0.11: what
+    is scanned over, and what is stacked up, has one axis more outside of the body than inside.
+    """
+    body, _ = _closed_parts(eqn.params["jaxpr"])
+
+    def unsliced(outside, inside) -> int:
+        return sum(o.aval.ndim == i.aval.ndim for o, i in zip(outside, inside, strict=True))
+
+    carries = unsliced(eqn.outvars, body.outvars)
+    return unsliced(eqn.invars, body.invars) - carries, carries
+
+
 def scan_liveness(eqn: jex_core.JaxprEqn, used: Sequence[bool]):
     """Which results of a scan's body are used, by a fixed point over the carry; which inputs."""
     body, _ = _closed_parts(eqn.params["jaxpr"])
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     used = list(used)
     while True:
         inputs = used_equations(body, used)[1]
@@ -242,7 +257,7 @@ class _Walk:
 
     def _scan(self, eqn, inputs, used, path, repeats, scope):
         body, _ = _closed_parts(eqn.params["jaxpr"])
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = scan_counts(eqn)
         used, _ = scan_liveness(eqn, used)
         repeats = None if repeats is None else repeats * eqn.params["length"]
 

@@ -254,9 +254,8 @@ class _Interpreter:
 
     def _enter_scan(self, eqn: jex_core.JaxprEqn, operands: Sequence, here: Path) -> list:
         (body,) = site_analysis.sub_jaxprs(eqn)
-        split = eqn.params["num_consts"]
-        carries = eqn.params["num_carry"]
-        consts, carry, xs = _split(operands, split, carries)
+        const_count, carries = site_analysis.scan_counts(eqn)
+        consts, carry, xs = _split(operands, const_count, carries)
 
         def step(carry, xs):
             outputs = self._body(body, here + (0,), *consts, *carry, *xs)

@@ -29,6 +29,7 @@ from aqt_search.search.one_shot import (
 from aqt_search.search.space import Space, make_space
 from aqt_search.training.loop import run_steps
 from aqt_search.training.metrics import read_metrics
+from aqt_search.training.parallel import unreplicate
 from aqt_search.training.train_step import (
     batch_stats_momentum,
     init_train_state,
@@ -67,9 +68,9 @@ def search_options(
         return SearchOptions(total_steps=total_steps, target=target, **controls)
 
 
-def probabilities(state: SearchState, space: Space, temperature: float) -> dict[str, float]:
+def probabilities(logits: np.ndarray, space: Space, temperature: float) -> dict[str, float]:
     """The policy as metrics: "probability/<decision>/<option>"."""
-    log_p = policies.log_probabilities(state.policy.logits, space.mask, temperature)
+    log_p = policies.log_probabilities(logits, space.mask, temperature)
     return {
         f"{_PROBABILITY}/{decision.name}/{label}": float(p)
         for decision, row in zip(space.decisions, np.exp(log_p))
@@ -122,7 +123,9 @@ def run(
         claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         found = run_steps(
             step, state, streams, parts.schedule, workdir,
-            describe=lambda s: probabilities(s, space, options.temperature),
+            describe=lambda s: probabilities(
+                unreplicate(s.policy.logits), space, options.temperature
+            ),
             check=QualityGuard(options, images.splits.num_classes, examples),
             description=workdir.name,
         )  # fmt: skip

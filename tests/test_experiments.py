@@ -208,6 +208,17 @@ def test_a_sweep_keeps_finished_points_and_tries_failed_ones_again(swept, capsys
     assert "FormatError" in lines[2]
 
 
+def test_a_finished_run_is_evaluated_again_and_not_trained(swept, images):
+    config, workdir = swept
+    folder = workdir / "points" / "int4"
+    point = next(p for p in sweep.sweep_points(config, workdir) if p.name == "int4")
+    before, records = read(folder / "result.json"), read_metrics(folder)
+    again = train.run(point.config, folder, images)
+    assert again.pop("seconds") == pytest.approx(before.pop("seconds"), abs=1.0)
+    assert again == before
+    assert read_metrics(folder) == records
+
+
 def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
     """Each seed has its own held-out images, as it has when the point is run alone."""
     options = {"sweep.baselines": ("float",), "sweep.targets": ()}
@@ -219,7 +230,7 @@ def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
         assert point[key] == alone[key], key
 
 
-# --- Searches of other spaces, and training under other rules -------------------------------------
+# --- Another space, and other data ---------------------------------------------------------------
 
 
 def test_a_space_of_float_formats_decided_by_rule(data_dir, images, tmp_path):
@@ -238,19 +249,6 @@ def test_a_space_of_float_formats_decided_by_rule(data_dir, images, tmp_path):
     assert sorted(s for d in space.values() for s in d["sites"]) == sorted(
         set(policy) - {"stem/kernel"}
     )
-
-
-def test_training_under_rules_goes_on_in_its_workdir(data_dir, images, tmp_path):
-    rules = (("head", None), (".*", {"weight": "int4", "activation": "e4m3"}))
-    config = configured(data_dir, formats=rules, log_every=5)
-    result = train.run(config, tmp_path / "rules", images)
-    check_run(tmp_path / "rules", "uniform", result)
-    policy = read(tmp_path / "rules" / "policy.json")
-    assert policy.pop("head/kernel") == {"lhs": None, "rhs": None}
-    assert all(sides == {"lhs": "e4m3", "rhs": "int4"} for sides in policy.values())
-    again = train.run(config, tmp_path / "rules", images)  # finished: nothing is trained
-    assert again.pop("seconds") == pytest.approx(result.pop("seconds"), abs=1.0)
-    assert again == result
 
 
 def test_training_without_held_out_images(data_dir, tmp_path):

@@ -25,11 +25,11 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def training_figure(records: Sequence[Record]) -> bytes:
-    """Training loss, training accuracy and evaluation accuracy of all points over the steps."""
+    """Training loss, training accuracy and gradient norm of all points over the steps."""
     panels = [
         ("training loss", lambda r: _series(r, "loss")),
         ("training accuracy in %", lambda r: _series(r, "accuracy", 100)),
-        ("evaluation accuracy in %", lambda r: _series(r, "eval_accuracy", 100)),
+        ("gradient norm", lambda r: _series(r, "gradient_norm")),
     ]
     return _curves_figure([r for r in records if r.error is None], panels, reference=None)
 

@@ -22,7 +22,7 @@ from aqt_search.search import policy as policies
 from aqt_search.search.policy import PolicyState
 from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, entropy_weight, reward
 from aqt_search.search.space import CostTable, Space
-from aqt_search.training.batch_norm import batch_statistics
+from aqt_search.training.batch_norm import batch_statistics, running_statistics
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.train_step import Batch, TrainState, step_key
 
@@ -128,10 +128,13 @@ def make_search_step(
         log_p = policies.log_probabilities(policy_logits, mask, options.temperature)
         choices = policies.sample(jax.random.fold_in(step_key(train), 1), log_p)
         assignment = space.assignment(choices)
-        new_train, metrics, forward = update(train, assignment, batch)
+        zeros = jax.tree.map(jnp.zeros_like, train.batch_stats)
+        new_train, metrics, forward = update(train._replace(batch_stats=zeros), assignment, batch)
+        running = running_statistics(train.batch_stats, new_train.batch_stats, momentum)
+        new_train = new_train._replace(batch_stats=running)
         logits, labels = forward.logits, batch["label"]
         if held_out is not None:
-            stats = batch_statistics(forward.batch_stats, train.batch_stats, momentum)
+            stats = batch_statistics(forward.batch_stats, momentum)
             variables = {"params": train.params, "batch_stats": stats}
             logits = qapply(assignment, variables, held_out["image"], train=False)
             labels = held_out["label"]

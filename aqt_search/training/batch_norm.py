@@ -30,6 +30,15 @@ def running_momentum(update: Callable, batch_stats: Any, batch: Any) -> Any:
     return jax.tree.map(lambda new, zero, c: (new - zero) / c, update(old, batch), from_zero, old)
 
 
-def batch_statistics(new: Any, old: Any, momentum: Any) -> Any:
-    """The statistics of the batch that turned `old` into `new`: old + (new - old) / (1 - m)."""
-    return jax.tree.map(lambda n, o, m: o + (n - o) / (1 - m), new, old, momentum)
+def batch_statistics(from_zero: Any, momentum: Any) -> Any:
+    """The statistics of the batch that turned running statistics of zero into `from_zero`.
+
+    batch = new(old=0) / (1 - m). From zero, because beside a large old value the digits of a small
+    variance are lost, and what is left of it may be negative.
+    """
+    return jax.tree.map(lambda new, m: new / (1 - m), from_zero, momentum)
+
+
+def running_statistics(old: Any, from_zero: Any, momentum: Any) -> Any:
+    """The running statistics after that batch: m * old + new(old=0)."""
+    return jax.tree.map(lambda o, new, m: m * o + new, old, from_zero, momentum)

@@ -85,7 +85,7 @@ def reestimate_batch_stats(
 
     def statistics(params, batch):
         momentum = running_momentum(functools.partial(updated, params), batch_stats, batch)
-        own = batch_statistics(updated(params, zeros, batch), zeros, momentum)
+        own = batch_statistics(updated(params, zeros, batch), momentum)
         return jax.lax.pmean(own, parallel.AXIS)
 
     compiled = parallel.pmap_step(statistics, donate_state=False)

@@ -79,7 +79,7 @@ def run_steps(
       streams: one per batch argument of `step`.
       schedule: steps in all, between records, and between checkpoints.
       workdir: folder of the run, claimed and locked by the caller.
-      describe: called on the state (not replicated) at each record; its numbers are added to it.
+      describe: called on the replicated state at each record; its numbers are added to it.
       check: called with every step's metrics, in order; raises to stop the run.
       description: a word for the progress line.
 
@@ -161,7 +161,7 @@ class _Run:
             name: float(np.mean([metrics[name] for _, metrics in fetched]))
             for name in fetched[0][1]
         }
-        writer.write(number, means | dict(self._describe(parallel.unreplicate(state))))
+        writer.write(number, means | dict(self._describe(state)))
         return {name: means[name] for name in ("loss", "accuracy", "cost") if name in means}
 
     def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
