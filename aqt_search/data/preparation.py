@@ -1,6 +1,9 @@
 """Preparing a TFDS data set of our own: written whole or not at all, without TensorFlow."""
 
+import contextlib
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,7 +35,10 @@ def prepare(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as staging:
         staged = builder_class(data_dir=staging, config=config)
-        staged.download_and_prepare(file_format="array_record")
+        print(f"Preparing data set {builder.name} in {target}.", file=sys.stderr)
+        # TFDS announces a download and the temporary folder, and draws a bar per shard.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            staged.download_and_prepare(file_format="array_record")
         _sync_files(Path(staged.data_dir))
         try:
             os.rename(staged.data_dir, target)
