@@ -6,6 +6,9 @@ Unpack the images (train/<class>/*.jpg, test/<class>/*.jpg) and name their folde
         --config.data.name=folder:/path/to/cifar10
 
 `cifar10` prepared by TFDS as array_record does as well: --config.data.name=cifar10.
+
+`:quick` runs a twentieth of an epoch of one baseline and one search, to see that it works. The full
+form has not been run yet, so it states no result.
 """
 
 import ml_collections

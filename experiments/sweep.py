@@ -28,7 +28,7 @@ class Point(NamedTuple):
     """One run of the sweep."""
 
     name: str
-    kind: str  # "float", "uniform" or "search"
+    kind: str  # "float", "uniform", "search" or "retrained"
     run: Callable
     config: ml_collections.ConfigDict
 
@@ -55,7 +55,7 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
             if config.sweep.retrain:
                 policy = str(workdir / "points" / name / results.POLICY_FILE)
                 retrained = f"retrained_{target:g}{suffix}"
-                points.append(Point(retrained, "uniform", train.run, changed(policy=policy)))
+                points.append(Point(retrained, "retrained", train.run, changed(policy=policy)))
     return points
 
 

@@ -94,11 +94,12 @@ def run(
             step, state, [stream], parts.schedule, workdir, description=workdir.name
         )
         is_float = all(formats == aqs.SiteFormats() for formats in assignment.values())
+        kind = "retrained" if config.policy else "float" if is_float else "uniform"
         return results.finish(
             config, workdir, images, parts.model, parts.sites, assignment,
             {"params": trained.state.params, "batch_stats": trained.state.batch_stats},
             {
-                "kind": "float" if is_float else "uniform",
+                "kind": kind,
                 "steps": parts.schedule.total_steps,
                 "seconds": trained.seconds,
             },

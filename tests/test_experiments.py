@@ -162,7 +162,7 @@ def test_a_sweep_trains_searches_and_reports(swept, capsys):
     floats = check_run(points / "float", "float")
     uniform = check_run(points / "int4", "uniform")
     searched, space, policy = check_search(points / "search_1.5", ("int4", "int6", "int8"))
-    retrained = check_run(points / "retrained_1.5", "uniform")
+    retrained = check_run(points / "retrained_1.5", "retrained")
     sites = read(points / "float" / "sites.json")
     assert sites["stem/kernel"] == {
         "kind": "conv", "macs": 8 * 8 * 9 * 4, "weight_size": 9 * 4,

@@ -18,7 +18,12 @@ from aqt_search.report.front import Group, group_points
 from aqt_search.report.records import Record
 
 FRONT_INCHES = (9.0, 6.0)
-_MARKERS = {"float": ("D", "#000000"), "uniform": ("s", "#0072b2"), "search": ("o", "#d55e00")}
+_MARKERS = {
+    "float": ("D", "#000000"),
+    "uniform": ("s", "#0072b2"),
+    "search": ("o", "#d55e00"),
+    "retrained": ("v", "#009e73"),
+}
 
 
 def front_figure(records: Sequence[Record]) -> bytes:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from aqt_search.report.canvas import NOT_QUANTIZED, ink_on
 from aqt_search.report.format_plot import macs_shares
 from aqt_search.report.front import Group, group_points
-from aqt_search.report.records import Record
+from aqt_search.report.records import KINDS, Record
 from aqt_search.report.table import format_order, table_rows
 
 _CSS = """
@@ -105,8 +105,7 @@ def _summary(records: Sequence[Record]) -> str:
     """What the sweep found, in words."""
     groups = [g for g in group_points(records) if math.isfinite(g.accuracy)]
     failed = sum(r.error is not None for r in records)
-    counts = [(k, sum(r.kind == k and r.error is None for r in records)) for k in
-              ("float", "uniform", "search")]  # fmt: skip
+    counts = [(k, sum(r.kind == k and r.error is None for r in records)) for k in KINDS]
     told = ", ".join(f"{n} {'searched' if k == 'search' else k}" for k, n in counts if n)
     items = [f"{len(records)} points: {told or 'none finished'}"]
     items[0] += f', <span class="bad">{failed} failed</span>.' if failed else ", none failed."

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-KINDS = ("float", "uniform", "search")
+KINDS = ("float", "uniform", "search", "retrained")
 _REPAIR = "the file is broken or half written; delete the point's folder and run the sweep again"
 
 
