@@ -1,12 +1,12 @@
 """ResNet-8 on scikit-learn's digits (8 x 8 grey): the main job, with no file to fetch.
 
-python -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits
-python -m experiments.sweep --config=configs/digits_resnet8.py:quick --workdir=runs/quick
+    python -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits
+    python -m experiments.sweep --config=configs/digits_resnet8.py:quick --workdir=runs/quick
 
-`make search` is the first of the two: 2 minutes on two CPU cores; the second takes 1. Test accuracy at
-GBOPs (360 images, so one is 0.28 points; seed 0, jax 0.10.2): float 99.17 % at 0.198, int8 98.33 % at
-0.0124, int4 99.17 % at 0.00333, int3 93.33 % at 0.00201; searches 96.11 % at 0.00247, 97.78 % at
-0.00359 and 99.44 % at 0.00532.
+`make search` is the first of the two: 2 minutes on two CPU cores; the second takes 1. Test
+accuracy at GBOPs (360 images, so one is 0.28 points; seed 0, jax 0.10.2): float 99.17 % at 0.198,
+int8 98.33 % at 0.0124, int4 99.17 % at 0.00333, int3 93.33 % at 0.00201; searches 96.11 % at
+0.00247, 97.78 % at 0.00359 and 99.44 % at 0.00532.
 """
 
 import ml_collections
