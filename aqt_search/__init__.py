@@ -4,13 +4,28 @@
     assignment = assign(sites, [("head", "int8"), (".*", "int4")])
     logits = quantize(apply)(assignment, params, x)            # apply under these formats
     cost.gbops(sites, assignment)                              # what it costs
+    frozen = freeze(apply, assignment, params, x)              # weights as they are stored
+    logits = serve(apply)(frozen, x)
 
 The packages `aqt_search.search`, `.models`, `.data`, `.training`, `.report` are imported by name.
 """
 
 from aqt_search import cost
-from aqt_search.calibration import absmax_scale
-from aqt_search.fake_quant import fake_quant
+from aqt_search.calibration import (
+    Bounds,
+    Calibration,
+    absmax,
+    delayed,
+    fixed,
+    frozen_after,
+    mean_deviation,
+    min_max,
+    moving_average,
+    mse,
+    percentile,
+    running_max,
+)
+from aqt_search.fake_quant import fake_quant, fake_quant_with_state, init_state
 from aqt_search.formats import (
     FormatError,
     NumericFormat,
@@ -18,34 +33,70 @@ from aqt_search.formats import (
     round_to_format,
     stack_formats,
 )
-from aqt_search.ops import conv_general_dilated, dot_general, einsum
+from aqt_search.freeze import Frozen, freeze, serve
+from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, per_block, per_channel
+from aqt_search.ops import conv_general_dilated, dot_general, einsum, take
 from aqt_search.qtensor import QTensor, quantize_tensor
+from aqt_search.quantizer import Quantizer, quantizer
 from aqt_search.rules import RuleError, assign
 from aqt_search.sites import Operand, Site, SiteError, SiteFormats
-from aqt_search.transform import find_sites, quantize
+from aqt_search.transform import (
+    StatefulFunction,
+    find_sites,
+    quantize,
+    quantize_with_state,
+    with_keys,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PER_CHANNEL",
+    "PER_TENSOR",
+    "Bounds",
+    "Calibration",
     "FormatError",
+    "Frozen",
+    "Granularity",
     "NumericFormat",
     "Operand",
     "QTensor",
+    "Quantizer",
     "RuleError",
     "Site",
     "SiteError",
     "SiteFormats",
-    "absmax_scale",
+    "StatefulFunction",
+    "absmax",
     "assign",
     "conv_general_dilated",
     "cost",
+    "delayed",
     "dot_general",
     "einsum",
     "fake_quant",
+    "fake_quant_with_state",
     "find_sites",
+    "fixed",
+    "freeze",
+    "frozen_after",
+    "init_state",
+    "mean_deviation",
+    "min_max",
+    "moving_average",
+    "mse",
     "numeric_format",
+    "per_block",
+    "per_channel",
+    "percentile",
     "quantize",
     "quantize_tensor",
+    "quantize_with_state",
+    "quantizer",
     "round_to_format",
+    "running_max",
+    "serve",
     "stack_formats",
+    "take",
+    "with_keys",
 ]

@@ -1,70 +1,329 @@
-"""Calibration: how the scale of a quantized tensor is chosen."""
+"""Calibration: how the range of values that a format has to hold is chosen.
+
+A calibration is a pair of pure functions, as in optax: `init` makes its state, `apply` looks at a
+tensor and returns the bounds with the state for the next one. Which scale follows from the bounds
+is the quantizer's business (`aqt_search.quantizer`).
+
+    calibration = moving_average(absmax(), 0.9)
+    state = calibration.init(scale_shape)
+    bounds, state = calibration.apply(state, x, over, error)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from aqt_search.formats import Grid, NumericFormat, as_grid
+
+class Bounds(NamedTuple):
+    """The range a scale is made for, one for every scale; `low` is None where it is -high."""
+
+    high: jax.Array  # shape of the scales, the tensor's dtype; at least 0
+    low: jax.Array | None = None  # the same; at most 0
 
 
-def reduced_axes(ndim: int, channel_axes: Sequence[int]) -> tuple[int, ...]:
-    """The axes a scale is shared over: all but `channel_axes`.
+class Over(NamedTuple):
+    """What a bound is shared over: axes of the tensor and, under vmap or pmap, a mapped axis."""
 
-    `reduced_axes(4, (-1,)) == (0, 1, 2)`. Raises ValueError for an axis that is out of range.
+    axes: tuple[int, ...]
+    axis_name: Hashable | None = None
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest value, at least 0; 0 for no values."""
+        largest = jax.lax.reduce_max(x, self.axes)
+        largest = jax.lax.expand_dims(jax.lax.max(largest, jnp.zeros_like(largest)), self.axes)
+        return largest if self.axis_name is None else jax.lax.pmax(largest, self.axis_name)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum."""
+        total = jnp.sum(x, self.axes, keepdims=True)
+        return total if self.axis_name is None else jax.lax.psum(total, self.axis_name)
+
+    def values(self, x: jax.Array) -> jax.Array:
+        """All values that share a bound, in a last axis of their own: [scale shape..., n]."""
+        if self.axis_name is not None:
+            x = jax.lax.all_gather(x, self.axis_name)
+            axes = (0, *(axis + 1 for axis in self.axes))
+        else:
+            axes = self.axes
+        kept = [axis for axis in range(x.ndim) if axis not in axes]
+        flat = x.transpose(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), -1)
+        return jax.lax.expand_dims(flat, self.axes)
+
+
+class Calibration(NamedTuple):
+    """How bounds are chosen. States are pytrees of arrays; () for a calibration without one.
+
+    `apply(state, x, over, error) -> (bounds, state)`: x is the tensor, float32 or float64, and
+    `error(bounds)` the squared error of quantizing it under other bounds, shared as the bounds are.
     """
-    for axis in channel_axes:
-        if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"Channel axis {axis} is out of range for an array with {ndim} dimensions."
-            )
-    kept = {axis % ndim for axis in channel_axes}
-    return tuple(axis for axis in range(ndim) if axis not in kept)
+
+    init: Callable[[tuple[int, ...]], Any]  # from the shape of the bounds
+    apply: Callable[[Any, jax.Array, Over, Callable[[Bounds], jax.Array]], tuple[Bounds, Any]]
+    read: Callable[[Any], Bounds] | None = None  # bounds from the state alone; None: it has none
+    covers: bool = False  # whether the bounds hold all of x, so that nothing is ever clipped
 
 
-def absmax_scale(
-    x: jax.Array,
-    fmt: NumericFormat,
-    channel_axes: Sequence[int] = (),
-    axis_name: Hashable | None = None,
-) -> jax.Array:
-    """The scale that maps the largest magnitude onto the largest value of the format.
+def _stateless(bounds: Callable, covers: bool = False) -> Calibration:
+    return Calibration(lambda shape: (), lambda state, *args: (bounds(*args), ()), None, covers)
 
-        scale = max|x| * (1 / max_value)   (1 where max|x| is zero, or the format is used unscaled)
 
-    Nothing is clipped under this scale, except negative values in an unsigned format. So that
-    nothing overflows or is flushed to zero on the way, max|x| is cut to a quarter of the dtype's
-    largest value and the scale is at least its smallest normal number. A NaN or an infinity makes
-    its scale, and with it every value of that channel, NaN.
+@functools.cache
+def absmax() -> Calibration:
+    """high = max|x|: nothing is clipped."""
+    return _stateless(lambda x, over, error: Bounds(over.max(jax.lax.abs(x))), covers=True)
+
+
+@functools.cache
+def min_max() -> Calibration:
+    """low = min(x, 0), high = max(x, 0): an integer format gets a zero point; nothing is clipped.
+
+    A float format, which has no zero point, is scaled for max(-low, high).
+    """
+    return _stateless(
+        lambda x, over, error: Bounds(over.max(x), jax.lax.neg(over.max(jax.lax.neg(x)))),
+        covers=True,
+    )
+
+
+@functools.cache
+def percentile(share: float) -> Calibration:
+    """high = the `share`-th percentile of |x|, interpolated linearly as numpy does.
 
     Args:
-      x: [...], float32 or float64.
-      fmt: the format; formats of 16 bits or more have scale 1 (chosen by data, not by a branch).
-      channel_axes: axes of x along which every index has its own scale; () is one per tensor.
-      axis_name: a mapped axis (of pmap or vmap) over whose shards the maximum is taken as well.
-
-    Returns:
-      x's shape with 1 in place of every axis that is shared; x's dtype.
+      share: in percent, 0 < share <= 100.
     """
-    return absmax_scale_of_grid(x, as_grid(fmt, x.dtype), channel_axes, axis_name)
+    if not 0 < share <= 100:
+        raise ValueError(f"percentile takes percent above 0 and at most 100; got {share}.")
+
+    def bounds(x, over, error):
+        values = over.values(jnp.abs(x))
+        if not values.size:
+            return Bounds(jnp.zeros(values.shape[:-1], x.dtype))
+        return Bounds(jnp.quantile(values, np.asarray(share / 100, x.dtype), axis=-1))
+
+    return _stateless(bounds)
 
 
-def absmax_scale_of_grid(
-    x: jax.Array, grid: Grid, channel_axes: Sequence[int], axis_name: Hashable | None
-) -> jax.Array:
-    """`absmax_scale` for a format that is a grid already."""
-    axes = reduced_axes(x.ndim, channel_axes)
-    absmax = jax.lax.reduce_max(jax.lax.abs(x), axes)
-    absmax = jax.lax.expand_dims(jax.lax.max(absmax, jnp.zeros_like(absmax)), axes)
-    if axis_name is not None:
-        absmax = jax.lax.pmax(absmax, axis_name)
-    info = jnp.finfo(x.dtype)
-    largest, smallest = x.dtype.type(info.max / 4), x.dtype.type(info.tiny)
-    # A product, as XLA rewrites a division by a broadcast scalar into one: the scale, and so every
-    # rounded value, is then the same bits in every program.
-    scale = jax.lax.min(absmax, largest) * grid.inverse_max
-    scale = jax.lax.max(scale, smallest) + 0 * absmax  # NaN where the maximum is not finite
-    unscaled = (absmax == 0) | (grid.unscaled > 0)
-    return jax.lax.select(unscaled, jnp.ones_like(scale), scale)
+@functools.cache
+def mean_deviation(
+    mean: float = 0.0, deviation: float = 3.0, exclude_zeros: bool = False
+) -> Calibration:
+    """high = mean * E|x| + deviation * sqrt(E x^2): AQT's automatic clipping (arXiv 2105.03536).
+
+    Args:
+      mean: weight of the mean magnitude.
+      deviation: weight of the root mean square.
+      exclude_zeros: leave exact zeros out of both means, as after a relu.
+    """
+
+    def bounds(x, over, error):
+        counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
+        count = jnp.maximum(over.sum(counted.astype(x.dtype)), 1)
+        magnitude, square = over.sum(jnp.abs(x)) / count, over.sum(x * x) / count
+        return Bounds(mean * magnitude + deviation * jnp.sqrt(square))
+
+    return _stateless(bounds)
+
+
+@functools.cache
+def mse(candidates: int = 40, smallest: float = 0.1) -> Calibration:
+    """The share of max|x| under which quantizing has the least squared error.
+
+    `candidates` shares from `smallest` to 1 are tried one after another, so memory stays that of
+    one quantization.
+    """
+    shares = np.linspace(1, smallest, candidates)
+
+    def bounds(x, over, error):
+        largest = over.max(jnp.abs(x))
+
+        def attempt(best, share):
+            found = error(Bounds(largest * share))
+            better = found < best[0]
+            return (jnp.where(better, found, best[0]), jnp.where(better, share, best[1])), None
+
+        start = (error(Bounds(largest)), jnp.ones_like(largest))
+        (_, share), _ = jax.lax.scan(attempt, start, jnp.asarray(shares[1:], x.dtype))
+        return Bounds(largest * share)
+
+    return _stateless(bounds)
+
+
+@functools.cache
+def fixed(high: float, low: float | None = None) -> Calibration:
+    """Given bounds: what lies beyond them saturates. `low` gives an integer format a zero point."""
+    if not high > 0 or (low is not None and not low <= 0):
+        raise ValueError(f"Fixed bounds are high > 0 and low <= 0; got high {high}, low {low}.")
+
+    def bounds(x, over, error):
+        shape = tuple(1 if a in over.axes else n for a, n in enumerate(x.shape))
+        return Bounds(*(None if b is None else jnp.full(shape, b, x.dtype) for b in (high, low)))
+
+    return _stateless(bounds)
+
+
+# --- With state -----------------------------------------------------------------------------------
+
+
+class History(NamedTuple):
+    """What a calibration remembers of earlier tensors."""
+
+    high: jax.Array  # [...], float32, shape of the bounds ([n, ...] for `delayed`)
+    low: jax.Array | None  # the same; None for symmetric bounds
+    updates: jax.Array  # [], int32: tensors that counted
+    inner: Any = ()  # state of the calibration inside
+
+
+def _zeros(shape: tuple[int, ...], inner: Calibration) -> History:
+    bounds = Bounds(jnp.zeros(shape, jnp.float32))
+    if is_asymmetric(inner):
+        bounds = Bounds(bounds.high, bounds.high)
+    return History(*bounds, jnp.int32(0), inner.init(shape))
+
+
+@functools.cache
+def is_asymmetric(calibration: Calibration) -> bool:
+    """Whether its bounds have a `low`, found by an abstract call on a scalar."""
+
+    def low():
+        x, state = jnp.ones(()), calibration.init(())
+        return calibration.apply(state, x, Over(()), lambda b: b.high)[0].low
+
+    return jax.eval_shape(low) is not None
+
+
+def _map(fun: Callable, *bounds: Bounds) -> Bounds:
+    lows = [b.low for b in bounds]
+    return Bounds(fun(*(b.high for b in bounds)), None if lows[0] is None else fun(*lows))
+
+
+def _in_dtype(bounds: Bounds, dtype: np.dtype) -> Bounds:
+    return _map(lambda b: b.astype(dtype), bounds)
+
+
+def _counts(bounds: Bounds) -> jax.Array:
+    """Whether a tensor tells anything: it is finite and not all zero."""
+    extent = bounds.high if bounds.low is None else bounds.high - bounds.low
+    return jnp.all(jnp.isfinite(extent)) & jnp.any(extent > 0)
+
+
+def _with_history(
+    inner: Calibration,
+    combine: Callable[[Bounds, Bounds, jax.Array], Bounds],
+    keep_after: int | None = None,
+) -> Calibration:
+    """A calibration whose bounds are `combine(earlier bounds, today's, tensors before)`."""
+
+    def read(state: History) -> Bounds:
+        return Bounds(state.high, state.low)
+
+    def live(state: History, x, over, error):
+        today, inner_state = inner.apply(state.inner, x, over, error)
+        today = _in_dtype(today, jnp.float32)
+        combined = _map(
+            lambda new, first: jnp.where(state.updates == 0, first, new),
+            combine(read(state), today, state.updates),
+            today,
+        )
+        counts = _counts(today)
+        kept = _map(lambda new, old: jnp.where(counts, new, old), combined, read(state))
+        return kept, History(*kept, state.updates + counts, inner_state)
+
+    def apply(state: History, x, over, error):
+        if keep_after is None:
+            bounds, state = live(state, x, over, error)
+        else:
+            bounds, state = jax.lax.cond(
+                state.updates < keep_after,
+                lambda state, x: live(state, x, over, error),
+                lambda state, x: (read(state), state),
+                state, x,
+            )  # fmt: skip
+        return _in_dtype(bounds, x.dtype), state
+
+    return Calibration(lambda shape: _zeros(shape, inner), apply, read)
+
+
+@functools.cache
+def moving_average(calibration: Calibration, momentum: float | None = 0.9) -> Calibration:
+    """b <- momentum * b + (1 - momentum) * today's bounds, starting at the first.
+
+    A momentum of None is the plain mean of all tensors seen. Tensors that are all zero, or not
+    finite, do not count.
+    """
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(f"A momentum lies in [0, 1), or is None; got {momentum}.")
+
+    def combine(earlier, today, updates):
+        keep = updates / (updates + 1.0) if momentum is None else momentum
+        return _map(lambda old, new: old * keep + new * (1 - keep), earlier, today)
+
+    return _with_history(calibration, combine)
+
+
+@functools.cache
+def running_max(calibration: Calibration) -> Calibration:
+    """The widest bounds of all tensors seen."""
+
+    def combine(earlier, today, _):
+        low = None if today.low is None else jnp.minimum(earlier.low, today.low)
+        return Bounds(jnp.maximum(earlier.high, today.high), low)
+
+    return _with_history(calibration, combine)
+
+
+@functools.cache
+def frozen_after(calibration: Calibration, tensors: int) -> Calibration:
+    """The bounds of `calibration` at the `tensors`-th tensor, kept from then on.
+
+    `frozen_after(moving_average(mean_deviation(), 0.9), 7500)` is AQT's automatic clipping with
+    frozen bounds; `frozen_after(absmax(), 1)` keeps the first tensor's.
+    """
+    if tensors < 1:
+        raise ValueError(f"Bounds are frozen after at least one tensor; got {tensors}.")
+    return _with_history(calibration, lambda earlier, today, _: today, keep_after=tensors)
+
+
+@functools.cache
+def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
+    """The widest bounds of the `tensors` tensors before today's: yesterday's scale.
+
+    Today's bounds are for tomorrow, so no reduction stands between a tensor and its quantization
+    (delayed scaling: Micikevicius et al. 2022, arXiv 2209.05433). The first tensor takes its own.
+    """
+    if tensors < 1:
+        raise ValueError(f"Delayed bounds look back at least one tensor; got {tensors}.")
+
+    def init(shape):
+        return _zeros((tensors, *shape), calibration)._replace(inner=calibration.init(shape))
+
+    def read(state: History) -> Bounds:
+        low = None if state.low is None else jnp.min(state.low, 0)
+        return Bounds(jnp.max(state.high, 0), low)
+
+    def apply(state: History, x, over, error):
+        today, inner = calibration.apply(state.inner, x, over, error)
+        today = _in_dtype(today, jnp.float32)
+        counts = _counts(today)
+
+        def push(old, new):
+            return jnp.where(counts, jnp.concatenate([new[None], old[:-1]]), old)
+
+        history = _map(push, Bounds(state.high, state.low), today)
+        # Only the first branch waits for a reduction over x, and it is taken once.
+        bounds = jax.lax.cond(
+            state.updates == 0,
+            lambda x: _in_dtype(calibration.apply(state.inner, x, over, error)[0], jnp.float32),
+            lambda x: read(state),
+            x,
+        )
+        new = History(*history, state.updates + counts, inner)
+        return _in_dtype(bounds, x.dtype), new
+
+    return Calibration(init, apply, read)

@@ -6,19 +6,34 @@ jitted and vmapped in the assignment. With concrete formats the sums are exact i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
 
+from aqt_search.calibration import is_asymmetric
 from aqt_search.formats import is_unscaled
+from aqt_search.granularity import per_channel, resolve, scale_shape
+from aqt_search.quantizer import SCALE_FORMATS, Quantizer, quantizer
 from aqt_search.sites import Operand, Site, SiteError, SiteFormats
-
-_SCALE_BITS = 32  # a scale is stored as float32
 
 
 def _bits(operand: Operand, fmt) -> int | jax.Array:
     """Bits of an operand: its format's, or those of the dtype it has in the unquantized model."""
     return 8 * operand.dtype.itemsize if fmt is None else fmt.bits
+
+
+def _scale_bits(operand: Operand, q: Quantizer) -> float | jax.Array:
+    """Bits of an operand's stored scales and zero points; none in formats used unscaled."""
+    granularity = q.granularity or per_channel(*operand.channel_axes)
+    granularity = resolve(granularity, len(operand.shape), operand.contracting)
+    count = operand.copies * math.prod(scale_shape(operand.shape, granularity))
+    bits = count * SCALE_FORMATS[q.scale_format]
+    if q.scale_format == "e4m3":
+        bits += 32 * operand.copies  # one for the tensor
+    if is_asymmetric(q.calibration):
+        bits += 32 * count
+    return (1.0 - is_unscaled(q.fmt)) * bits
 
 
 def total_macs(sites: Mapping[str, Site]) -> int:
@@ -71,14 +86,15 @@ def weight_bytes(
 ) -> float | jax.Array:
     """Bytes of the weights as they are stored: packed codes and, unless left out, their scales.
 
-        bytes = sum over weights of (elements * bits + scales * 32) / 8
+        bytes = sum over weights of (elements * bits + bits of scales and zero points) / 8
 
     A parameter that several sites use is stored once per distinct format width.
 
     Args:
       sites: as `find_sites` returns them.
       assignment: formats by site; missing sites are not quantized. May be traced.
-      scales: whether to count the float32 scales, one per output channel of scaled formats.
+      scales: whether to count scales and zero points; by default a float32 scale per output
+        channel of scaled formats. An nvfp4 weight takes 4.5 bits an element.
 
     Returns:
       A float, or a float32 scalar if the formats are traced.
@@ -92,8 +108,7 @@ def weight_bytes(
                 bits = _bits(operand, fmt)
                 size = 1.0 * bits * operand.size
                 if scales and fmt is not None:
-                    scaled = 1.0 - is_unscaled(fmt)
-                    size = size + scaled * (operand.scales * _SCALE_BITS)
+                    size = size + _scale_bits(operand, quantizer(fmt))
                 earlier = stored.setdefault(operand.parameter, [])
                 for other in earlier:
                     size = size * (bits != other)

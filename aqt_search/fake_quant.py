@@ -1,24 +1,26 @@
-"""Fake quantization: scale, round, rescale, with a straight-through gradient."""
+"""Fake quantization: scale, round and rescale in floating point; straight-through gradient."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import absmax_scale_of_grid
-from aqt_search.formats import (
-    Grid,
-    NumericFormat,
-    as_grid,
-    floating_array,
-    numeric_format,
-    round_to_grid,
+from aqt_search.calibration import Bounds
+from aqt_search.formats import Grid, NumericFormat, as_grid, floating_array
+from aqt_search.granularity import (
+    PER_TENSOR,
+    join_blocks,
+    per_channel,
+    resolve,
+    split_blocks,
 )
 from aqt_search.outline import outline
+from aqt_search.quantizer import Codes, Quantizer, Recipe, calibrate, encode, quantizer, recipe
 
 
 def pack_grids(formats: Sequence[NumericFormat], dtype: np.dtype) -> jax.Array:
@@ -33,36 +35,107 @@ def carrier_dtype(x: jax.Array) -> np.dtype:
     return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
-@functools.partial(outline, static_argnums=(3, 4))
-def _scale_round_rescale(x, grids, row, channel_axes, axis_name):
-    carrier = x.astype(grids.dtype)
+def unpack_grid(grids: jax.Array, row: jax.typing.ArrayLike) -> Grid:
+    """The grid at a row of `pack_grids`."""
     packed = jax.lax.dynamic_index_in_dim(grids, row, keepdims=False)
-    grid = Grid(*(packed[field] for field in range(len(Grid._fields))))
-    scale = absmax_scale_of_grid(carrier, grid, channel_axes, axis_name)
-    return (round_to_grid(carrier * (1 / scale), grid) * scale).astype(x.dtype)
+    return Grid(*(packed[field] for field in range(len(Grid._fields))))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _random(key: jax.Array, shape: tuple[int, ...], axis_name: Hashable | None, dtype) -> jax.Array:
+    """Uniform numbers, drawn row by row: a batch gets the same ones however it is sharded."""
+    if not shape:
+        return jax.random.uniform(key, shape, dtype)
+    rows = jnp.arange(shape[0])
+    if axis_name is not None:
+        rows = rows + jax.lax.axis_index(axis_name) * shape[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:], dtype))(keys)
+
+
+def codes_of_operand(
+    x: jax.Array, grid: Grid, bounds: Bounds | None, key: jax.Array | None, how: Recipe
+) -> Codes:
+    """The codes of x, split into blocks, in the grid's dtype."""
+    random = None
+    if how.rounding == "stochastic":
+        random = _random(key, x.shape, how.axis_name, grid.max_value.dtype)
+        random = split_blocks(random, how.granularity)
+    carrier = split_blocks(x.astype(grid.max_value.dtype), how.granularity)
+    return encode(carrier, bounds, grid, how, random)
+
+
+@functools.partial(outline, static_argnums=(5,))
+def quantize_dequantize(x, grids, row, bounds, key, how: Recipe):
+    """The arguments of `fake_quant_packed`; its values, and where its gradient passes (or None)."""
+    found = codes_of_operand(x, unpack_grid(grids, row), bounds, key, how)
+    values = join_blocks(found.values(), how.granularity, x.shape).astype(x.dtype)
+    if found.inside is None:
+        return values, None
+    return values, join_blocks(found.inside, how.granularity, x.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def fake_quant_packed(
     x: jax.Array,
     grids: jax.Array,
     row: jax.typing.ArrayLike,
-    channel_axes: tuple[int, ...],
-    axis_name: Hashable | None,
+    bounds: Bounds | None,
+    key: jax.Array | None,
+    how: Recipe,
 ) -> jax.Array:
-    """`fake_quant` in the format at `row` of `grids`, an array made by `pack_grids`."""
-    return _scale_round_rescale(x, grids, row, channel_axes, axis_name)
+    """`fake_quant` in the format at `row` of `grids`, an array made by `pack_grids`.
+
+    Args:
+      x: the tensor.
+      grids, row: the format.
+      bounds: as a calibration with state gave them; None for one without.
+      key: for stochastic rounding.
+      how: the static part of the quantizer.
+    """
+    return quantize_dequantize(x, grids, row, bounds, key, how)[0]
 
 
 @fake_quant_packed.defjvp
-def _fake_quant_jvp(channel_axes, axis_name, primals, tangents):
-    # absmax clips nothing, so the straight-through gradient is the identity and saves nothing.
-    return fake_quant_packed(*primals, channel_axes, axis_name), tangents[0]
+def _fake_quant_jvp(how, primals, tangents):
+    if how.calibration.covers:
+        # Nothing is clipped, so the gradient is the identity and saves nothing.
+        return fake_quant_packed(*primals, how), tangents[0]
+    values, inside = quantize_dequantize(*primals, how)
+    return values, jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+
+
+def check_key(q: Quantizer) -> None:
+    """Raises ValueError where stochastic rounding has no key."""
+    if q.rounding == "stochastic" and q.key is None:
+        raise ValueError(
+            "Stochastic rounding needs a random key: Quantizer(..., key=jax.random.key(0)), or"
+            " with_keys(assignment, key) for an assignment."
+        )
+
+
+def prepare(
+    x: jax.typing.ArrayLike, fmt: Any, channel_axes: Sequence[int], axis_name, caller: str
+) -> tuple[jax.Array, Quantizer, Recipe]:
+    """The arguments of `fake_quant` checked, and its quantizer's static part for this tensor."""
+    x = floating_array(x, caller)
+    q = quantizer(fmt)
+    check_key(q)
+    if q.granularity is not None and tuple(channel_axes):
+        raise ValueError(
+            f"{caller} got channel_axes {tuple(channel_axes)} and a quantizer with the granularity"
+            f" {q.granularity}: give one of them."
+        )
+    granularity = q.granularity
+    if granularity is None:
+        granularity = per_channel(*channel_axes) if tuple(channel_axes) else PER_TENSOR
+    elif granularity.block_size is not None and granularity.block_axis is None:
+        granularity = granularity._replace(block_axis=-1)
+    return x, q, recipe(q, resolve(granularity, x.ndim), axis_name)
 
 
 def fake_quant(
     x: jax.typing.ArrayLike,
-    fmt: str | NumericFormat,
+    fmt: str | NumericFormat | Quantizer,
     channel_axes: Sequence[int] = (),
     axis_name: Hashable | None = None,
 ) -> jax.Array:
@@ -72,15 +145,20 @@ def fake_quant(
         y = round_to_format(x * (1 / scale), fmt) * scale
         dy/dx = 1  (straight-through: Bengio et al. 2013, arXiv 1308.3432)
 
-    Formats of 16 bits or more are used with scale 1. NaN or infinity in a channel makes the whole
-    channel NaN, so that bad values never pass silently. In an unsigned format negative values
-    become 0.
+    A `Quantizer` chooses scales otherwise (see there); where its calibration clips, dy/dx is 0
+    outside of the bounds. Formats of 16 bits or more are used with scale 1. NaN or infinity in a
+    channel makes the whole channel NaN, so that bad values never pass silently; a calibration that
+    does not look at every value makes that value NaN. In an unsigned format negative values become
+    0.
 
     Args:
       x: any shape, floating point; below float32 it is computed in float32 and cast back.
-      fmt: a name or a `NumericFormat` with scalar fields; may be traced.
+      fmt: a name, a `NumericFormat` with scalar fields, or a `Quantizer`; formats may be traced.
+        Blocks without an axis run along the last one.
       channel_axes: axes along which every index has its own scale; () is one scale per tensor.
-      axis_name: a mapped axis (of pmap or vmap) over whose shards the maximum is shared.
+        Short for a `Quantizer` with `per_channel(*channel_axes)`.
+      axis_name: a mapped axis (of pmap or vmap) over whose shards scales are shared; stochastic
+        rounding then gives every row of the whole batch the same bits as without sharding.
 
     Returns:
       An array of x's shape and dtype.
@@ -88,8 +166,74 @@ def fake_quant(
     Raises:
       FormatError: unknown format name.
       TypeError: x is not floating point.
-      ValueError: a channel axis is out of range.
+      ValueError: an axis is out of range; two granularities; stochastic rounding without a key; a
+        calibration with state, which `fake_quant_with_state` takes.
     """
-    x = floating_array(x, "fake_quant")
-    grids = pack_grids([numeric_format(fmt)], carrier_dtype(x))
-    return fake_quant_packed(x, grids, np.int32(0), tuple(channel_axes), axis_name)
+    x, q, how = prepare(x, fmt, channel_axes, axis_name, "fake_quant")
+    if q.calibration.read is not None:
+        raise ValueError(
+            "This calibration has state: use fake_quant_with_state(x, quantizer, state), with the"
+            " first state from init_state(quantizer, x.shape)."
+        )
+    grids = pack_grids([q.fmt], carrier_dtype(x))
+    return fake_quant_packed(x, grids, np.int32(0), None, q.key, how)
+
+
+def _bounds_shape(shape: tuple[int, ...], how: Recipe) -> tuple[int, ...]:
+    """The shape of the bounds of a tensor split into blocks."""
+    split = jax.eval_shape(
+        lambda x: split_blocks(x, how.granularity), jax.ShapeDtypeStruct(shape, np.float32)
+    ).shape
+    shared = how.over(len(shape)).axes
+    return tuple(1 if axis in shared else n for axis, n in enumerate(split))
+
+
+def init_bounds(shape: tuple[int, ...], how: Recipe) -> Any:
+    """The first state of a calibration for tensors of `shape`."""
+    return how.calibration.init(_bounds_shape(shape, how))
+
+
+def next_bounds(
+    x: jax.Array, grids: jax.Array, row: jax.typing.ArrayLike, how: Recipe, state: Any
+) -> tuple[Bounds, Any]:
+    """The bounds a calibration with state gives x, and its next state; no gradient flows."""
+    carrier = split_blocks(jax.lax.stop_gradient(x).astype(grids.dtype), how.granularity)
+    return calibrate(carrier, unpack_grid(grids, row), how, state)
+
+
+def init_state(q: Quantizer, shape: tuple[int, ...], channel_axes: Sequence[int] = ()) -> Any:
+    """The state of a quantizer's calibration for tensors of `shape`; () if it has none."""
+    _, _, how = prepare(np.zeros(shape, np.float32), q, channel_axes, None, "init_state")
+    return init_bounds(tuple(shape), how)
+
+
+def fake_quant_with_state(
+    x: jax.typing.ArrayLike,
+    q: Quantizer,
+    state: Any,
+    channel_axes: Sequence[int] = (),
+    axis_name: Hashable | None = None,
+    *,
+    update: bool = True,
+) -> tuple[jax.Array, Any]:
+    """`fake_quant` under a calibration with state: returns the values and the next state.
+
+    With `update=False` the bounds are read from the state alone, as in evaluation, and the state
+    is returned as it is. The other arguments are those of `fake_quant`.
+    """
+    x, q, how = prepare(x, q, channel_axes, axis_name, "fake_quant_with_state")
+    grids, row = pack_grids([q.fmt], carrier_dtype(x)), np.int32(0)
+    bounds, new_state = bounds_of(x, grids, row, how, state, update)
+    return fake_quant_packed(x, grids, row, bounds, q.key, how), new_state
+
+
+def bounds_of(
+    x: jax.Array, grids: jax.Array, row: jax.typing.ArrayLike, how: Recipe, state: Any, update: bool
+) -> tuple[Bounds | None, Any]:
+    """Bounds for x and the next state; None for a calibration without state, which looks itself."""
+    if how.calibration.read is None:
+        return None, state
+    if not update:
+        bounds = how.calibration.read(state)
+        return jax.tree.map(lambda b: b.astype(grids.dtype), bounds), state
+    return next_bounds(x, grids, row, how, state)

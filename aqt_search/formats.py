@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Half to even; up with the probability of the remainder, so right in the mean; towards -infinity.
+ROUNDINGS = ("nearest_even", "stochastic", "floor")
 # A scale adds nothing to a grid whose exponents already span this many powers of two.
 _WIDE_MAX_VALUE = 2.0**64
 
@@ -151,13 +153,35 @@ def is_unscaled(fmt: NumericFormat) -> jax.Array | bool:
     return (fmt.bits >= 16) | (fmt.max_value >= _WIDE_MAX_VALUE)
 
 
+def is_integer(fmt: NumericFormat) -> jax.Array | bool:
+    """Whether the format's grid has one spacing everywhere: its exponent never moves."""
+    # e2m0, the powers of two up to 4, is the one float grid whose two numbers agree as well.
+    return (fmt.mantissa_bits == fmt.min_exponent) & ((fmt.mantissa_bits > 0) | (fmt.max_value < 2))
+
+
+def unsigned_twin(fmt: NumericFormat) -> NumericFormat:
+    """The format of as many bits without a sign: int4 to uint4; formats other than intN stay.
+
+    Chosen by data, so it serves traced formats.
+    """
+    twin = is_integer(fmt) & (fmt.min_value < 0)
+    more = twin * 1
+    return NumericFormat(
+        fmt.mantissa_bits + more,
+        fmt.min_exponent + more,
+        fmt.min_value * (1 - more),
+        fmt.max_value * (1 + more) + more,
+        fmt.bits,
+    )
+
+
 def _exponent_mask(dtype: np.dtype) -> np.integer:
     """The bits of the exponent field of a float32 or float64."""
     info = np.finfo(dtype)
     return np.dtype(f"int{info.bits}").type((info.maxexp * 2 - 1) << info.nmant)
 
 
-def _leading_power(x: jax.Array) -> jax.Array:
+def leading_power(x: jax.Array) -> jax.Array:
     """2^floor(log2|x|) for normal numbers, 0 below them: the exponent bits alone, exact."""
     mask = _exponent_mask(x.dtype)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype)
@@ -197,15 +221,30 @@ def as_grid(fmt: NumericFormat, dtype: np.dtype) -> Grid:
     )  # fmt: skip
 
 
-def round_to_grid(x: jax.Array, grid: Grid) -> jax.Array:
-    """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule."""
+def _round_steps(steps: jax.Array, rounding: str, random: jax.Array | None) -> jax.Array:
+    if rounding == "nearest_even":
+        return jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    floor = jax.lax.floor(steps)
+    if rounding == "floor":
+        return floor
+    # The remainder is exact, so a value on the grid stays there for any random number below 1.
+    return floor + (random < steps - floor).astype(steps.dtype)
+
+
+def round_to_grid(
+    x: jax.Array, grid: Grid, rounding: str = "nearest_even", random: jax.Array | None = None
+) -> jax.Array:
+    """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule.
+
+    `rounding` is one of `ROUNDINGS`; "stochastic" takes `random`, uniform in [0, 1), of x's shape.
+    """
     # The limits lie on the grid, so clipping first changes nothing and takes care of infinity.
     clipped = jnp.minimum(jnp.maximum(x, grid.min_value), grid.max_value)
-    power = jnp.maximum(_leading_power(clipped), grid.min_power)
+    power = jnp.maximum(leading_power(clipped), grid.min_power)
     # ulp = power * step may lie below the smallest normal number, which backends flush to zero;
     # the power and the step, applied one after the other, never do.
-    steps = clipped / power * grid.steps
-    return jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * grid.step * power
+    steps = _round_steps(clipped / power * grid.steps, rounding, random)
+    return steps * grid.step * power
 
 
 @jax.custom_jvp
@@ -282,7 +321,7 @@ def code_values(fmt: str | NumericFormat) -> np.ndarray:
 def codes_of(x: jax.Array, fmt: NumericFormat) -> jax.Array:
     """The code (uint8, see `code_values`) of every element of `x`, which must lie on the grid."""
     m, min_exponent = int(fmt.mantissa_bits), int(fmt.min_exponent)
-    power = jnp.maximum(_leading_power(x), _power_of_two(min_exponent, x.dtype))
+    power = jnp.maximum(leading_power(x), _power_of_two(min_exponent, x.dtype))
     steps = (jnp.abs(x) / power * 2.0**m).astype(np.int32)
     # frexp's fraction lies in [1/2, 1), hence the 1 between its exponent and log2(power).
     magnitude = ((jnp.frexp(power)[1] - 1 - min_exponent) << m) + steps

@@ -1,78 +1,147 @@
-"""Products of fake-quantized operands: `dot_general`, `conv_general_dilated` and `einsum`.
+"""Products of quantized operands: `dot_general`, `conv_general_dilated`, `einsum`; `take`.
 
-Each takes lax's (or numpy's) own arguments plus a format per operand, so that a partial of it fits
-the `dot_general` and `conv_general_dilated` fields of Flax modules:
+Each takes lax's (or numpy's) own arguments plus a format or quantizer per operand, so that a
+partial of it fits the `dot_general`, `conv_general_dilated` and `einsum` fields of Flax modules:
 
     dot_general = functools.partial(aqs.dot_general, lhs_format="int8", rhs_format="int4")
     nn.Dense(64, dot_general=dot_general)
 
 By default the left operand (activations) has one scale and the right one (weights) a scale per
-output channel. A format of None leaves its operand as it is.
+output channel; a `Quantizer` says otherwise. A format of None leaves its operand as it is, and an
+operand that is a `QTensor` is used as it is stored.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from opt_einsum import parser as einsum_parser
 
-from aqt_search.fake_quant import fake_quant
-from aqt_search.formats import NumericFormat
+from aqt_search import products
+from aqt_search.fake_quant import carrier_dtype, check_key, fake_quant, pack_grids
+from aqt_search.formats import NumericFormat, floating_array
+from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
+from aqt_search.products import Layout, Quantized
+from aqt_search.qtensor import QTensor
+from aqt_search.quantizer import Quantizer, quantizer, recipe
+
+Format = str | NumericFormat | Quantizer | None
 
 
-def free_axes(ndim: int, contracting: Sequence[int]) -> tuple[int, ...]:
-    """The axes that survive a contraction: along them a scale can be taken out of the product."""
-    contracted = {axis % ndim for axis in contracting}
-    return tuple(axis for axis in range(ndim) if axis not in contracted)
-
-
-def _quantize(
-    x: jax.Array, fmt: str | NumericFormat | None, per_channel: bool, channel_axes: tuple[int, ...]
-) -> jax.Array:
-    if fmt is None:
+def _operand(
+    x: Any, fmt: Format, default: Granularity, contracting: Sequence[int], side: str
+) -> products.Operand:
+    if isinstance(x, QTensor):
+        if fmt is not None:
+            raise ValueError(
+                f"The {side} operand is a QTensor and has its format: leave {side}_format out."
+            )
         return x
-    return fake_quant(x, fmt, channel_axes if per_channel else ())
+    if fmt is None:
+        return jnp.asarray(x)
+    q = quantizer(fmt)
+    return _quantized(floating_array(x, "A quantized product"), q, default, contracting)
+
+
+def _quantized(
+    x: jax.Array | None, q: Quantizer, default: Granularity, contracting, ndim: int | None = None
+) -> Quantized:
+    check_key(q)
+    if q.calibration.read is not None:
+        raise ValueError(
+            "A calibration with state has no place in a single product: use"
+            " aqt_search.quantize_with_state for the whole function, or fake_quant_with_state."
+        )
+    granularity = resolve(q.granularity or default, ndim or x.ndim, contracting)
+    dtype = np.dtype(np.float32) if x is None else carrier_dtype(x)
+    grids = pack_grids([q.fmt], dtype)
+    return Quantized(x, grids, np.int32(0), None, q.key, recipe(q, granularity))
+
+
+def _gradient(fmt: Format, layout: Layout, side: int) -> Quantized | None:
+    """How the gradient of the result is quantized in the product for the gradient of `side`."""
+    if fmt is None:
+        return None
+    return _quantized(
+        None, quantizer(fmt), PER_TENSOR, layout.gradient_contracting(side), layout.out_ndim
+    )
+
+
+def _format_of(x: Any, fmt: Format) -> NumericFormat | None:
+    if isinstance(x, QTensor):
+        return x.fmt
+    return None if fmt is None else quantizer(fmt).fmt
+
+
+def _product(
+    bind: products.Bind, layout: Layout, lhs: Any, rhs: Any, formats: tuple[Format, Format],
+    gradients: tuple[Format, Format], execution: str,
+) -> jax.Array:  # fmt: skip
+    operands = (
+        _operand(lhs, formats[0], PER_TENSOR, layout.contracting[0], "lhs"),
+        _operand(rhs, formats[1], PER_CHANNEL, layout.contracting[1], "rhs"),
+    )
+    return products.product(
+        bind, layout, operands, tuple(map(_format_of, (lhs, rhs), formats)), execution,
+        tuple(_gradient(fmt, layout, side) for side, fmt in enumerate(gradients)),
+    )  # fmt: skip
 
 
 def dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: jax.Array | QTensor,
+    rhs: jax.Array | QTensor,
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
     *,
-    lhs_format: str | NumericFormat | None = None,
-    rhs_format: str | NumericFormat | None = None,
-    lhs_per_channel: bool = False,
-    rhs_per_channel: bool = True,
+    lhs_format: Format = None,
+    rhs_format: Format = None,
+    lhs_gradient: Format = None,
+    rhs_gradient: Format = None,
+    execution: str = "emulated",
     **lax_arguments: Any,
 ) -> jax.Array:
-    """`lax.dot_general(fake_quant(lhs), fake_quant(rhs), ...)`.
+    """`lax.dot_general` on quantized operands.
 
     Args:
-      lhs, rhs, dimension_numbers, precision, preferred_element_type, lax_arguments: as in lax.
-      lhs_format, rhs_format: name, `NumericFormat` (may be traced) or None.
-      lhs_per_channel, rhs_per_channel: one scale for every index of the operand's batch and free
-        axes, instead of one for the tensor.
+      lhs, rhs: floating-point arrays, or `QTensor`s (which take no format and have no gradient).
+      dimension_numbers, precision, preferred_element_type, lax_arguments: as in lax.
+      lhs_format, rhs_format: name, `NumericFormat`, `Quantizer` (formats may be traced) or None.
+      lhs_gradient, rhs_gradient: how the gradient of the result is quantized in the product that
+        gives the gradient of lhs (of rhs). None leaves it in floating point; otherwise the function
+        has a reverse derivative only.
+      execution: "emulated" multiplies quantized values in floating point; "int8", "fp8" and "bf16"
+        multiply codes held in that dtype and scale the result; "native" takes the first of them
+        that holds both formats; "auto" takes what was measured to be fastest. Equal up to the order
+        of summation and, with scales that are no powers of two, float32 rounding.
 
     Raises:
-      FormatError: unknown format name.
+      FormatError: unknown format name; a format that does not fit the execution.
+      TypeError: a quantized operand is not floating point.
+      ValueError: an execution that is unknown or does not apply; an axis out of range; a
+        calibration with state; stochastic rounding without a key.
     """
-    (lhs_contracting, rhs_contracting), _ = dimension_numbers
-    lhs = _quantize(lhs, lhs_format, lhs_per_channel, free_axes(lhs.ndim, lhs_contracting))
-    rhs = _quantize(rhs, rhs_format, rhs_per_channel, free_axes(rhs.ndim, rhs_contracting))
-    return jax.lax.dot_general(
-        lhs, rhs, dimension_numbers, precision=precision,
-        preferred_element_type=preferred_element_type, **lax_arguments,
-    )  # fmt: skip
+
+    def bind(a, b, accumulate):
+        return jax.lax.dot_general(
+            a, b, dimension_numbers, precision=precision,
+            preferred_element_type=accumulate or preferred_element_type, **lax_arguments,
+        )  # fmt: skip
+
+    layout = products.dot_layout(lhs.ndim, rhs.ndim, dimension_numbers)
+    return _product(
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
+    )
 
 
 def conv_general_dilated(
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: jax.Array | QTensor,
+    rhs: jax.Array | QTensor,
     window_strides: Sequence[int],
     padding: Any,
     lhs_dilation: Sequence[int] | None = None,
@@ -83,55 +152,68 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
     *,
-    lhs_format: str | NumericFormat | None = None,
-    rhs_format: str | NumericFormat | None = None,
-    rhs_per_channel: bool = True,
+    lhs_format: Format = None,
+    rhs_format: Format = None,
+    lhs_gradient: Format = None,
+    rhs_gradient: Format = None,
+    execution: str = "emulated",
     **lax_arguments: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated(fake_quant(lhs), fake_quant(rhs), ...)`.
+    """`lax.conv_general_dilated` on quantized operands.
+
+    One scale per output feature of the kernel and one for the images, unless a `Quantizer` says
+    otherwise; blocks run along the input features. A transposed convolution is one with an
+    `lhs_dilation`.
 
     Args:
       lhs ... preferred_element_type, lax_arguments: as in lax.
-      lhs_format, rhs_format: name, `NumericFormat` (may be traced) or None.
-      rhs_per_channel: one scale per output feature of the kernel, instead of one for the kernel.
+      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution: as for `dot_general`.
 
     Raises:
-      FormatError: unknown format name.
+      As `dot_general`.
     """
+
+    def bind(a, b, accumulate):
+        return jax.lax.conv_general_dilated(
+            a, b, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+            feature_group_count, batch_group_count, precision,
+            accumulate or preferred_element_type, **lax_arguments,
+        )  # fmt: skip
+
     axes = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    return jax.lax.conv_general_dilated(
-        _quantize(lhs, lhs_format, False, ()),
-        _quantize(rhs, rhs_format, rhs_per_channel, (axes.rhs_spec[0],)),
-        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-        feature_group_count, batch_group_count, precision, preferred_element_type,
-        **lax_arguments,
-    )  # fmt: skip
+    layout = products.conv_layout(axes, feature_group_count, batch_group_count)
+    return _product(
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
+    )
 
 
 def einsum(
     subscripts: str,
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: jax.Array | QTensor,
+    rhs: jax.Array | QTensor,
     *,
-    lhs_format: str | NumericFormat | None = None,
-    rhs_format: str | NumericFormat | None = None,
-    lhs_per_channel: bool = False,
-    rhs_per_channel: bool = True,
+    lhs_format: Format = None,
+    rhs_format: Format = None,
+    lhs_gradient: Format = None,
+    rhs_gradient: Format = None,
+    execution: str = "emulated",
+    preferred_element_type: Any = None,
     **einsum_arguments: Any,
 ) -> jax.Array:
-    """`jnp.einsum(subscripts, fake_quant(lhs), fake_quant(rhs))`; two operands.
+    """`jnp.einsum` on quantized operands; two of them.
+
+    `PER_CHANNEL` is every index of the operand's axes that appear in the output.
 
     Args:
       subscripts: as in numpy, with or without an ellipsis and an explicit output.
-      lhs, rhs: floating-point arrays.
-      lhs_format, rhs_format: name, `NumericFormat` (may be traced) or None.
-      lhs_per_channel, rhs_per_channel: one scale for every index of the operand's axes that appear
-        in the output, instead of one for the tensor.
+      lhs, rhs: floating-point arrays, or `QTensor`s.
+      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution: as for `dot_general`.
+      preferred_element_type, einsum_arguments: as in `jnp.einsum`.
 
     Raises:
-      FormatError: unknown format name.
       ValueError: subscripts that do not fit two operands. A product of three is written as two,
         since each intermediate result is an operand with a scale of its own.
+      Else as `dot_general`.
     """
     if subscripts.split("->")[0].count(",") != 1:
         raise ValueError(
@@ -139,10 +221,40 @@ def einsum(
         )
     shapes = (tuple(lhs.shape), tuple(rhs.shape))
     inputs, output, _ = einsum_parser.parse_einsum_input((subscripts, *shapes), shapes=True)
-    lhs_axes, rhs_axes = (
-        tuple(axis for axis, label in enumerate(labels) if label in output)
-        for labels in inputs.split(",")
+
+    def bind(a, b, accumulate):
+        return jnp.einsum(
+            subscripts, a, b, preferred_element_type=accumulate or preferred_element_type,
+            **einsum_arguments,
+        )  # fmt: skip
+
+    layout = products.einsum_layout(*inputs.split(","), output)
+    return _product(
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )
-    lhs = _quantize(lhs, lhs_format, lhs_per_channel, lhs_axes)
-    rhs = _quantize(rhs, rhs_format, rhs_per_channel, rhs_axes)
-    return jnp.einsum(subscripts, lhs, rhs, **einsum_arguments)
+
+
+def take(
+    table: jax.Array | QTensor, indices: jax.Array, *, table_format: Format = None
+) -> jax.Array:
+    """Rows of a quantized table: an embedding lookup, `fake_quant(table)[indices]`.
+
+    Each row has its own scale unless a `Quantizer` says otherwise. Of a `QTensor` only the rows
+    taken are dequantized; store it with `quantize_tensor(table, fmt, (0,), row_axes=1)`.
+
+    Args:
+      table: [rows, ...], floating point, or a `QTensor`.
+      indices: integers of any shape; beyond the table they give NaN, as `jnp.take` does.
+      table_format: name, `NumericFormat`, `Quantizer` or None.
+
+    Returns:
+      [*indices.shape, *table.shape[1:]], in the table's dtype.
+    """
+    if isinstance(table, QTensor):
+        return table.take(indices)
+    if table_format is None:
+        return jnp.take(table, indices, axis=0)
+    q = quantizer(table_format)
+    granularity = resolve(q.granularity or PER_CHANNEL, table.ndim, range(1, table.ndim))
+    values = fake_quant(table, dataclasses.replace(q, granularity=granularity))
+    return jnp.take(values, indices, axis=0)

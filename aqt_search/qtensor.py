@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from aqt_search.calibration import absmax_scale
+from aqt_search.calibration import Bounds
+from aqt_search.fake_quant import carrier_dtype, codes_of_operand, pack_grids, prepare, unpack_grid
 from aqt_search.formats import (
     FormatError,
     NumericFormat,
-    as_grid,
     code_values,
     codes_of,
     floating_array,
+    is_integer,
     numeric_format,
-    round_to_grid,
 )
+from aqt_search.granularity import Granularity, join_blocks, split_blocks
+from aqt_search.quantizer import Quantizer, quantizer
 
 _STORAGE_DTYPES = {
     numeric_format(name): np.dtype(dtype)
@@ -36,92 +39,196 @@ _STORAGE_DTYPES = {
         "fp32": np.float32,
     }.items()
 }
+_SCALE_DTYPES = {"e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn}
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Writes n codes of `bits` bits one behind another into ceil(n * bits / 8) bytes."""
+    """Writes rows of n codes, [..., n], one behind another into ceil(n * bits / 8) bytes each."""
     shifts = jnp.arange(bits, dtype=jnp.uint8)
-    ones = codes.reshape(-1, 1) >> shifts[None] & 1
-    return jnp.packbits(ones.reshape(-1), bitorder="little")
+    ones = codes[..., None] >> shifts.reshape((1,) * codes.ndim + (-1,)) & 1
+    return jnp.packbits(ones.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
 def _unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
-    ones = jnp.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    return jnp.sum(ones * weights[None], axis=1, dtype=jnp.uint8)
+    """Undoes `_pack` for rows of `count` codes."""
+    rows = packed.shape[:-1]
+    if 8 % bits == 0:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
+        codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+        return codes.reshape(*rows, -1)[..., :count]
+    ones = jnp.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.uint8).reshape((1,) * packed.ndim + (-1,))
+    return jnp.sum(ones.reshape(*rows, count, bits) * weights, axis=-1, dtype=jnp.uint8)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantized tensor: `x = values(data) * scale`.
+    """A quantized tensor: `x = (codes - zero_point) * scale * tensor_scale`.
 
     `data` has x's shape in a native dtype where one fits the format (int8, uint8, float8, bfloat16,
-    ...), else it is a uint8 vector of packed codes (`formats.code_values` gives their order). The
-    scale has the shape of `absmax_scale`, in float32 (float64 for a float64 tensor); it is absent
-    (None) in formats of 16 bits or more.
+    ...), else it holds packed codes (`formats.code_values` gives their order): uint8 of shape
+    [*shape[:row_axes], bytes].
     """
 
     data: jax.Array
+    # One for every group, see `granularity.scale_shape`: float32 (float64 for a float64 tensor),
+    # float8_e8m0fnu or float8_e4m3fn; None in formats of 16 bits or more.
     scale: jax.Array | None
+    tensor_scale: jax.Array | None  # float32, one number, beside e4m3 scales
+    zero_point: jax.Array | None  # the scale's shape, float32: the code of 0
     fmt: NumericFormat = dataclasses.field(metadata={"static": True})
+    granularity: Granularity = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    row_axes: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored data and scales."""
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def codes(self, dtype: np.dtype) -> jax.Array:
+        """The codes as numbers of `dtype`, of the tensor's shape."""
+        if self.fmt in _STORAGE_DTYPES:
+            return self.data.astype(dtype)
+        count = math.prod(self.shape[self.row_axes :])
+        codes = _unpack(self.data, self.fmt.bits, count).reshape(self.shape)
+        if not is_integer(self.fmt):
+            return jnp.take(jnp.asarray(code_values(self.fmt), dtype), codes.astype(jnp.int32))
+        if self.fmt.min_value == 0:
+            return codes.astype(dtype)
+        sign_bit = np.uint8(2 ** (self.fmt.bits - 1))
+        magnitude = (codes & (sign_bit - np.uint8(1))).astype(dtype)
+        return jnp.where(codes >= sign_bit, -magnitude, magnitude)
+
+    def scales(self, dtype: np.dtype) -> jax.Array | None:
+        """The factors from codes to values, of shape `granularity.scale_shape`."""
+        if self.scale is None:
+            return None
+        scale = self.scale.astype(dtype)
+        return scale if self.tensor_scale is None else scale * self.tensor_scale.astype(dtype)
 
     def dequantize(self) -> jax.Array:
         """The represented values, of the original shape and dtype."""
-        if self.fmt in _STORAGE_DTYPES:
-            values = self.data.astype(jnp.float32)
-        else:
-            codes = _unpack(self.data, self.fmt.bits, math.prod(self.shape))
-            table = jnp.asarray(code_values(self.fmt))
-            values = jnp.take(table, codes.astype(jnp.int32)).reshape(self.shape)
-        if self.scale is not None:
-            values = values * self.scale
-        return values.astype(self.dtype)
+        carrier = carrier_dtype(self)
+        values, scales = self.codes(carrier), self.scales(carrier)
+        if scales is None:
+            return values.astype(self.dtype)
+        values = split_blocks(values, self.granularity)
+        if self.zero_point is not None:
+            values = values - _beside_blocks(self.zero_point, self.granularity)
+        values = values * _beside_blocks(scales, self.granularity)
+        return join_blocks(values, self.granularity, self.shape).astype(self.dtype)
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        """Rows `dequantize()[indices]`, of which only those taken are dequantized.
+
+        A row beyond the tensor is NaN. Packed data of `row_axes=0` is dequantized as a whole.
+        """
+        if self.granularity.block_axis == 0 or (self.data.ndim == 1 and self.ndim > 1):
+            return jnp.take(self.dequantize(), indices, axis=0)
+        count = self.shape[0]
+        flat = jnp.where(indices < 0, indices + count, indices).reshape(-1)
+
+        def rows(part):
+            own = part is not None and part.ndim > 0 and part.shape[0] == count
+            return jnp.take(part, flat, axis=0, mode="clip") if own else part
+
+        taken = dataclasses.replace(
+            self, data=rows(self.data), scale=rows(self.scale), zero_point=rows(self.zero_point),
+            shape=(flat.size, *self.shape[1:]),
+        )  # fmt: skip
+        values = taken.dequantize().reshape(*indices.shape, *self.shape[1:])
+        inside = ((indices >= -count) & (indices < count)).reshape(
+            *indices.shape, *(1,) * (self.ndim - 1)
+        )
+        return jnp.where(inside, values, jnp.nan)
 
 
-def quantize_tensor(
-    x: jax.typing.ArrayLike, fmt: str | NumericFormat, channel_axes: Sequence[int] = ()
-) -> QTensor:
-    """Stores `x` in a format; its `dequantize()` equals `fake_quant(x, fmt, channel_axes)`.
+def _beside_blocks(scale: jax.Array, granularity: Granularity) -> jax.Array:
+    """A scale in the shape that broadcasts against a tensor split into blocks."""
+    axis = granularity.block_axis
+    return scale if axis is None else jnp.expand_dims(scale, axis + 1)
 
-    Args:
-      x: any shape, floating point, finite.
-      fmt: a name or a concrete `NumericFormat`: the storage dtype is fixed by it, so it cannot be
-        traced.
-      channel_axes: axes along which every index has its own scale.
+
+def concrete_format(fmt: NumericFormat, caller: str) -> NumericFormat:
+    """The format with Python numbers as fields.
 
     Raises:
-      FormatError: unknown or traced format, or one wider than 8 bits without a storage dtype.
-      TypeError: x is not floating point.
-      ValueError: a channel axis is out of range.
+      FormatError: the format is traced.
     """
-    x = floating_array(x, "quantize_tensor")
-    fmt = numeric_format(fmt)
     if any(isinstance(field, jax.core.Tracer) for field in fmt):
-        raise FormatError("quantize_tensor needs a concrete format: storage is fixed when traced.")
-    fmt = NumericFormat(
+        raise FormatError(f"{caller} needs a concrete format: storage is fixed when traced.")
+    return NumericFormat(
         int(fmt.mantissa_bits), int(fmt.min_exponent), float(fmt.min_value), float(fmt.max_value),
         int(fmt.bits),
     )  # fmt: skip
+
+
+def _storable(fmt: NumericFormat) -> NumericFormat:
+    fmt = concrete_format(fmt, "quantize_tensor")
     if fmt.bits > 8 and fmt not in _STORAGE_DTYPES:
         raise FormatError(
             f"{fmt} has {fmt.bits} bits and no storage dtype: store at most 8 bits, or bf16, fp16"
             " or fp32."
         )
-    carrier = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
-    scale = None if fmt.bits >= 16 else absmax_scale(carrier, fmt, channel_axes)
-    steps = carrier if scale is None else carrier * (1 / scale)
-    values = round_to_grid(steps, as_grid(fmt, carrier.dtype))
+    return fmt
+
+
+def quantize_tensor(
+    x: jax.typing.ArrayLike,
+    fmt: str | NumericFormat | Quantizer,
+    channel_axes: Sequence[int] = (),
+    *,
+    bounds: Bounds | None = None,
+    row_axes: int = 0,
+) -> QTensor:
+    """Stores `x` in a format; its `dequantize()` equals `fake_quant(x, fmt, channel_axes)`.
+
+    Args:
+      x: any shape, floating point, finite.
+      fmt: a name, a concrete `NumericFormat` or a `Quantizer` of one: the storage dtype is fixed by
+        it, so it cannot be traced.
+      channel_axes: axes along which every index has its own scale.
+      bounds: as a calibration with state gave them.
+      row_axes: leading axes whose every index starts a byte of its own, so that rows can be taken
+        out of packed data.
+
+    Raises:
+      FormatError: unknown or traced format, or one wider than 8 bits without a storage dtype.
+      TypeError: x is not floating point.
+      ValueError: an axis is out of range, or two granularities.
+    """
+    x = floating_array(x, "quantize_tensor")
+    q = quantizer(fmt)
+    fmt = _storable(q.fmt)
+    x, q, how = prepare(x, q, channel_axes, None, "quantize_tensor")
+    grid = unpack_grid(pack_grids([fmt], carrier_dtype(x)), np.int32(0))
+    found = codes_of_operand(x, grid, bounds, q.key, how)
+    codes = join_blocks(found.codes, how.granularity, x.shape)
     if fmt in _STORAGE_DTYPES:
-        data = values.astype(_STORAGE_DTYPES[fmt])
+        data = codes.astype(_STORAGE_DTYPES[fmt])
     else:
-        data = codes_of(values, fmt)
-        data = _pack(data, fmt.bits) if fmt.bits < 8 else data.reshape(-1)
-    return QTensor(data, scale, fmt, x.shape, x.dtype)
+        data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
+        data = _pack(data, fmt.bits) if fmt.bits < 8 else data
+    stored = [None, None, None] if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
+    return QTensor(data, *stored, fmt, how.granularity, x.shape, x.dtype, row_axes)
+
+
+def _stored_scale(scale: Any, q: Quantizer, how: Any) -> list[jax.Array | None]:
+    axis = how.granularity.block_axis
+
+    def joined(part):
+        return part if part is None or axis is None else jnp.squeeze(part, axis + 1)
+
+    block = joined(scale.block)
+    if q.scale_format in _SCALE_DTYPES:
+        block = block.astype(_SCALE_DTYPES[q.scale_format])
+    tensor = None if scale.tensor is None else scale.tensor.reshape((1,) * block.ndim)
+    return [block, tensor, joined(scale.zero_point)]

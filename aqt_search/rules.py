@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from aqt_search.formats import NumericFormat, numeric_format
-from aqt_search.sites import Site, SiteError, SiteFormats
+from aqt_search.formats import NumericFormat
+from aqt_search.quantizer import Quantizer, operand_spec, quantizer
+from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
 
-# One format for both operands, None for no quantization, or formats by operand.
-FormatSpec = str | NumericFormat | None | Mapping[str, str | NumericFormat | None] | SiteFormats
+# One format (or quantizer) for both operands, None for no quantization, or formats by operand.
+FormatSpec = str | NumericFormat | Quantizer | None | Mapping[str, Any] | SiteFormats
 
 _SIDES = ("lhs", "rhs")
 _ROLES = ("activation", "weight")
+_OPTIONS = ("lhs_gradient", "rhs_gradient", "unsigned")
 
 
 class RuleError(ValueError):
@@ -28,26 +32,39 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def site_formats(site: Site, spec: FormatSpec) -> SiteFormats:
-    """The formats of a site's operands under `spec` (see `assign`)."""
+    """How a site is quantized under `spec` (see `assign`)."""
     if isinstance(spec, SiteFormats):
-        spec = spec._asdict()
+        spec = {key: fmt for key, fmt in spec._asdict().items() if fmt is not None} or None
     if not isinstance(spec, Mapping):
-        fmt = None if spec is None else numeric_format(spec)
-        return SiteFormats(fmt, fmt)
-    keys = set(spec)
+        spec = {} if spec is None else dict.fromkeys(_SIDES, spec)
+    else:
+        _check_keys(spec)
+
+    def of(key: str) -> NumericFormat | Quantizer | None:
+        fmt = spec.get(key)
+        fmt = None if fmt is None else operand_spec(fmt)
+        if fmt is None or spec.get("unsigned", True):
+            return fmt
+        return dataclasses.replace(quantizer(fmt), unsigned=False)
+
+    def of_operand(side: str) -> NumericFormat | Quantizer | None:
+        # A constant is known when the model is served, as a weight is.
+        role = "activation" if getattr(site, side).role == "activation" else "weight"
+        return of(side if side in spec else role)
+
+    lhs = None if site.kind == "gather" else of_operand("lhs")  # the indices of a lookup
+    return SiteFormats(lhs, of_operand("rhs"), of("lhs_gradient"), of("rhs_gradient"))
+
+
+def _check_keys(spec: Mapping[str, Any]) -> None:
+    keys = set(spec) - set(_OPTIONS)
     if not keys or not (keys <= set(_SIDES) or keys <= set(_ROLES)):
         raise RuleError(
-            f"Formats by operand take the keys 'lhs' and 'rhs', or 'weight' and 'activation';"
-            f" got {sorted(keys)}."
+            "Formats by operand take the keys 'lhs' and 'rhs', or 'weight' and 'activation', beside"
+            f" {', '.join(map(repr, _OPTIONS))}; got {sorted(spec)}."
         )
-
-    def of(side: str, role: str) -> NumericFormat | None:
-        # A constant is known when the model is served, as a weight is.
-        key = side if keys <= set(_SIDES) else ("activation" if role == "activation" else "weight")
-        fmt = spec.get(key)
-        return None if fmt is None else numeric_format(fmt)
-
-    return SiteFormats(of("lhs", site.lhs.role), of("rhs", site.rhs.role))
+    if not isinstance(spec.get("unsigned", True), bool):
+        raise RuleError(f"'unsigned' is True or False; got {spec['unsigned']!r}.")
 
 
 def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list[str]]:
@@ -84,9 +101,12 @@ def assign(
     """Builds an assignment: every site takes the formats of the first rule that matches its name.
 
     A pattern is a regular expression that is searched for in the site's name (`head` matches
-    anywhere, `^head/kernel$` that name alone). Its formats are a name or `NumericFormat` for both
-    operands, None for no quantization, or a mapping by side (`{"lhs": "int8", "rhs": "int4"}`) or
-    by role (`{"activation": "int8", "weight": "int4"}`). Sites without a match stay as they are.
+    anywhere, `^head/kernel$` that name alone). Its formats are a name, `NumericFormat` or
+    `Quantizer` for both operands, None for no quantization, or a mapping by side
+    (`{"lhs": "int8", "rhs": "int4"}`) or by role (`{"activation": "int8", "weight": "int4"}`), in
+    which `"unsigned": False` keeps the sign bit of operands that are never negative, and
+    `"lhs_gradient"` and `"rhs_gradient"` quantize the gradient in the two gradient products.
+    Sites without a match stay as they are; of a lookup only the table is quantized.
 
         assign(sites, [("stem|head", "int8"), (".*", {"weight": "int4", "activation": "e4m3"})])
 
@@ -109,7 +129,7 @@ def assign(
     for (pattern, spec), names in zip(rules, taken):
         for name in names:
             assignment[name] = site_formats(sites[name], spec)
-            if sites[name].refused and assignment[name] != SiteFormats():
+            if sites[name].refused and not is_unquantized(assignment[name]):
                 raise SiteError(
                     f"Rule {pattern!r} quantizes site {name!r}, which cannot be:"
                     f" {sites[name].refused}. Put a rule ({re.escape(name)!r}, None) before it."

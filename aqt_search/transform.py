@@ -10,38 +10,34 @@ jitted, differentiated, vmapped (over assignments, too) and pmapped like any oth
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex_core
 import numpy as np
 
 from aqt_search import sites as site_analysis
-from aqt_search.fake_quant import carrier_dtype, fake_quant_packed, pack_grids
+from aqt_search.carriers import check_execution
 from aqt_search.formats import NumericFormat
-from aqt_search.sites import Path, Site, SiteError, SiteFormats
+from aqt_search.interpreter import Held, Interpreter, Trace, init_states, make_plans
+from aqt_search.quantizer import Quantizer
+from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
 
 Assignment = Mapping[str, SiteFormats]
-
-
-class _Trace(NamedTuple):
-    closed: jex_core.ClosedJaxpr
-    inputs: list[Any]  # the array leaves of params and data, in the jaxpr's order
-    out_tree: jax.tree_util.PyTreeDef
-    sites: dict[str, Site]
-    site_paths: dict[Path, str]
+CalibrationState = dict[str, dict[str, Any]]  # what calibrations remember, by site and operand
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
-def _trace(
+def trace_function(
     fun: Callable, params: Any, args: tuple, kwargs: dict, axis_sizes: Mapping[Hashable, int]
-) -> _Trace:
+) -> Trace:
     """Traces `fun(params, *args, **kwargs)`; leaves that are no arrays stay Python values."""
     paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
     leaves = [leaf for _, leaf in paths_and_leaves]
@@ -71,8 +67,8 @@ def _trace(
         for path, leaf in paths_and_leaves
         if _is_array(leaf)
     ]
-    sites, site_paths = site_analysis.analyze(closed.jaxpr, names)
-    return _Trace(closed, inputs, jax.tree_util.tree_structure(out_shape), sites, site_paths)
+    sites, site_paths = site_analysis.analyze(closed.jaxpr, names, closed.consts)
+    return Trace(closed, inputs, jax.tree_util.tree_structure(out_shape), sites, site_paths)
 
 
 def find_sites(
@@ -107,48 +103,149 @@ def find_sites(
     Raises:
       SiteError: `fun` names a mapped axis that is not bound.
     """
-    return _trace(fun, params, args, kwargs, axis_sizes or {}).sites
+    return trace_function(fun, params, args, kwargs, axis_sizes or {}).sites
 
 
-def quantize(fun: Callable, *, axis_name: Hashable | None = None) -> Callable:
-    """Returns `qfun(assignment, params, *args, **kwargs)`: `fun` with fake-quantized products.
+def quantize(
+    fun: Callable, *, axis_name: Hashable | None = None, execution: str = "emulated"
+) -> Callable:
+    """Returns `qfun(assignment, params, *args, **kwargs)`: `fun` with its products quantized.
 
     At a site with formats (f, g) the product of lhs and rhs becomes that of `fake_quant(lhs, f)`
     and `fake_quant(rhs, g)`: one scale per output channel for weights and constants, one per tensor
-    for activations. Where the assignment has no entry, or None, the operand is left as it is;
-    with an empty assignment `qfun` is exactly `fun`.
+    for activations; integer formats of activations that are never negative (`Operand.nonnegative`)
+    become unsigned. A `Quantizer` in place of a format says otherwise. Where the assignment has no
+    entry, or None, the operand is left as it is; with an empty assignment `qfun` is exactly `fun`.
 
     Formats may be traced: a jitted `qfun` is compiled once for all formats. It is traced anew only
-    if operands change between a format and None.
+    if operands change between a format and None, or quantizers in more than their format.
 
     Args:
       fun: a function of parameters and data; see `find_sites`.
       axis_name: a mapped axis that shards the batch; activation scales are then shared over it, so
         that the result does not depend on the number of devices.
+      execution: how products are run, as in `ops.dot_general`; "auto" falls back to "emulated"
+        site by site.
 
     Raises (when called):
       SiteError: the assignment names a site that does not exist, holds something other than
-        `SiteFormats`, or quantizes a site that is refused.
+        `SiteFormats`, quantizes a site that is refused, or uses a calibration with state.
+      FormatError, ValueError: a site that `execution` does not apply to.
     """
+    check_execution(execution)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def quantized(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> Any:
-        trace = _trace(fun, params, args, kwargs, {})
-        _check_assignment(assignment, trace.sites)
-        run = _Interpreter(trace, assignment, axis_name)
-        outputs = run.evaluate(trace.closed.jaxpr, trace.closed.consts, trace.inputs, ())
+        trace = trace_function(fun, params, args, kwargs, {})
+        check_assignment(assignment, trace.sites)
+        plans = make_plans(trace, assignment, axis_name)
+        for (name, field), plan in plans.items():
+            if plan.quantizer.calibration.read is not None:
+                raise SiteError(
+                    f"Site {name!r}: the calibration of {field} has state, which quantize does not"
+                    " carry. Use quantize_with_state."
+                )
+        outputs, _ = Interpreter(trace, plans, execution=execution, update=False).run()
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return quantized
 
 
+class StatefulFunction(NamedTuple):
+    """A quantized function whose calibrations have state: pure functions, as in optax."""
+
+    init: Callable  # (assignment, params, *args, **kwargs) -> state; computes nothing
+    apply: Callable  # (assignment, state, params, *args, **kwargs) -> (outputs, next state)
+    evaluate: Callable  # the same arguments -> outputs; bounds are read from the state alone
+
+
+def quantize_with_state(
+    fun: Callable, *, axis_name: Hashable | None = None, execution: str = "emulated"
+) -> StatefulFunction:
+    """`quantize` for quantizers whose calibrations have state, such as `moving_average(absmax())`.
+
+        qfun = quantize_with_state(apply)
+        state = qfun.init(assignment, params, x)
+        y, state = qfun.apply(assignment, state, params, x)     # moves the bounds on
+        y = qfun.evaluate(assignment, state, params, x)         # static scales: no reductions
+
+    Sites inside a scan have one state for each iteration. Arguments and errors are those of
+    `quantize`; a calibration with state cannot stand in a while loop (SiteError).
+    """
+    check_execution(execution)
+
+    def prepare(assignment, params, args, kwargs):
+        trace = trace_function(fun, params, args, kwargs, {})
+        check_assignment(assignment, trace.sites)
+        return trace, make_plans(trace, assignment, axis_name)
+
+    def init(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> CalibrationState:
+        return _nested(init_states(*prepare(assignment, params, args, kwargs)))
+
+    def run(update, assignment, state, params, args, kwargs):
+        trace, plans = prepare(assignment, params, args, kwargs)
+        held, expected = flat_state(state), init_states(trace, plans)
+        if held.keys() != expected.keys():
+            raise SiteError(
+                "The calibration state is not of this assignment: it is for"
+                f" {_listed(held)}, the assignment needs it for {_listed(expected)}. Make it with"
+                " init."
+            )
+        interpreter = Interpreter(trace, plans, execution=execution, update=update)
+        outputs, states = interpreter.run(Held(held, {}))
+        return jax.tree_util.tree_unflatten(trace.out_tree, outputs), _nested(held | states)
+
+    def apply(assignment: Assignment, state: CalibrationState, params: Any, *args: Any, **kwargs):
+        return run(True, assignment, state, params, args, kwargs)
+
+    def evaluate(
+        assignment: Assignment, state: CalibrationState, params: Any, *args: Any, **kwargs: Any
+    ):
+        return run(False, assignment, state, params, args, kwargs)[0]
+
+    return StatefulFunction(init, apply, evaluate)
+
+
+def _nested(states: Mapping[tuple[str, str], Any]) -> CalibrationState:
+    nested: CalibrationState = {}
+    for (name, field), state in states.items():
+        nested.setdefault(name, {})[field] = state
+    return nested
+
+
+def flat_state(state: CalibrationState) -> dict[tuple[str, str], Any]:
+    """Calibration states by (site, operand)."""
+    return {(name, field): s for name, fields in state.items() for field, s in fields.items()}
+
+
+def _listed(states: Mapping[tuple[str, str], Any]) -> str:
+    return ", ".join(f"{name} ({field})" for name, field in sorted(states)[:4]) or "nothing"
+
+
+def with_keys(assignment: Assignment, key: jax.Array) -> dict[str, SiteFormats]:
+    """The assignment with a key, derived from `key`, for each quantizer with stochastic rounding.
+
+    The same key gives the same rounding, however a batch is sharded; fold in the step's number.
+    Inside a scan every iteration draws the same numbers.
+    """
+    number = itertools.count()
+
+    def keyed(spec):
+        if not isinstance(spec, Quantizer) or spec.rounding != "stochastic":
+            return spec
+        return dataclasses.replace(spec, key=jax.random.fold_in(key, next(number)))
+
+    return {name: SiteFormats(*map(keyed, formats)) for name, formats in assignment.items()}
+
+
 def _are_formats(value: Any) -> bool:
     return isinstance(value, SiteFormats) and all(
-        fmt is None or isinstance(fmt, NumericFormat) for fmt in value
+        fmt is None or isinstance(fmt, (NumericFormat, Quantizer)) for fmt in value
     )
 
 
-def _check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None:
+def check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None:
+    """Raises SiteError for an assignment that is not of these sites."""
     for name, formats in assignment.items():
         if name not in sites:
             near = difflib.get_close_matches(name, sites, n=3, cutoff=0.4)
@@ -159,143 +256,10 @@ def _check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None
         if not _are_formats(formats):
             raise SiteError(
                 f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs) of a"
-                " NumericFormat or None each. Use aqt_search.assign to build one from names."
+                " NumericFormat, a Quantizer or None each. Use aqt_search.assign to build one."
             )
-        if sites[name].refused and formats != SiteFormats():
+        if sites[name].refused and not is_unquantized(formats):
             raise SiteError(
                 f"Site {name!r} cannot be quantized: {sites[name].refused}. Assign it None, or move"
                 " the product out of there."
             )
-
-
-class _Interpreter:
-    """Runs a traced function again, with the operands of its sites quantized."""
-
-    def __init__(self, trace: _Trace, assignment: Assignment, axis_name: Hashable | None):
-        self._sites = trace.sites
-        self._assignment = assignment
-        self._axis_name = axis_name
-        # Only sites with formats change anything: the rest of the program runs as it is.
-        self._site_paths = {
-            path: name
-            for path, name in trace.site_paths.items()
-            if assignment.get(name, SiteFormats()) != SiteFormats()
-        }
-        # All formats go into one array: an array per operand would cost a kernel each.
-        formats = {
-            (name, side): fmt
-            for name in self._site_paths.values()
-            for side, fmt in assignment[name]._asdict().items()
-            if fmt is not None
-        }
-        self._rows = {key: np.int32(row) for row, key in enumerate(formats)}
-        dtypes = {carrier_dtype(o) for s in trace.sites.values() for o in (s.lhs, s.rhs)}
-        self._grids = {d: pack_grids(list(formats.values()), d) for d in dtypes} if formats else {}
-        self._entered = {path[:end] for path in self._site_paths for end in range(len(path))}
-
-    def evaluate(self, jaxpr: jex_core.Jaxpr, consts: Sequence, args: Sequence, path: Path) -> list:
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-
-        def read(atom):
-            return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
-
-        for index, eqn in enumerate(jaxpr.eqns):
-            here = path + (index,)
-            operands = [read(v) for v in eqn.invars]
-            if here in self._site_paths:
-                outputs = [self._site(self._site_paths[here], eqn, operands)]
-            elif here in self._entered:
-                outputs = self._enter(eqn, operands, here)
-            else:
-                outputs = _run_equation(jaxpr, eqn, operands)
-            env.update(zip(eqn.outvars, outputs))
-        return [read(v) for v in jaxpr.outvars]
-
-    def _site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence) -> jax.Array:
-        site = self._sites[name]
-        with jax.named_scope(name):
-            quantized = [
-                self._operand(x, getattr(site, side), (name, side))
-                for x, side in zip(operands, SiteFormats._fields)
-            ]
-            return eqn.primitive.bind(*quantized, **eqn.params)
-
-    def _operand(self, x: jax.Array, operand: site_analysis.Operand, key: tuple) -> jax.Array:
-        if key not in self._rows:
-            return x
-        axis_name = self._axis_name if operand.role == "activation" else None
-        grids = self._grids[carrier_dtype(x)]
-        return fake_quant_packed(x, grids, self._rows[key], operand.channel_axes, axis_name)
-
-    def _enter(self, eqn: jex_core.JaxprEqn, operands: Sequence, here: Path) -> list:
-        name = eqn.primitive.name
-        if name == "scan":
-            return self._enter_scan(eqn, operands, here)
-        if name == "while":
-            return self._enter_while(eqn, operands, here)
-        if name == "cond":
-            branches = [
-                functools.partial(self._body, body, here + (number,))
-                for number, body in enumerate(site_analysis.sub_jaxprs(eqn))
-            ]
-            return jax.lax.switch(operands[0], branches, *operands[1:])
-        (body,) = site_analysis.sub_jaxprs(eqn)
-        run = functools.partial(self._body, body, here + (0,))
-        if name in site_analysis.REMAT_CALLS:
-            keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-            run = jax.checkpoint(run, **keep)
-        else:
-            assert name in site_analysis.INLINED_CALLS, name
-        return run(*operands)
-
-    def _body(self, body, path: Path, *args) -> list:
-        jaxpr, consts = body
-        return self.evaluate(jaxpr, consts, args, path)
-
-    def _enter_scan(self, eqn: jex_core.JaxprEqn, operands: Sequence, here: Path) -> list:
-        (body,) = site_analysis.sub_jaxprs(eqn)
-        const_count, carries = site_analysis.scan_counts(eqn)
-        consts, carry, xs = _split(operands, const_count, carries)
-
-        def step(carry, xs):
-            outputs = self._body(body, here + (0,), *consts, *carry, *xs)
-            return tuple(outputs[:carries]), tuple(outputs[carries:])
-
-        keep = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-        carry, ys = jax.lax.scan(step, tuple(carry), tuple(xs), **keep)
-        return [*carry, *ys]
-
-    def _enter_while(self, eqn: jex_core.JaxprEqn, operands: Sequence, here: Path) -> list:
-        # Parameters in sorted order: body_jaxpr comes before cond_jaxpr.
-        body, test = site_analysis.sub_jaxprs(eqn)
-        test_consts, body_consts, carry = _split(
-            operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        )
-        return list(
-            jax.lax.while_loop(
-                lambda carry: self._body(test, here + (0,), *test_consts, *carry)[0],
-                lambda carry: tuple(self._body(body, here + (1,), *body_consts, *carry)),
-                tuple(carry),
-            )
-        )
-
-
-def _split(values: Sequence, *sizes: int) -> list[list]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(list(values[start : start + size]))
-        start += size
-    return [*parts, list(values[start:])]
-
-
-def _run_equation(jaxpr: jex_core.Jaxpr, eqn: jex_core.JaxprEqn, operands: Sequence) -> list:
-    """Runs one equation of `jaxpr` as it was traced, its custom derivative rules included.
-
-    A jaxpr of this one equation is evaluated, because binding a call-like primitive again takes
-    parameters whose form differs between JAX versions.
-    """
-    inputs = {v: x for v, x in zip(eqn.invars, operands) if not isinstance(v, jex_core.Literal)}
-    alone = jaxpr.replace(
-        constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
-    )
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, ()))(*inputs.values())

@@ -11,8 +11,8 @@ are the project's (CONTRIBUTING.md); nothing here fails if one is missed.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from aqt_search.search.space import make_space
 from aqt_search.training import parallel
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.train_step import batch_stats_momentum, init_train_state, make_update
+from benchmarks import timing
 
 TWO = ("int4", "int8")
 FOUR = ("int3", "int4", "int6", "int8")
@@ -50,13 +51,6 @@ class Program(NamedTuple):
     step: Callable
     state: Any
     batches: tuple[Any, ...]
-
-
-class Build(NamedTuple):
-    """What building a program took."""
-
-    seconds: float
-    temporary_bytes: int
 
 
 def random_batch(rng: np.random.Generator, size: int, image_size: int) -> dict[str, np.ndarray]:
@@ -95,37 +89,25 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     return programs
 
 
-def build(program: Program) -> Build:
-    """Traces, lowers and compiles a program from nothing."""
-    jax.clear_caches()
+def build(program: Program) -> timing.Build:
+    """Builds a program's step from nothing."""
     state = parallel.replicate(program.state)
     batches = [parallel.shard(b) for b in program.batches]
-    start = time.perf_counter()
-    compiled = parallel.pmap_step(program.step).lower(state, *batches).compile()
-    seconds = time.perf_counter() - start
-    return Build(seconds, compiled.memory_analysis().temp_size_in_bytes)
+    return timing.build(parallel.pmap_step(program.step), state, *batches)
 
 
-def time_steps(programs: list[Program], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, the programs taking turns; the first two rounds are not counted."""
-    steps = {p.name: parallel.pmap_step(p.step) for p in programs}
-    states = {p.name: parallel.replicate(p.state) for p in programs}
-    batches = {p.name: [parallel.shard(b) for b in p.batches] for p in programs}
-    seconds: dict[str, list[float]] = {p.name: [] for p in programs}
-    for number in range(rounds + 2):
-        # Every other round runs backwards, so that no program always follows the same one.
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            states[name], metrics = steps[name](states[name], *batches[name])
-            jax.block_until_ready((states[name], metrics))
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def runner(program: Program) -> Callable[[], Any]:
+    """Runs the program's next step at every call."""
+    step = parallel.pmap_step(program.step)
+    batches = [parallel.shard(b) for b in program.batches]
+    state = parallel.replicate(program.state)
 
+    def run():
+        nonlocal state
+        state, metrics = step(state, *batches)
+        return state, metrics
 
-def median_ratio(values: list[float], references: list[float]) -> float:
-    """The median of the ratios round by round."""
-    return statistics.median(v / r for v, r in zip(values, references, strict=True))
+    return run
 
 
 def count_compilations(program: Program, steps: int) -> int:
@@ -156,8 +138,10 @@ def main() -> None:
     args = parser.parse_args()
     size = (8, 32, 16) if args.quick else (20, 128, 32)
     programs = make_programs(*size)
-    builds = [{p.name: build(p) for p in programs} for _ in range(args.builds)]
-    seconds = time_steps(programs, args.rounds)
+    builds = timing.build_in_turns(
+        {p.name: functools.partial(build, p) for p in programs}, args.builds
+    )
+    seconds = timing.time_in_turns({p.name: runner(p) for p in programs}, args.rounds)
     base = programs[0].name
     print(f"ResNet-{size[0]}, batch {size[1]}, {size[2]} x {size[2]} x 3, on", end=" ")
     print(f"{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}")
@@ -166,17 +150,17 @@ def main() -> None:
     )
     for program in programs:
         name = program.name
-        built = [b[name].seconds for b in builds]
-        base_built = [b[base].seconds for b in builds]
-        memory, base_memory = builds[0][name].temporary_bytes, builds[0][base].temporary_bytes
+        built = [b.seconds for b in builds[name]]
+        base_built = [b.seconds for b in builds[base]]
+        memory, base_memory = (builds[n][0].temporary_bytes for n in (name, base))
         print(
             f"{name:24} {1e3 * statistics.median(seconds[name]):7.1f}"
-            f" {median_ratio(seconds[name], seconds[base]):6.3f}"
-            f" {statistics.median(built):8.2f} {median_ratio(built, base_built):6.3f}"
+            f" {timing.median_ratio(seconds[name], seconds[base]):6.3f}"
+            f" {statistics.median(built):8.2f} {timing.median_ratio(built, base_built):6.3f}"
             f" {memory / 1e6:6.1f} {memory / base_memory:6.3f}"
         )
     two, sixteen = programs[2].name, programs[-1].name
-    print(f"16 formats / 2 formats: {median_ratio(seconds[sixteen], seconds[two]):.3f}")
+    print(f"16 formats / 2 formats: {timing.median_ratio(seconds[sixteen], seconds[two]):.3f}")
     print(f"compilations in 50 more search steps: {count_compilations(programs[-1], 50)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search.formats import format_name
+from aqt_search.quantizer import operand_spec, spec_name
 from aqt_search.training.evaluation import evaluate, reestimate_batch_stats
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import AXIS
@@ -21,19 +22,48 @@ from experiments.from_config import Images, evaluation_batches, statistics_batch
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
 
 
-def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str, str | None]]:
-    """Site -> names of the formats of both operands."""
+def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str, Any]]:
+    """Site -> names of the formats of both operands, and of gradients where they have one."""
     return {
-        name: {side: format_name(fmt) for side, fmt in formats._asdict().items()}
+        name: {
+            field: _spec_json(spec)
+            for field, spec in formats._asdict().items()
+            if spec is not None or field in ("lhs", "rhs")
+        }
         for name, formats in assignment.items()
     }
+
+
+def _spec_json(spec: Any) -> str | dict[str, Any] | None:
+    if spec is None:
+        return None
+    if isinstance(spec, aqs.Quantizer) and not spec.unsigned and spec.granularity is None:
+        name = spec_name(dataclasses.replace(spec, unsigned=True))
+        return {"format": name, "unsigned": False}
+    return spec_name(spec)
+
+
+def spec_from_json(value: Any) -> Any:
+    """The format or quantizer that `policy_json` wrote.
+
+    Raises:
+      FormatError: it wrote no such thing.
+    """
+    if value is None:
+        return None
+    if isinstance(value, dict) and set(value) == {"format", "unsigned"}:
+        return dataclasses.replace(aqs.quantizer(value["format"]), unsigned=value["unsigned"])
+    return operand_spec(value)
+
+
+_KINDS = {"conv_general_dilated": "conv", "dot_general": "dot", "gather": "lookup"}
 
 
 def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:
     """Site -> what the cost counts."""
     return {
         name: {
-            "kind": "conv" if site.kind == "conv_general_dilated" else "dot",
+            "kind": _KINDS[site.kind],
             "macs": site.macs * site.repeats,
             "weight_size": site.weight.size if site.weight else 0,
             "lhs_shape": list(site.lhs_shape),

@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 import aqt_search as aqs
+from aqt_search.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.loop import run_steps
 from aqt_search.training.train_step import TrainState, init_train_state, make_update
@@ -58,13 +59,13 @@ def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:
 
     def formats(name: str) -> aqs.SiteFormats:
         sides = policy[name]
-        if not isinstance(sides, dict) or set(sides) != {"lhs", "rhs"}:
+        fields = set(aqs.SiteFormats._fields)
+        if not isinstance(sides, dict) or not {"lhs", "rhs"} <= set(sides) <= fields:
             raise from_config.ConfigError(
                 f'The policy {path} gives site {name!r} {sides!r}; expected {{"lhs": format name or'
                 ' null, "rhs": format name or null}, as in the policy.json of a run.'
             )
-        named = {k: None if v is None else aqs.numeric_format(v) for k, v in sides.items()}
-        return aqs.SiteFormats(**named)
+        return aqs.SiteFormats(**{k: results.spec_from_json(v) for k, v in sides.items()})
 
     if not isinstance(policy, dict):
         raise from_config.ConfigError(f"The policy {path} is no JSON object of sites.")
@@ -93,7 +94,7 @@ def run(
         trained = run_steps(
             step, state, [stream], parts.schedule, workdir, description=workdir.name
         )
-        is_float = all(formats == aqs.SiteFormats() for formats in assignment.values())
+        is_float = all(is_unquantized(formats) for formats in assignment.values())
         kind = "retrained" if config.policy else "float" if is_float else "uniform"
         return results.finish(
             config, workdir, images, parts.model, parts.sites, assignment,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.calibration import reduced_axes
 
 NAMES = [
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
@@ -209,12 +208,6 @@ def test_wrong_arguments():
         aqs.fake_quant(jnp.arange(3), "int4")
     with pytest.raises(aqs.FormatError, match="Unknown format 'int0'"):
         aqs.fake_quant(jnp.ones(3), "int0")
-
-
-def test_reduced_axes():
-    assert reduced_axes(4, (-1,)) == (0, 1, 2)
-    assert reduced_axes(3, (0, 2)) == (1,)
-    assert reduced_axes(0, ()) == ()
 
 
 # --- Sharded batches ------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ def quantized(x, name, channel_axes=()):
     return x if name is None else np.asarray(aqs.fake_quant(x, name, channel_axes))
 
 
+def quantizer(name, per_channel):
+    granularity = aqs.PER_CHANNEL if per_channel else aqs.PER_TENSOR
+    return None if name is None else aqs.Quantizer(name, granularity)
+
+
 def assert_close_to_float64(actual, expected):
     """Sums of at most a few hundred float32 terms of order one: 1e-5 is many times their error."""
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -49,8 +54,9 @@ def test_dot_general(case, per_channel, formats):
     lhs_shape, rhs_shape, dimensions, subscripts, lhs_axes, rhs_axes = DOTS[case]
     lhs, rhs = sample(*lhs_shape), sample(*rhs_shape, seed=1)
     actual = aqs.dot_general(
-        lhs, rhs, dimensions, lhs_format=formats[0], rhs_format=formats[1],
-        lhs_per_channel=per_channel[0], rhs_per_channel=per_channel[1],
+        lhs, rhs, dimensions,
+        lhs_format=quantizer(formats[0], per_channel[0]),
+        rhs_format=quantizer(formats[1], per_channel[1]),
     )  # fmt: skip
     lhs = quantized(lhs, formats[0], lhs_axes if per_channel[0] else ())
     rhs = quantized(rhs, formats[1], rhs_axes if per_channel[1] else ())
@@ -113,7 +119,7 @@ def test_conv_general_dilated(case, formats):
         aqs.conv_general_dilated, lhs_format=formats[0], rhs_format=formats[1], **arguments
     )
     actual = convolve(lhs, rhs)
-    per_tensor = convolve(lhs, rhs, rhs_per_channel=False)
+    per_tensor = convolve(lhs, rhs, rhs_format=quantizer(formats[1], False))
     lhs = quantized(lhs, formats[0])
     one_scale, rhs = quantized(rhs, formats[1]), quantized(rhs, formats[1], (out_axis,))
     np.testing.assert_array_equal(actual, jax.lax.conv_general_dilated(lhs, rhs, **arguments))
@@ -161,7 +167,13 @@ def test_einsum(subscripts, lhs_shape, rhs_shape, lhs_axes, rhs_axes, formats):
     )
     cases = [
         (product(), (), rhs_axes),
-        (product(lhs_per_channel=True, rhs_per_channel=False), lhs_axes, ()),
+        (
+            product(
+                lhs_format=quantizer(formats[0], True), rhs_format=quantizer(formats[1], False)
+            ),
+            lhs_axes,
+            (),
+        ),
     ]
     for actual, left, right in cases:
         operands = quantized(lhs, formats[0], left), quantized(rhs, formats[1], right)

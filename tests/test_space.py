@@ -42,7 +42,10 @@ def every_point(space):
 
 def as_names(formats):
     """Format names, where None and float32 are the same thing: nothing is rounded."""
-    names = (None if f is None else format_name(jax.tree.map(np.asarray, f)) for f in formats)
+    names = (
+        None if f is None else format_name(jax.tree.map(np.asarray, aqs.quantizer(f).fmt))
+        for f in formats[:2]
+    )
     return tuple(None if name == "fp32" else name for name in names)
 
 

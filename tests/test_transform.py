@@ -303,8 +303,8 @@ def built(name):
 
 
 def uniform(sites, lhs, rhs):
-    """One pair of formats for every product with a weight."""
-    formats = SiteFormats(aqs.numeric_format(lhs), aqs.numeric_format(rhs))
+    """One pair of formats for every product with a weight, signed as written."""
+    formats = SiteFormats(*(aqs.Quantizer(name, unsigned=False) for name in (lhs, rhs)))
     return {name: SiteFormats() if ATTENTION.search(name) else formats for name in sites}
 
 

@@ -199,13 +199,22 @@ def _read_policy(path: Path, sites: Mapping[str, SiteFacts], *, optional: bool) 
         odd = sorted(set(policy) ^ set(sites))
         raise ReportError(f"{path} and sites.json must name the same sites, but differ in {odd}")
     for name, formats in policy.items():
-        values = [formats.get(k) for k in ("lhs", "rhs")] if isinstance(formats, dict) else [0]
+        values = [_format_label(formats, k) for k in ("lhs", "rhs")]
         if not all(value is None or isinstance(value, str) for value in values):
             raise ReportError(
                 f"{path}: site {name!r} has {formats!r}, expected format names or null under "
                 "'lhs' and 'rhs'"
             )
-    return {name: (policy[name].get("lhs"), policy[name].get("rhs")) for name in sites}
+    return {
+        name: (_format_label(policy[name], "lhs"), _format_label(policy[name], "rhs"))
+        for name in sites
+    }
+
+
+def _format_label(formats: Any, side: str) -> Any:
+    """A format's name, also where it stands beside options of its quantizer; else 0."""
+    value = formats.get(side) if isinstance(formats, dict) else 0
+    return value.get("format", 0) if isinstance(value, dict) else value
 
 
 def _read_space(path: Path, sites: Mapping[str, SiteFacts]) -> dict[str, Decision]:

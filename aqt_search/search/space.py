@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import NumericFormat, format_name, numeric_format, stack_formats
+from aqt_search.formats import FormatError, NumericFormat, format_name, numeric_format
 from aqt_search.outline import outline
+from aqt_search.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.rules import FormatSpec, assign, match_rules, site_formats
 from aqt_search.sites import Site, SiteFormats
 
@@ -34,6 +35,15 @@ class Decision:
     def labels(self) -> tuple[str, ...]:
         """The options' names, for tables and files."""
         return tuple(_label(option) for option in self.options)
+
+
+def _stacked(site: str, column: Sequence[NumericFormat | Quantizer | None]) -> Quantizer:
+    given = [quantizer(spec) for spec in column if spec is not None]
+    unquantized = dataclasses.replace(given[0], fmt=_UNQUANTIZED)
+    try:
+        return stack_quantizers([unquantized if spec is None else spec for spec in column])
+    except FormatError as error:
+        raise SpaceError(f"Site {site!r}: {error}") from error
 
 
 @outline
@@ -80,12 +90,13 @@ class Space:
         The formats are gathered from one table, so the cost of it does not depend on how many
         options there are.
         """
-        operands, decision_of, table = self._table()
-        gathered = _gather(jax.tree.map(jnp.asarray, table), jnp.asarray(choices)[decision_of])
-        chosen: dict[str, dict[str, NumericFormat]] = {}
-        for index, (site, side) in enumerate(operands):
+        operands, decision_of, quantizers = self._quantizers()
+        table = jax.tree.map(lambda *columns: jnp.stack(columns), *(q.fmt for q in quantizers))
+        gathered = _gather(table, jnp.asarray(choices)[decision_of])
+        chosen: dict[str, dict[str, Quantizer]] = {}
+        for index, ((site, side), q) in enumerate(zip(operands, quantizers)):
             fmt = jax.tree.map(lambda column, i=index: column[i], gathered)
-            chosen.setdefault(site, {})[side] = fmt
+            chosen.setdefault(site, {})[side] = dataclasses.replace(q, fmt=fmt)
         return {
             name: SiteFormats(**chosen[name]) if name in chosen else self.fixed[name]
             for name in self.sites
@@ -99,21 +110,20 @@ class Space:
                 formats[name] = site_formats(self.sites[name], decision.options[int(choice)])
         return {name: formats[name] for name in self.sites}
 
-    def _table(self) -> tuple[list[tuple[str, str]], np.ndarray, NumericFormat]:
-        """Searched operands, the decision of each, and their formats [operands, max_options]."""
-        operands, decision_of, rows = [], [], []
+    def _quantizers(self) -> tuple[list[tuple[str, str]], np.ndarray, list[Quantizer]]:
+        """Searched operands, the decision of each, and their options: formats [max_options]."""
+        operands, decision_of, quantizers = [], [], []
         for number, decision in enumerate(self.decisions):
             for name in decision.sites:
                 options = [site_formats(self.sites[name], option) for option in decision.options]
                 for side in SiteFormats._fields:
                     column = [getattr(option, side) for option in options]
-                    if any(fmt is not None for fmt in column):
+                    if any(spec is not None for spec in column):
                         column += [column[0]] * (self.max_options - len(column))
-                        rows.append(stack_formats([fmt or _UNQUANTIZED for fmt in column]))
+                        quantizers.append(_stacked(name, column))
                         operands.append((name, side))
                         decision_of.append(number)
-        table = jax.tree.map(lambda *columns: np.stack(columns), *rows)
-        return operands, np.array(decision_of), table
+        return operands, np.array(decision_of), quantizers
 
     def cost_table(self, cost: Callable[[Mapping[str, Site], Any], float]) -> CostTable:
         """Splits an additive cost, such as `cost.gbops`, into those of options and of the rest."""
@@ -183,8 +193,8 @@ def make_space(
       RuleError: a rule matches no site or is never reached.
       FormatError: unknown format name.
       SiteError: a rule offers a format to a site that cannot be quantized.
-      SpaceError: a rule has fewer than two options or the same twice, no rule has options, or
-        `decide` is something else.
+      SpaceError: a rule has fewer than two options or the same twice, or options that differ in
+        more than their format; no rule has options; `decide` is something else.
     """
     if decide not in ("site", "rule"):
         raise SpaceError(f"decide is {decide!r}; expected 'site' or 'rule'.")
@@ -209,7 +219,9 @@ def make_space(
         formats = assign(sites, [(p, chosen.get(i, s)) for i, (p, s) in enumerate(rules)])
     covered = {name for decision in decisions for name in decision.sites}
     fixed = {name: formats[name] for name in sites if name not in covered}
-    return Space(sites, tuple(decisions), fixed)
+    space = Space(sites, tuple(decisions), fixed)
+    space.assignment(np.zeros(len(decisions), int))  # raises where options cannot share a program
+    return space
 
 
 def _is_choice(spec: Any) -> bool:

@@ -1,0 +1,182 @@
+"""Carriers: the dtypes that hold codes in native products, and which one a product should use.
+
+    carrier   codes of                                     accumulates in
+    int8      integer formats of 8 bits or fewer           int32
+    fp8       e4m3 (or e5m2): floats and integers within   float32
+    bf16      every format of 8 bits or fewer, bf16        float32
+
+A bfloat16 number has 8 significant bits, so it holds any code of 8 bits or fewer exactly, integer
+or float, and a product of two of them is exact in float32. One carrier therefore serves formats
+that are traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from aqt_search.formats import FormatError, Grid, NumericFormat, is_unscaled
+
+EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
+
+
+class Carrier(NamedTuple):
+    """How the codes of one operand are held: as `dtype` numbers of `code - shift`."""
+
+    dtype: np.dtype
+    shift: int = 0
+
+
+_INT8 = Carrier(np.dtype(np.int8))
+_SHIFTED = Carrier(np.dtype(np.int8), 128)  # uint8
+_E4M3 = Carrier(np.dtype(ml_dtypes.float8_e4m3fn))
+_E5M2 = Carrier(np.dtype(ml_dtypes.float8_e5m2))
+_BF16 = Carrier(np.dtype(ml_dtypes.bfloat16))
+_FAMILIES = {"int8": (_INT8, _SHIFTED), "fp8": (_E4M3, _E5M2), "bf16": (_BF16,)}
+
+
+class _Limits(NamedTuple):
+    significant_bits: int
+    smallest_exponent: int  # of the last bit
+    largest: float
+
+
+_LIMITS = {
+    _INT8: _Limits(8, 0, 127.0),
+    _SHIFTED: _Limits(8, 0, 255.0),
+    _E4M3: _Limits(4, -9, 448.0),
+    _E5M2: _Limits(3, -16, 57344.0),
+    _BF16: _Limits(8, -133, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+}
+
+
+def accumulator(carrier: Carrier) -> np.dtype:
+    """The dtype products of a carrier are summed in."""
+    return np.dtype(np.int32 if carrier.dtype == np.int8 else np.float32)
+
+
+def _is_traced(fmt: NumericFormat) -> bool:
+    return any(isinstance(field, jax.core.Tracer) for field in fmt)
+
+
+def _holds(carrier: Carrier, fmt: NumericFormat) -> bool:
+    limits = _LIMITS[carrier]
+    scaled = not bool(is_unscaled(fmt)) or carrier == _BF16
+    unsigned = int(fmt.min_value) == 0
+    return (
+        scaled
+        and int(fmt.mantissa_bits) < limits.significant_bits
+        and int(fmt.min_exponent) - int(fmt.mantissa_bits) >= limits.smallest_exponent
+        and float(fmt.max_value) <= limits.largest
+        and (carrier != _SHIFTED or unsigned)
+    )
+
+
+def does_not_fit(carrier: Carrier, grid: Grid) -> jax.Array:
+    """Whether the carrier cannot hold every code of a (traced) format."""
+    limits = _LIMITS[carrier]
+    dtype = grid.step.dtype.type
+    return (
+        (grid.steps > dtype(2.0 ** (limits.significant_bits - 1)))
+        | (grid.min_power * grid.step < dtype(2.0**limits.smallest_exponent))
+        | (grid.max_value > dtype(limits.largest))
+        | ((grid.min_value < 0) if carrier.shift else False)
+    )
+
+
+def _family(name: str, formats: Sequence[NumericFormat]) -> tuple[Carrier, ...] | None:
+    """A carrier for each format out of one family; the family's first for a traced format."""
+    found = []
+    for fmt in formats:
+        carriers = _FAMILIES[name]
+        fitting = carriers[:1] if _is_traced(fmt) else [c for c in carriers if _holds(c, fmt)]
+        if not fitting:
+            return None
+        found.append(fitting[0])
+    return tuple(found)
+
+
+def carriers_of(execution: str, formats: Sequence[NumericFormat]) -> tuple[Carrier, ...]:
+    """The carriers of a native product's operands.
+
+    "native" takes the first of int8, fp8 and bf16 that holds both formats, and bf16 for traced
+    ones.
+
+    Raises:
+      FormatError: no carrier, or not the one asked for, holds the formats.
+    """
+    if execution == "native":
+        traced = any(_is_traced(fmt) for fmt in formats)
+        names = ("bf16",) if traced else ("int8", "fp8", "bf16")
+    else:
+        names = (execution,)
+    for name in names:
+        if found := _family(name, formats):
+            return found
+    raise FormatError(
+        f"Execution {execution!r} cannot hold the formats {tuple(formats)}: int8 takes integers of"
+        " up to 8 bits, fp8 takes what e4m3 or e5m2 contain, bf16 takes formats of up to 8 bits and"
+        " bf16. Use execution='emulated' here."
+    )
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16 products (Linux; else unknown)."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class Work(NamedTuple):
+    """What the choice of an execution depends on."""
+
+    kind: str  # of the layout
+    rows: int  # output positions: batch and free axes of the left operand
+    terms: int  # products summed per output
+    columns: int  # output channels
+    groups: int
+    spatial_columns: int  # input channels of a convolution per group
+
+
+def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
+    """The execution that `auto` takes: what was measured to be fastest, "emulated" where unknown.
+
+    On CPU (two Zen 4 cores, jax 0.10.2, benchmarks.quantized_ops): a dot in bf16 takes 0.55 times
+    the float32 time where the CPU multiplies bfloat16, in int8 0.8 times; an int8 convolution 0.7
+    times from 32 channels on, but 7.8 times at 16. Other backends were not measured.
+    """
+    if jax.default_backend() != "cpu" or any(_is_traced(fmt) for fmt in formats):
+        return "emulated"
+    if work.kind != "conv_general_dilated":
+        if work.groups > 1 or min(work.rows, work.terms, work.columns) < 64:
+            return "emulated"
+        if _cpu_multiplies_bfloat16() and _family("bf16", formats):
+            return "bf16"
+        return "int8" if _family("int8", formats) else "emulated"
+    wide = work.groups == 1 and min(work.spatial_columns, work.columns) >= 32
+    return "int8" if wide and _family("int8", formats) else "emulated"
+
+
+def check_execution(execution: str) -> None:
+    """Raises ValueError for an unknown execution."""
+    if execution not in EXECUTIONS:
+        raise ValueError(
+            f"Unknown execution {execution!r}: expected one of {', '.join(EXECUTIONS)}."
+        )
+
+
+def encode_carrier(codes: jax.Array, carrier: Carrier) -> jax.Array:
+    """Codes as the carrier's numbers; NaN codes become 0 in int8 (their scale carries the NaN)."""
+    if carrier.dtype == np.int8:
+        codes = jnp.where(jnp.isnan(codes), 0, codes - carrier.shift)
+    return codes.astype(carrier.dtype)

@@ -1,0 +1,233 @@
+"""Freezing: a quantized function's weights in real low-precision storage, and serving from them.
+
+frozen = freeze(apply, assignment, params, x, state=state)    # codes, scales; no float copy
+logits = serve(apply)(frozen, x)                              # through the same function
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import numpy as np
+
+from aqt_search import sites as site_analysis
+from aqt_search.carriers import check_execution
+from aqt_search.interpreter import (
+    MISSING,
+    Held,
+    Interpreter,
+    Trace,
+    WeightFinder,
+    init_states,
+    make_plans,
+)
+from aqt_search.qtensor import QTensor, concrete_format
+from aqt_search.quantizer import Quantizer, quantizer
+from aqt_search.sites import Path, SiteError, SiteFormats
+from aqt_search.transform import (
+    Assignment,
+    CalibrationState,
+    check_assignment,
+    flat_state,
+    trace_function,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """In place of a parameter that is stored in codes only."""
+
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a quantized function needs for serving: a pytree of arrays."""
+
+    params: Any  # those that are not quantized; `Dropped` in place of the others
+    weights: dict[str, dict[str, QTensor]]  # by site and operand; in a scan a stack of them
+    state: CalibrationState  # bounds of activations; {} where each batch has its own scales
+    formats: tuple[tuple[str, SiteFormats], ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def assignment(self) -> dict[str, SiteFormats]:
+        """Formats by site."""
+        return dict(self.formats)
+
+
+def freeze(
+    fun: Callable,
+    assignment: Assignment,
+    params: Any,
+    *args: Any,
+    state: CalibrationState | None = None,
+    **kwargs: Any,
+) -> Frozen:
+    """Stores the weights of quantized sites as `QTensor`s and keeps no float copy of them.
+
+    What is computed from parameters alone on the way to a site (casts, transposes, weight
+    standardization, LoRA sums) is folded: the operand itself is stored. Parameters that nothing
+    else reads are dropped. Under `jax.eval_shape` this gives the abstract `Frozen` that orbax
+    restores into.
+
+    Args:
+      fun, assignment, params, args, kwargs: as for `quantize(fun)(assignment, params, *args)`;
+        formats must be concrete. Data may be abstract.
+      state: of `quantize_with_state(fun)`: activations then have static scales, from it alone.
+
+    Raises:
+      SiteError: the assignment is not of this function; a calibration has state and none is given;
+        a weight depends on what an earlier iteration of a loop left.
+      FormatError: a format is traced, or has more than 8 bits and no storage dtype.
+    """
+    assignment = {name: _concrete(formats) for name, formats in assignment.items()}
+    trace = trace_function(fun, params, args, kwargs, {})
+    check_assignment(assignment, trace.sites)
+    plans = make_plans(trace, assignment, None)
+    missing = set(init_states(trace, plans)) - set(flat_state(state or {}))
+    if missing:
+        name, field = min(missing)
+        raise SiteError(
+            f"Site {name!r}: the calibration of {field} has state, and none was given. Pass"
+            " state=..., as quantize_with_state(fun).apply returned it."
+        )
+    counted = len(jax.tree.leaves(params))
+    known = trace._replace(
+        inputs=[*trace.inputs[:counted], *[MISSING] * len(trace.inputs[counted:])]
+    )
+    _, found = WeightFinder(known, plans).run(Held(flat_state(state or {}), {}))
+    weights: dict[str, dict[str, QTensor]] = {}
+    for (name, field), stored in found.items():
+        weights.setdefault(name, {})[field] = stored
+    kept = _needed_leaves(trace, set(found))[:counted]
+    leaves = [
+        leaf if keep else Dropped(tuple(leaf.shape), np.dtype(leaf.dtype))
+        for leaf, keep in zip(trace.inputs, kept)
+    ]
+    kept_params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    activations = {
+        name: {f: s for f, s in fields.items() if f not in weights.get(name, {})}
+        for name, fields in (state or {}).items()
+    }
+    return Frozen(kept_params, weights, activations, tuple(assignment.items()))
+
+
+def _concrete(formats: SiteFormats) -> SiteFormats:
+    """Quantizers of the operands whose formats are Python numbers, so that they are static."""
+
+    def of(spec):
+        if spec is None:
+            return None
+        q = quantizer(spec)
+        return dataclasses.replace(q, fmt=concrete_format(q.fmt, "freeze"))
+
+    return SiteFormats(of(formats.lhs), of(formats.rhs))
+
+
+def _needed_leaves(trace: Trace, stored: Collection[tuple[str, str]]) -> list[bool]:
+    """Which inputs of the trace are read if some operands of sites are not."""
+    cut = {
+        path: [(name, side) not in stored for side in _sides(trace.sites[name].kind)]
+        for path, name in trace.site_paths.items()
+    }
+    jaxpr = trace.closed.jaxpr
+    return _needed_inputs(jaxpr, [True] * len(jaxpr.outvars), (), cut)
+
+
+def _sides(kind: str) -> tuple[str, str]:
+    """Fields of a site's operands, in the order of its equation."""
+    return ("rhs", "lhs") if kind == "gather" else ("lhs", "rhs")
+
+
+def _needed_inputs(
+    jaxpr: jex_core.Jaxpr, used: Sequence[bool], path: Path, cut: Mapping[Path, list[bool]]
+) -> list[bool]:
+    def variables(atoms, flags):
+        return {v for v, f in zip(atoms, flags) if f and not isinstance(v, jex_core.Literal)}
+
+    live = variables(jaxpr.outvars, used)
+    for index in reversed(range(len(jaxpr.eqns))):
+        eqn = jaxpr.eqns[index]
+        results = [v in live for v in eqn.outvars]
+        if any(results) or eqn.effects:
+            live |= variables(eqn.invars, _needed_operands(eqn, results, path + (index,), cut))
+    return [v in live for v in jaxpr.invars]
+
+
+def _needed_operands(eqn, used: Sequence[bool], here: Path, cut: Mapping) -> Sequence[bool]:
+    name = eqn.primitive.name
+    bodies = [body for body, _ in site_analysis.sub_jaxprs(eqn)]
+    if here in cut:
+        return cut[here]
+    if name in site_analysis.INLINED_CALLS + site_analysis.REMAT_CALLS:
+        return _needed_inputs(bodies[0], used, here + (0,), cut)
+    if name == "scan":
+        used, _ = site_analysis.scan_liveness(eqn, used)
+        return _needed_inputs(bodies[0], used, here + (0,), cut)
+    if name == "cond":
+        needed = [_needed_inputs(b, used, here + (n,), cut) for n, b in enumerate(bodies)]
+        return [True, *map(any, zip(*needed))]
+    if name == "while":
+        body, test = bodies
+        tested = _needed_inputs(test, [True], here + (0,), cut)
+        run = _needed_inputs(body, [True] * len(eqn.outvars), here + (1,), cut)
+        tests, runs = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        return [*tested[:tests], *run[:runs], *[True] * len(eqn.outvars)]
+    return [True] * len(eqn.invars)
+
+
+def serve(fun: Callable, *, execution: str = "auto") -> Callable:
+    """Returns `served(frozen, *args, **kwargs)`: `fun` on stored weights, for evaluation.
+
+    It computes what `quantize_with_state(fun).evaluate` (or `quantize(fun)`, where activations have
+    no static scales) computes from the float parameters: the same bits in "emulated" execution, up
+    to the order of summation otherwise.
+
+    Args:
+      fun: the function that was frozen.
+      execution: as in `ops.dot_general`.
+    """
+    check_execution(execution)
+
+    def abstract(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Dropped) else leaf
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    def served(frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
+        params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
+        trace = trace_function(fun, params, args, kwargs, {})
+        assignment = {
+            name: _dynamic_weights(formats, frozen.weights.get(name, {}))
+            for name, formats in frozen.formats
+        }
+        check_assignment(assignment, trace.sites)
+        plans = make_plans(trace, assignment, None)
+        inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
+        weights = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
+        held = Held(flat_state(frozen.state), weights)
+        interpreter = Interpreter(
+            trace._replace(inputs=inputs), plans, execution=execution, update=False
+        )
+        return jax.tree_util.tree_unflatten(trace.out_tree, interpreter.run(held)[0])
+
+    return served
+
+
+def _dynamic_weights(formats: SiteFormats, stored: Mapping[str, QTensor]) -> SiteFormats:
+    """Formats of a site whose stored operands need no calibration any more."""
+    return formats._replace(
+        **{side: Quantizer(q.fmt, unsigned=False) for side, q in stored.items()}
+    )
