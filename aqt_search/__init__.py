@@ -46,6 +46,7 @@ from aqt_search.transform import (
     quantize,
     quantize_with_state,
     with_keys,
+    with_static_activations,
 )
 
 __version__ = "0.1.0"
@@ -99,4 +100,5 @@ __all__ = [
     "stack_formats",
     "take",
     "with_keys",
+    "with_static_activations",
 ]

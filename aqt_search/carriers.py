@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -176,7 +175,7 @@ def check_execution(execution: str) -> None:
 
 
 def encode_carrier(codes: jax.Array, carrier: Carrier) -> jax.Array:
-    """Codes as the carrier's numbers; NaN codes become 0 in int8 (their scale carries the NaN)."""
-    if carrier.dtype == np.int8:
-        codes = jnp.where(jnp.isnan(codes), 0, codes - carrier.shift)
+    """Codes as the carrier's numbers; what becomes of NaN in int8 is for their scale to say."""
+    if carrier.shift:
+        codes = codes - codes.dtype.type(carrier.shift)
     return codes.astype(carrier.dtype)

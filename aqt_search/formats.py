@@ -187,6 +187,15 @@ def leading_power(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, mask.dtype) & mask, x.dtype)
 
 
+def _twice_inverse(power: jax.Array) -> jax.Array:
+    """2 / power for powers of two: exact, a normal number for every normal one, and no division."""
+    info, integer = np.finfo(power.dtype), _exponent_mask(power.dtype).dtype
+    field = integer.type((2 * info.maxexp - 1) << info.nmant)
+    return jax.lax.bitcast_convert_type(
+        field - jax.lax.bitcast_convert_type(power, integer), power.dtype
+    )
+
+
 def _power_of_two(exponent: jax.typing.ArrayLike, dtype: np.dtype) -> jax.Array:
     """2^exponent for exponents of normal numbers, written straight into the exponent field."""
     info, integer = np.finfo(dtype), _exponent_mask(dtype).dtype
@@ -243,7 +252,8 @@ def round_to_grid(
     power = jnp.maximum(leading_power(clipped), grid.min_power)
     # ulp = power * step may lie below the smallest normal number, which backends flush to zero;
     # the power and the step, applied one after the other, never do.
-    steps = _round_steps(clipped / power * grid.steps, rounding, random)
+    steps = clipped * _twice_inverse(power) * (0.5 * grid.steps)
+    steps = _round_steps(steps, rounding, random)
     return steps * grid.step * power
 
 

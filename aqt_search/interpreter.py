@@ -83,7 +83,7 @@ def _layout(eqn: jex_core.JaxprEqn) -> Layout:
         ndims = (v.aval.ndim for v in eqn.invars)
         return products.dot_layout(*ndims, params["dimension_numbers"])
     groups = params["feature_group_count"], params["batch_group_count"]
-    return products.conv_layout(params["dimension_numbers"], *groups)
+    return products.conv_layout(params["dimension_numbers"], *groups, params)
 
 
 def site_equations(

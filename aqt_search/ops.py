@@ -33,6 +33,10 @@ from aqt_search.quantizer import Quantizer, quantizer, recipe
 Format = str | NumericFormat | Quantizer | None
 
 
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def _operand(
     x: Any, fmt: Format, default: Granularity, contracting: Sequence[int], side: str
 ) -> products.Operand:
@@ -181,7 +185,11 @@ def conv_general_dilated(
         )  # fmt: skip
 
     axes = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    layout = products.conv_layout(axes, feature_group_count, batch_group_count)
+    parameters = None
+    if execution != "emulated":  # as lax writes them: strides, padding and dilation in full
+        traced = jax.make_jaxpr(lambda a, b: bind(a, b, None))(*map(_abstract, (lhs, rhs)))
+        parameters = traced.eqns[0].params
+    layout = products.conv_layout(axes, feature_group_count, batch_group_count, parameters)
     return _product(
         bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )

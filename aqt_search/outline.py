@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
@@ -27,3 +28,16 @@ def outline(fun: Callable, static_argnums: Sequence[int] = ()) -> Callable:
             return jitted(*args)
 
     return outlined
+
+
+def where(predicate: jax.Array, x: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
+    """`jnp.where` that can be fused in an outlined function.
+
+    jnp's is a jit of its own, which the mark of the outlining keeps apart, too.
+    """
+    dtype = jnp.result_type(x, y)
+    shape = jnp.broadcast_shapes(*map(jnp.shape, (predicate, x, y)))
+    return jax.lax.select(
+        jnp.broadcast_to(predicate, shape),
+        *(jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (x, y)),
+    )

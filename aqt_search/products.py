@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search import row_convolution
 from aqt_search.calibration import Bounds, is_asymmetric
 from aqt_search.carriers import (
     Carrier,
@@ -34,7 +35,7 @@ from aqt_search.fake_quant import (
 )
 from aqt_search.formats import NumericFormat
 from aqt_search.granularity import Granularity, join_blocks
-from aqt_search.outline import outline
+from aqt_search.outline import outline, where
 from aqt_search.qtensor import QTensor
 from aqt_search.quantizer import Recipe
 
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
     batch: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # axes of lhs and rhs in common
     groups: int = 1
     refused: str | None = None  # why it has no form on codes
+    parameters: Mapping[str, Any] | None = None  # of a convolution's primitive, where known
 
     def gradient_contracting(self, side: int) -> tuple[int, ...]:
         """The result's axes that the product for the gradient of `side` sums over."""
@@ -91,7 +93,9 @@ def dot_layout(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> Layout:
     return Layout("dot_general", contracting, tuple(out_axes), position, batch)
 
 
-def conv_layout(dimension_numbers: Any, groups: int, batch_groups: int) -> Layout:
+def conv_layout(
+    dimension_numbers: Any, groups: int, batch_groups: int, parameters: Mapping | None = None
+) -> Layout:
     """The layout of a convolution from its `lax.ConvDimensionNumbers`."""
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     ndim = len(out_spec)
@@ -105,7 +109,7 @@ def conv_layout(dimension_numbers: Any, groups: int, batch_groups: int) -> Layou
         contracting = ((lhs_spec[0], *contracting[0]), contracting[1])
     return Layout(
         "conv_general_dilated", contracting, (tuple(lhs), tuple(rhs)), ndim,
-        groups=max(groups, batch_groups),
+        groups=max(groups, batch_groups), parameters=parameters,
     )  # fmt: skip
 
 
@@ -160,8 +164,8 @@ def _encode(x, grids, row, bounds, key, how: Recipe, carrier: Carrier) -> _Encod
     if found.inside is not None:
         # Codes of NaN do not survive in integers, so their scale tells of them.
         bad = jnp.any(jnp.isnan(found.codes), how.over(x.ndim).axes, keepdims=True)
-        scale = jnp.where(bad, jnp.nan, scale)
-    scale = jnp.where(does_not_fit(carrier, grid), jnp.nan, scale)
+        scale = where(bad, jnp.nan, scale)
+    scale = where(does_not_fit(carrier, grid), jnp.nan, scale)
     if carrier.shift:
         zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
     codes = join_blocks(encode_carrier(found.codes, carrier), how.granularity, x.shape)
@@ -285,7 +289,16 @@ def _without_zero_points(product, bind_codes, layout: Layout, lhs: _Encoded, rhs
 def _native(bind: Bind, layout: Layout, lhs: _Encoded, rhs: _Encoded, accumulate) -> jax.Array:
     """The product of codes times the scales, in float32."""
 
+    in_rows = (
+        layout.parameters is not None
+        and accumulate == np.int32
+        and jax.default_backend() == "cpu"
+        and row_convolution.applies(layout.parameters)
+    )
+
     def bind_codes(a, b):
+        if in_rows:
+            return row_convolution.row_convolution(a, b, layout.parameters, accumulate)
         return bind(a, b, accumulate)
 
     product = bind_codes(lhs.codes, rhs.codes)
@@ -378,7 +391,7 @@ def _native_forward(bind, layout, carriers, dtype, operands) -> _Forward:
 
 
 def _masked(tangent: jax.Array, inside: jax.Array | None) -> jax.Array:
-    return tangent if inside is None else jnp.where(inside, tangent, jnp.zeros_like(tangent))
+    return tangent if inside is None else where(inside, tangent, jnp.zeros_like(tangent))
 
 
 def _x(operand: Operand) -> jax.Array | None:

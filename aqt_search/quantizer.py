@@ -31,6 +31,7 @@ from aqt_search.formats import (
     unsigned_twin,
 )
 from aqt_search.granularity import Granularity, per_block, shared_axes
+from aqt_search.outline import where
 
 SCALE_FORMATS = {"float32": 32, "e8m0": 8, "e4m3": 8}  # bits of a stored scale
 EDGES = ("max_value", "half_step")
@@ -222,7 +223,7 @@ def _two_level_scale(scale: jax.Array, grid: Grid, axis_name: Hashable | None) -
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
     tensor = jnp.maximum(largest * dtype.type(1 / _E4M3.max_value), jnp.finfo(dtype).tiny)
-    tensor = jnp.where((largest == 0) | (grid.unscaled > 0), jnp.ones_like(tensor), tensor)
+    tensor = where((largest == 0) | (grid.unscaled > 0), jnp.ones_like(tensor), tensor)
     block = round_to_grid(scale * (1 / tensor), as_grid(_E4M3, dtype))
     return Scale(jnp.maximum(block, dtype.type(_E4M3_SMALLEST)), tensor)
 
@@ -235,14 +236,14 @@ def _asymmetric_scale(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
     high, low = jnp.minimum(high, quarter), jnp.maximum(low, -quarter)
     integer = (grid.min_power == grid.steps) & (grid.max_value < 2 * grid.min_power)
     symmetric = jnp.maximum(high, -low) * grid.inverse_max
-    scale = jnp.where(integer, (high - low) * (1 / (grid.max_value - grid.min_value)), symmetric)
+    scale = where(integer, (high - low) * (1 / (grid.max_value - grid.min_value)), symmetric)
     if how.scale_format == "e8m0":  # the next power of two, so that nothing is clipped
         floor = _floor_power(scale)
-        scale = jnp.where(floor < scale, 2 * floor, floor)
+        scale = where(floor < scale, 2 * floor, floor)
     scale = jnp.maximum(scale, info.tiny)
-    scale = jnp.where((high == low) | (grid.unscaled > 0), jnp.ones_like(scale), scale)
+    scale = where((high == low) | (grid.unscaled > 0), jnp.ones_like(scale), scale)
     zero = jax.lax.round(grid.min_value - low / scale, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    zero = jnp.where(integer, jnp.clip(zero, grid.min_value, grid.max_value), 0)
+    zero = where(integer, jax.lax.clamp(grid.min_value, zero, grid.max_value), 0.0)
     return Scale(scale + 0 * (bounds.high + bounds.low), None, zero)
 
 
@@ -319,6 +320,6 @@ def encode(
     if how.calibration.covers:
         return found
     low = -bounds.high if bounds.low is None else bounds.low
-    codes = jnp.where(jnp.isfinite(x), found.codes, jnp.nan)
+    codes = where(jnp.isfinite(x), found.codes, jnp.nan)
     inside = ((x >= low) & (x <= bounds.high)) | (grid.unscaled > 0)
     return Codes(codes, found.scale, inside)

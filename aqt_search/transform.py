@@ -21,10 +21,11 @@ import jax
 import numpy as np
 
 from aqt_search import sites as site_analysis
+from aqt_search.calibration import moving_average
 from aqt_search.carriers import check_execution
 from aqt_search.formats import NumericFormat
 from aqt_search.interpreter import Held, Interpreter, Trace, init_states, make_plans
-from aqt_search.quantizer import Quantizer
+from aqt_search.quantizer import Quantizer, quantizer
 from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
 
 Assignment = Mapping[str, SiteFormats]
@@ -204,6 +205,29 @@ def quantize_with_state(
         return run(False, assignment, state, params, args, kwargs)[0]
 
     return StatefulFunction(init, apply, evaluate)
+
+
+def with_static_activations(
+    assignment: Assignment, sites: Mapping[str, Site]
+) -> dict[str, SiteFormats]:
+    """The assignment with bounds of activations that are averaged over all batches seen.
+
+    For calibration after training: `quantize_with_state(fun).apply` on some batches, then
+    `.evaluate` or `freeze` with the state. Calibrations that have a state already stay.
+    """
+
+    def of(name: str, side: str, spec):
+        if spec is None or getattr(sites[name], side).role != "activation":
+            return spec
+        q = quantizer(spec)
+        if q.calibration.read is not None:
+            return q
+        return dataclasses.replace(q, calibration=moving_average(q.calibration, None))
+
+    return {
+        name: formats._replace(**{s: of(name, s, getattr(formats, s)) for s in ("lhs", "rhs")})
+        for name, formats in assignment.items()
+    }
 
 
 def _nested(states: Mapping[tuple[str, str], Any]) -> CalibrationState:

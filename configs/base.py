@@ -38,7 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.batch_size = 250
-    config.evaluation.batch_norm_batches = 50  # to re-estimate BatchNorm statistics; 0 for none
+    # Training batches that give BatchNorm statistics and activation scales under the final formats;
+    # with 0 the running statistics are used, and the scales of each evaluation batch.
+    config.evaluation.calibration_batches = 50
 
     config.log_every = 10  # steps
     config.checkpoint_every = 200  # steps
@@ -84,4 +86,4 @@ def shorten(config: ml_collections.ConfigDict, arg: str, *, epochs: float) -> No
     if arg == "quick":
         config.epochs = epochs
         config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, epochs / 4)
-        config.evaluation.batch_norm_batches = 10
+        config.evaluation.calibration_batches = 10

@@ -178,7 +178,7 @@ def statistics_batches(
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """The batches that BatchNorm statistics are re-estimated on."""
     stream = training_stream(config, images, _STATISTICS_SEED_OFFSET)
-    for _ in range(config.evaluation.batch_norm_batches):
+    for _ in range(config.evaluation.calibration_batches):
         yield next(stream)
 
 

@@ -13,7 +13,11 @@ import ml_collections
 
 import aqt_search as aqs
 from aqt_search.quantizer import operand_spec, spec_name
-from aqt_search.training.evaluation import evaluate, reestimate_batch_stats
+from aqt_search.training.evaluation import (
+    evaluate,
+    reestimate_batch_stats,
+    static_evaluation,
+)
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.workdir import write_json
@@ -85,7 +89,8 @@ def finish(
 ) -> dict[str, Any]:
     """Evaluates weights under an assignment, without training them further, and writes the files.
 
-    BatchNorm statistics are first re-estimated under the assignment, on training images.
+    BatchNorm statistics and activation scales are first estimated under the assignment, on training
+    images.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
@@ -96,10 +101,12 @@ def finish(
     """
     # Activation scales are those of a whole batch, however many devices share it.
     qapply = aqs.quantize(model.apply, axis_name=AXIS)
-    if config.evaluation.batch_norm_batches:
+    if config.evaluation.calibration_batches:
         batches = statistics_batches(config, images)
         statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
         variables = {**variables, "batch_stats": statistics}
+        batches = statistics_batches(config, images)
+        qapply = static_evaluation(model.apply, assignment, sites, variables, batches)
     held_out, test = (
         evaluate(qapply, assignment, variables, evaluation_batches(config, images, split))
         if len(getattr(images.splits, split))

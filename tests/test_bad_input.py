@@ -27,7 +27,7 @@ def configured(data_dir, **changes):
     config = digits_resnet8.get_config()
     config.update_from_flattened_dict(
         {"data.data_dir": str(data_dir), "model.width": 0.25, "epochs": 0.2, "log_every": 1}
-        | {"optimizer.warmup_epochs": 0.0, "evaluation.batch_norm_batches": 1}
+        | {"optimizer.warmup_epochs": 0.0, "evaluation.calibration_batches": 1}
         | changes
     )
     return config

@@ -98,6 +98,34 @@ def test_bytes_are_those_of_the_stored_tensor(name):
     assert cost.weight_bytes(sites, aqs.assign(sites, [(".*", name)])) == stored.nbytes
 
 
+@pytest.mark.parametrize("name, bits", [("nvfp4", 4.5), ("mxfp4", 4.25), ("mxint8", 8.25)])
+def test_scales_of_blocks_are_counted(name, bits):
+    weight = jnp.ones((64, 32))
+    sites = aqs.find_sites(lambda w, x: x @ w, weight, jnp.ones((2, 64)))
+    assignment = aqs.assign(sites, [(".*", name)])
+    tensor_scale = 4 if name == "nvfp4" else 0
+    assert cost.weight_bytes(sites, assignment) == 64 * 32 * bits / 8 + tensor_scale
+    frozen = aqs.freeze(lambda w, x: x @ w, assignment, weight, jnp.ones((2, 64)))
+    assert frozen.weights["params"]["rhs"].nbytes == cost.weight_bytes(sites, assignment)
+    elements = cost.weight_bytes(sites, assignment, scales=False)
+    assert elements == 64 * 32 * int(bits) / 8
+
+
+def test_zero_points_are_counted():
+    weight = jnp.ones((64, 32))
+    sites = aqs.find_sites(lambda w, x: x @ w, weight, jnp.ones((2, 64)))
+    spec = {"weight": aqs.Quantizer("int4", calibration=aqs.min_max()), "activation": None}
+    assert cost.weight_bytes(sites, aqs.assign(sites, [(".*", spec)])) == 64 * 32 / 2 + 8 * 32
+
+
+def test_a_lookup_costs_bytes_and_no_operations():
+    table, indices = jnp.ones((10, 4)), jnp.array([1, 2])
+    sites = aqs.find_sites(lambda t, i: t[i], table, indices)
+    assignment = aqs.assign(sites, [(".*", "int8")])
+    assert cost.gbops(sites, assignment) == 0
+    assert cost.weight_bytes(sites, assignment) == 10 * 4 + 10 * 4
+
+
 def test_jit_and_vmap_in_the_assignment():
     sites = resnet50_sites()
     rng, names = np.random.default_rng(0), ["int2", "int4", "e4m3", "bf16"]

@@ -61,7 +61,7 @@ def configured(data_dir, **changes):
             "model.width": 0.25,
             "epochs": 1.0,
             "optimizer.warmup_epochs": 0.0,
-            "evaluation.batch_norm_batches": 2,
+            "evaluation.calibration_batches": 2,
             "log_every": 5,
             "checkpoint_every": 10,
             "search.learning_rate": 0.3,
@@ -252,7 +252,7 @@ def test_a_space_of_float_formats_decided_by_rule(data_dir, images, tmp_path):
 
 
 def test_training_without_held_out_images(data_dir, tmp_path):
-    changes = {"data.held_out": 0, "evaluation.batch_norm_batches": 0}
+    changes = {"data.held_out": 0, "evaluation.calibration_batches": 0}
     result = train.run(configured(data_dir, **changes), tmp_path / "all")
     assert result["held_out_accuracy"] is None
     assert 0 <= result["accuracy"] <= 1

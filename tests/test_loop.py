@@ -190,7 +190,7 @@ COMMAND = (
     "--config.log_every=1", f"--config.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.search.space=(('stem', 'int8'), ('.*', ('e2m1', 'int4', 'e4m3', 'int8')))",
     "--config.search.target=2.0", "--config.search.learning_rate=0.3",
-    "--config.evaluation.batch_norm_batches=2",
+    "--config.evaluation.calibration_batches=2",
 )  # fmt: skip
 
 

@@ -127,3 +127,22 @@ def test_a_function_without_sites():
     assert aqs.assign({}, []) == {}
     with pytest.raises(RuleError, match="the function has no sites"):
         aqs.assign({}, [("head", "int4")])
+
+
+def test_quantizers_block_formats_and_options(sites):
+    mx = aqs.assign(sites, [("stem", "mxfp4")])["stem/kernel"]
+    assert mx == both(aqs.quantizer("mxfp4"))
+    spec = {"weight": "int4", "activation": "int8", "unsigned": False, "lhs_gradient": "int8"}
+    kept = aqs.assign(sites, [("stem", spec)])["stem/kernel"]
+    signed = [aqs.Quantizer(name, unsigned=False) for name in ("int8", "int4", "int8")]
+    assert kept == SiteFormats(*signed)
+    assert aqs.assign(sites, [("stem", kept)])["stem/kernel"] == kept
+    for wrong in ({"unsigned": False}, {"weight": "int4", "unsigned": 3}):
+        with pytest.raises(RuleError, match="unsigned"):
+            aqs.assign(sites, [("stem", wrong)])
+
+
+def test_of_a_lookup_the_table_is_quantized():
+    sites = aqs.find_sites(lambda t, i: t[i], jnp.ones((10, 4)), jnp.array([1, 2]))
+    for spec in ("int8", {"weight": "int8", "activation": "int4"}):
+        assert list(aqs.assign(sites, [(".*", spec)]).values()) == [SiteFormats(None, INT8)]

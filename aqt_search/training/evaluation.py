@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from aqt_search.training import parallel
 from aqt_search.training.batch_norm import batch_statistics, running_momentum
 from aqt_search.training.train_step import cross_entropy
+from aqt_search.transform import quantize_with_state, with_static_activations
 
 
 class Evaluation(NamedTuple):
@@ -98,3 +100,48 @@ def reestimate_batch_stats(
     if not count:
         raise ValueError("BatchNorm statistics need at least one batch; got none.")
     return jax.tree.map(lambda s: (s / count).astype(np.float32), total)
+
+
+def static_evaluation(
+    fun: Callable, assignment: Any, sites: Mapping, variables: Mapping[str, Any], batches: Iterable
+) -> Callable:
+    """A function like `quantize(fun)` in evaluation, with activation scales that never change.
+
+    Bounds are averaged over `batches`, under `assignment` and the running BatchNorm statistics.
+
+    Args:
+      fun: `model.apply`.
+      assignment: formats by site.
+      sites: of fun.
+      variables: {"params": ..., "batch_stats": ...}, not replicated.
+      batches: training batches.
+
+    Returns:
+      `apply(assignment, variables, images, train=False)`, for the same assignment.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    static = with_static_activations(assignment, sites)
+    stateful = quantize_with_state(fun, axis_name=parallel.AXIS)
+
+    def step(state, variables, batch):
+        return stateful.apply(static, state, variables, batch["image"], train=False)[1]
+
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("Activation scales need at least one batch; got none.")
+    one = jax.ShapeDtypeStruct((1, *first["image"].shape[1:]), jnp.float32)
+    state = quantize_with_state(functools.partial(fun, train=False)).init(static, variables, one)
+    if jax.tree_util.tree_leaves(state):  # none where no activation is quantized
+        compiled = parallel.pmap_step(step, donate_state=False)
+        replicated, held = parallel.replicate(variables), parallel.replicate(state)
+        for batch in itertools.chain([first], batches):
+            held = compiled(held, replicated, parallel.shard(batch))
+        state = parallel.unreplicate(held)
+
+    def apply(_, variables, images, train=False):
+        return stateful.evaluate(static, state, variables, images, train=train)
+
+    return apply
