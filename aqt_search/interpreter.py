@@ -8,6 +8,7 @@ does not have (weights that are stored in codes only, or data while weights are 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -214,21 +215,31 @@ class Interpreter:
         def read(atom):
             return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
 
-        for index, eqn in enumerate(jaxpr.eqns):
-            here = path + (index,)
+        last_use = _last_uses(jaxpr)
+        for start, stop in self._runs(jaxpr, path):
+            eqn, here = jaxpr.eqns[start], path + (start,)
             operands = [read(v) for v in eqn.invars]
+            new: dict[Key, Any] = {}
             if here in self._site_paths:
                 outputs, new = self._site(self._site_paths[here], eqn, operands, held)
             elif here in self._sites_under:
                 inner = held.under(self._sites_under[here])
                 outputs, new = self._enter(eqn, operands, here, inner)
-            elif any(x is MISSING for x in operands):
-                outputs, new = [MISSING] * len(eqn.outvars), {}
             else:
-                outputs, new = _run_equation(jaxpr, eqn, operands), {}
+                env.update(_run_equations(jaxpr, start, stop, env, last_use))
+                continue
             states |= new
             env.update(zip(eqn.outvars, outputs))
         return [read(v) for v in jaxpr.outvars], states
+
+    def _runs(self, jaxpr: jex_core.Jaxpr, path: Path) -> list[tuple[int, int]]:
+        """Splits equations into those that are or hold sites, and what lies between them."""
+        here = (self._site_paths, self._sites_under)
+        special = [
+            index for index in range(len(jaxpr.eqns)) if any(path + (index,) in h for h in here)
+        ]
+        edges = sorted({0, len(jaxpr.eqns), *special, *(index + 1 for index in special)})
+        return list(itertools.pairwise(edges))
 
     # --- Sites ---
 
@@ -466,14 +477,38 @@ def _split(values: Sequence, *sizes: int) -> list[list]:
     return [*parts, list(values[start:])]
 
 
-def _run_equation(jaxpr: jex_core.Jaxpr, eqn: jex_core.JaxprEqn, operands: Sequence) -> list:
-    """Runs one equation of `jaxpr` as it was traced, its custom derivative rules included.
+def _variables(atoms: Sequence) -> list:
+    return [v for v in atoms if not isinstance(v, jex_core.Literal)]
 
-    A jaxpr of this one equation is evaluated, because binding a call-like primitive again takes
-    parameters whose form differs between JAX versions.
+
+def _last_uses(jaxpr: jex_core.Jaxpr) -> dict[Any, int]:
+    """The last equation that reads each variable; their number for results of the jaxpr."""
+    uses = {v: index for index, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+    return uses | dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+
+
+def _run_equations(
+    jaxpr: jex_core.Jaxpr, start: int, stop: int, env: Mapping, last_use: Mapping
+) -> dict:
+    """Runs equations `start` to `stop` as they were traced, custom derivative rules included.
+
+    A jaxpr of these equations is evaluated, because binding a call-like primitive again takes
+    parameters whose form differs between JAX versions. What depends on missing values is missing.
+
+    Returns:
+      What they compute and something after them reads, by variable.
     """
-    inputs = {v: x for v, x in zip(eqn.invars, operands) if not isinstance(v, jex_core.Literal)}
-    alone = jaxpr.replace(
-        constvars=(), invars=list(inputs), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
-    )
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, ()))(*inputs.values())
+    eqns, missing = [], {}
+    for eqn in jaxpr.eqns[start:stop]:
+        if any(missing.get(v, env.get(v)) is MISSING for v in _variables(eqn.invars)):
+            missing.update(dict.fromkeys(eqn.outvars, MISSING))
+        else:
+            eqns.append(eqn)
+    computed = {v for eqn in eqns for v in eqn.outvars}
+    used = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
+    inputs = [v for v in used if v not in computed]
+    outputs = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= stop]
+    effects = set().union(*(eqn.effects for eqn in eqns))
+    part = jaxpr.replace(constvars=(), invars=inputs, outvars=outputs, eqns=eqns, effects=effects)
+    values = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))(*(env[v] for v in inputs))
+    return dict(zip(outputs, values)) | missing

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.training.evaluation import evaluate, reestimate_batch_stats
+from aqt_search.training.evaluation import (
+    evaluate,
+    reestimate_batch_stats,
+    static_evaluation,
+)
 from aqt_search.training.parallel import AXIS
 
 RNG = np.random.default_rng(0)
@@ -122,3 +126,33 @@ def test_evaluation_scales_are_those_of_the_whole_batch():
     expected = np.log1p(np.exp(-2 * np.array([0.0, 0.0, 100.0, 100.0]))).mean()
     assert found.loss == pytest.approx(expected, rel=1e-5)
     assert jax.local_device_count() == 2
+
+
+@pytest.mark.parametrize("rules", [[(".*", "int4")], [(".*", {"weight": "int4"})], []])
+def test_static_scales_are_means_of_the_batches_and_depend_on_no_other(rules):
+    model, variables = Net(), variables_of(KERNEL)
+    batches = [{"image": (s * RNG.normal(size=(8, 5))).astype(np.float32)} for s in (1, 2, 3)]
+    sites = aqs.find_sites(model.apply, variables, batches[0]["image"])
+    assignment = aqs.assign(sites, rules)
+    apply = static_evaluation(model.apply, assignment, sites, variables, batches)
+    images = (100 * RNG.normal(size=(6, 5))).astype(np.float32)
+
+    def logits(images):
+        mapped = jax.pmap(lambda v, x: apply(assignment, v, x), AXIS, in_axes=(None, 0))
+        return np.asarray(mapped(variables, images.reshape(2, -1, 5))).reshape(-1, 3)
+
+    kernel, inputs = KERNEL, images
+    if rules:
+        kernel = np.asarray(aqs.fake_quant(KERNEL, "int4", (1,)))
+    if assignment["layer/kernel"].lhs is not None:
+        bound = np.mean([np.abs(b["image"]).max() for b in batches])
+        inputs = np.clip(np.round(images / (bound / 7)), -7, 7) * (bound / 7)
+    stats = variables["batch_stats"]["bn"]
+    expected = (inputs @ kernel - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    np.testing.assert_allclose(logits(images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(logits(images)[:2], logits(images[:2]))
+
+
+def test_static_scales_need_a_batch():
+    with pytest.raises(ValueError, match="at least one batch"):
+        static_evaluation(Net().apply, {}, {}, variables_of(KERNEL), [])
