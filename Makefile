@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: search test lint benchmark clean
+.PHONY: search test fuzz lint benchmark clean
 
 # Searches the formats of a ResNet-8 on scikit-learn's digits, beside uniform baselines.
 search: $(INSTALLED)
@@ -12,12 +12,18 @@ search: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest
 
+# The random operations of the tests, ten times as many.
+fuzz: $(INSTALLED)
+	AQT_SEARCH_FUZZ_CASES=20000 $(RUN) -m pytest tests/test_fuzz.py
+
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 benchmark: $(INSTALLED)
 	$(RUN) -m benchmarks.search_step
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev,bench]
+	$(RUN) -m benchmarks.quantized_ops
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aqt_search needs Python 3.11 or newer; run make with PYTHON=/path/to/python3.11")'
