@@ -12,6 +12,7 @@ is the quantizer's business (`aqt_search.quantizer`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ class Over(NamedTuple):
         else:
             axes = self.axes
         kept = [axis for axis in range(x.ndim) if axis not in axes]
-        flat = x.transpose(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), -1)
+        count = math.prod(x.shape[axis] for axis in axes)
+        flat = x.transpose(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), count)
         return jax.lax.expand_dims(flat, self.axes)
 
 
@@ -67,10 +69,14 @@ class Calibration(NamedTuple):
     apply: Callable[[Any, jax.Array, Over, Callable[[Bounds], jax.Array]], tuple[Bounds, Any]]
     read: Callable[[Any], Bounds] | None = None  # bounds from the state alone; None: it has none
     covers: bool = False  # whether the bounds hold all of x, so that nothing is ever clipped
+    counts: bool = False  # whether zeros that fill up a short block would change the bounds
 
 
-def _stateless(bounds: Callable, covers: bool = False) -> Calibration:
-    return Calibration(lambda shape: (), lambda state, *args: (bounds(*args), ()), None, covers)
+def _stateless(bounds: Callable, covers: bool = False, counts: bool = False) -> Calibration:
+    def apply(state, *args):
+        return bounds(*args), ()
+
+    return Calibration(lambda shape: (), apply, None, covers, counts)
 
 
 @functools.cache
@@ -107,7 +113,7 @@ def percentile(share: float) -> Calibration:
             return Bounds(jnp.zeros(values.shape[:-1], x.dtype))
         return Bounds(jnp.quantile(values, np.asarray(share / 100, x.dtype), axis=-1))
 
-    return _stateless(bounds)
+    return _stateless(bounds, counts=True)
 
 
 @functools.cache
@@ -128,7 +134,7 @@ def mean_deviation(
         magnitude, square = over.sum(jnp.abs(x)) / count, over.sum(x * x) / count
         return Bounds(mean * magnitude + deviation * jnp.sqrt(square))
 
-    return _stateless(bounds)
+    return _stateless(bounds, counts=True)
 
 
 @functools.cache
@@ -247,7 +253,7 @@ def _with_history(
             )  # fmt: skip
         return _in_dtype(bounds, x.dtype), state
 
-    return Calibration(lambda shape: _zeros(shape, inner), apply, read)
+    return Calibration(lambda shape: _zeros(shape, inner), apply, read, counts=inner.counts)
 
 
 @functools.cache
@@ -326,4 +332,4 @@ def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
         new = History(*history, state.updates + counts, inner)
         return _in_dtype(bounds, x.dtype), new
 
-    return Calibration(init, apply, read)
+    return Calibration(init, apply, read, counts=calibration.counts)

@@ -52,6 +52,21 @@ def _random(key: jax.Array, shape: tuple[int, ...], axis_name: Hashable | None, 
     return jax.vmap(lambda k: jax.random.uniform(k, shape[1:], dtype))(keys)
 
 
+def _split(x: jax.Array, how: Recipe) -> jax.Array:
+    """x split into blocks.
+
+    Raises:
+      ValueError: the last block is short and the calibration would count what fills it up.
+    """
+    _, size, axis = how.granularity
+    if axis is not None and how.calibration.counts and x.shape[axis] % size:
+        raise ValueError(
+            f"percentile and mean_deviation need full blocks: {size} does not divide axis {axis} of"
+            f" shape {x.shape}. Choose a size that does, or absmax, min_max or mse."
+        )
+    return split_blocks(x, how.granularity)
+
+
 def codes_of_operand(
     x: jax.Array, grid: Grid, bounds: Bounds | None, key: jax.Array | None, how: Recipe
 ) -> Codes:
@@ -60,7 +75,7 @@ def codes_of_operand(
     if how.rounding == "stochastic":
         random = _random(key, x.shape, how.axis_name, grid.max_value.dtype)
         random = split_blocks(random, how.granularity)
-    carrier = split_blocks(x.astype(grid.max_value.dtype), how.granularity)
+    carrier = _split(x.astype(grid.max_value.dtype), how)
     return encode(carrier, bounds, grid, how, random)
 
 
@@ -197,7 +212,7 @@ def next_bounds(
     x: jax.Array, grids: jax.Array, row: jax.typing.ArrayLike, how: Recipe, state: Any
 ) -> tuple[Bounds, Any]:
     """The bounds a calibration with state gives x, and its next state; no gradient flows."""
-    carrier = split_blocks(jax.lax.stop_gradient(x).astype(grids.dtype), how.granularity)
+    carrier = _split(jax.lax.stop_gradient(x).astype(grids.dtype), how)
     return calibrate(carrier, unpack_grid(grids, row), how, state)
 
 

@@ -34,6 +34,7 @@ from aqt_search.transform import (
     CalibrationState,
     check_assignment,
     flat_state,
+    is_array,
     trace_function,
 )
 
@@ -55,6 +56,7 @@ class Frozen:
     params: Any  # those that are not quantized; `Dropped` in place of the others
     weights: dict[str, dict[str, QTensor]]  # by site and operand; in a scan a stack of them
     state: CalibrationState  # bounds of activations; {} where each batch has its own scales
+    keys: dict[str, dict[str, jax.Array]]  # of activations that are rounded stochastically
     formats: tuple[tuple[str, SiteFormats], ...] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -93,48 +95,68 @@ def freeze(
         a weight depends on what an earlier iteration of a loop left.
       FormatError: a format is traced, or has more than 8 bits and no storage dtype.
     """
-    assignment = {name: _concrete(formats) for name, formats in assignment.items()}
+    assignment = {name: _map_formats(_concrete, formats) for name, formats in assignment.items()}
     trace = trace_function(fun, params, args, kwargs, {})
     check_assignment(assignment, trace.sites)
     plans = make_plans(trace, assignment, None)
-    missing = set(init_states(trace, plans)) - set(flat_state(state or {}))
-    if missing:
-        name, field = min(missing)
-        raise SiteError(
-            f"Site {name!r}: the calibration of {field} has state, and none was given. Pass"
-            " state=..., as quantize_with_state(fun).apply returned it."
-        )
-    counted = len(jax.tree.leaves(params))
-    known = trace._replace(
-        inputs=[*trace.inputs[:counted], *[MISSING] * len(trace.inputs[counted:])]
-    )
-    _, found = WeightFinder(known, plans).run(Held(flat_state(state or {}), {}))
+    held = flat_state(state or {})
+    _check_state(held, init_states(trace, plans))
+    leaves, tree = jax.tree.flatten(params)
+    counted = sum(map(is_array, leaves))
+
+    @jax.jit
+    def find(known, held):
+        inputs = [*known, *[MISSING] * (len(trace.inputs) - counted)]
+        return WeightFinder(trace._replace(inputs=inputs), plans).run(Held(held, {}))[1]
+
+    found = find(trace.inputs[:counted], held)
     weights: dict[str, dict[str, QTensor]] = {}
     for (name, field), stored in found.items():
         weights.setdefault(name, {})[field] = stored
-    kept = _needed_leaves(trace, set(found))[:counted]
-    leaves = [
-        leaf if keep else Dropped(tuple(leaf.shape), np.dtype(leaf.dtype))
-        for leaf, keep in zip(trace.inputs, kept)
-    ]
-    kept_params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    needed = iter(_needed_leaves(trace, set(found)))
+    kept = [leaf if not is_array(leaf) or next(needed) else _dropped(leaf) for leaf in leaves]
     activations = {
         name: {f: s for f, s in fields.items() if f not in weights.get(name, {})}
         for name, fields in (state or {}).items()
     }
-    return Frozen(kept_params, weights, activations, tuple(assignment.items()))
+    keys: dict[str, dict[str, jax.Array]] = {}
+    for (name, field), plan in plans.items():
+        if plan.quantizer.key is not None and (name, field) not in found:
+            keys.setdefault(name, {})[field] = plan.quantizer.key
+    static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
+    return Frozen(jax.tree.unflatten(tree, kept), weights, activations, keys, static)
 
 
-def _concrete(formats: SiteFormats) -> SiteFormats:
-    """Quantizers of the operands whose formats are Python numbers, so that they are static."""
+def _dropped(leaf: Any) -> Dropped:
+    return Dropped(tuple(leaf.shape), np.dtype(leaf.dtype))
 
-    def of(spec):
-        if spec is None:
-            return None
-        q = quantizer(spec)
-        return dataclasses.replace(q, fmt=concrete_format(q.fmt, "freeze"))
 
-    return SiteFormats(of(formats.lhs), of(formats.rhs))
+def _check_state(held: Mapping, expected: Mapping) -> None:
+    for name, field in sorted(set(held) ^ set(expected)):
+        if (name, field) in expected:
+            raise SiteError(
+                f"Site {name!r}: the calibration of {field} has state, and none was given. Pass"
+                " state=..., as quantize_with_state(fun).apply returned it."
+            )
+        raise SiteError(
+            f"The state is not of this assignment: {field} of site {name!r} has no calibration with"
+            " state there."
+        )
+
+
+def _map_formats(fun: Callable, formats: SiteFormats) -> SiteFormats:
+    """`fun` of both operands' formats; there are no gradients in serving."""
+    return SiteFormats(*(None if f is None else fun(f) for f in (formats.lhs, formats.rhs)))
+
+
+def _concrete(spec: Any) -> Quantizer:
+    """A quantizer whose format is Python numbers, so that it can be static."""
+    q = quantizer(spec)
+    return dataclasses.replace(q, fmt=concrete_format(q.fmt, "freeze"))
+
+
+def _without_key(q: Quantizer) -> Quantizer:
+    return dataclasses.replace(q, key=None)
 
 
 def _needed_leaves(trace: Trace, stored: Collection[tuple[str, str]]) -> list[bool]:
@@ -210,7 +232,7 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
         trace = trace_function(fun, params, args, kwargs, {})
         assignment = {
-            name: _dynamic_weights(formats, frozen.weights.get(name, {}))
+            name: _for_serving(formats, frozen.weights.get(name, {}), frozen.keys.get(name, {}))
             for name, formats in frozen.formats
         }
         check_assignment(assignment, trace.sites)
@@ -226,8 +248,10 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
     return served
 
 
-def _dynamic_weights(formats: SiteFormats, stored: Mapping[str, QTensor]) -> SiteFormats:
-    """Formats of a site whose stored operands need no calibration any more."""
-    return formats._replace(
-        **{side: Quantizer(q.fmt, unsigned=False) for side, q in stored.items()}
-    )
+def _for_serving(
+    formats: SiteFormats, stored: Mapping[str, QTensor], keys: Mapping[str, jax.Array]
+) -> SiteFormats:
+    """Formats of a site whose stored operands need no calibration any more, with their keys."""
+    own = {side: dataclasses.replace(getattr(formats, side), key=key) for side, key in keys.items()}
+    plain = {side: Quantizer(q.fmt, unsigned=False) for side, q in stored.items()}
+    return formats._replace(**own, **plain)

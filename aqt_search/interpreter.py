@@ -98,7 +98,9 @@ def site_equations(
             eqn = body.eqns[index]
             if branch is not None:
                 lengths += [eqn.params["length"]] if eqn.primitive.name == "scan" else []
-                body, _ = site_analysis.sub_jaxprs(eqn)[branch]
+                bodies = site_analysis.sub_jaxprs(eqn)
+                # Paths count a while loop's test first, its parameters in sorted order its body.
+                body, _ = bodies[1 - branch if eqn.primitive.name == "while" else branch]
         found[name] = (eqn, tuple(lengths))
     return found
 

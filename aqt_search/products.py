@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -286,6 +287,30 @@ def _without_zero_points(product, bind_codes, layout: Layout, lhs: _Encoded, rhs
     return product
 
 
+def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.Array:
+    """A dot as one of [batch, rows, terms] and [batch, terms, columns].
+
+    XLA:CPU of jaxlib 0.10.2 has no bfloat16 product for some other orders of axes.
+    """
+    sides, free = [], []
+    for x, contracting, batch, order in zip((a, b), layout.contracting, layout.batch, (1, -1)):
+        rest = [axis for axis in range(x.ndim) if axis not in (*contracting, *batch)]
+        groups = (list(batch), *[rest, list(contracting)][::order])
+        flat = x.transpose([axis for group in groups for axis in group])
+        sides.append(flat.reshape([math.prod(x.shape[axis] for axis in g) for g in groups]))
+        free.append(rest)
+    if not layout.batch[0]:
+        sides = [x[0] for x in sides]
+    last, batched = sides[0].ndim - 1, tuple(range(sides[0].ndim - 2))
+    numbers = (((last,), (last - 1,)), (batched, batched))
+    product = jax.lax.dot_general(*sides, numbers, preferred_element_type=accumulate)
+    axes = [(a, 0, axis) for axis in (*layout.batch[0], *free[0])]
+    axes += [(b, 1, axis) for axis in free[1]]
+    product = product.reshape([x.shape[axis] for x, _, axis in axes])
+    order = [layout.out_axes[side][axis] for _, side, axis in axes]
+    return product.transpose(np.argsort(order))
+
+
 def _native(bind: Bind, layout: Layout, lhs: _Encoded, rhs: _Encoded, accumulate) -> jax.Array:
     """The product of codes times the scales, in float32."""
 
@@ -299,6 +324,8 @@ def _native(bind: Bind, layout: Layout, lhs: _Encoded, rhs: _Encoded, accumulate
     def bind_codes(a, b):
         if in_rows:
             return row_convolution.row_convolution(a, b, layout.parameters, accumulate)
+        if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
+            return _as_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
 
     product = bind_codes(lhs.codes, rhs.codes)

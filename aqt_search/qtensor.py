@@ -131,7 +131,8 @@ class QTensor:
 
         A row beyond the tensor is NaN. Packed data of `row_axes=0` is dequantized as a whole.
         """
-        if self.granularity.block_axis == 0 or (self.data.ndim == 1 and self.ndim > 1):
+        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
+        if packed or self.granularity.block_axis == 0:
             return jnp.take(self.dequantize(), indices, axis=0)
         count = self.shape[0]
         flat = jnp.where(indices < 0, indices + count, indices).reshape(-1)
@@ -203,12 +204,17 @@ def quantize_tensor(
     Raises:
       FormatError: unknown or traced format, or one wider than 8 bits without a storage dtype.
       TypeError: x is not floating point.
-      ValueError: an axis is out of range, or two granularities.
+      ValueError: an axis is out of range, two granularities, or no bounds for a calibration with
+        state.
     """
     x = floating_array(x, "quantize_tensor")
     q = quantizer(fmt)
     fmt = _storable(q.fmt)
     x, q, how = prepare(x, q, channel_axes, None, "quantize_tensor")
+    if bounds is None and q.calibration.read is not None:
+        raise ValueError(
+            "This calibration has state: pass bounds, as calibration.read(state) gives them."
+        )
     grid = unpack_grid(pack_grids([fmt], carrier_dtype(x)), np.int32(0))
     found = codes_of_operand(x, grid, bounds, q.key, how)
     codes = join_blocks(found.codes, how.granularity, x.shape)

@@ -74,6 +74,8 @@ class Quantizer:
         ):
             if value not in known:
                 raise FormatError(f"Unknown {what} {value!r}: expected one of {', '.join(known)}.")
+        if self.scale_format == "e4m3" and calibrations.is_asymmetric(self.calibration):
+            raise FormatError("Scales in e4m3 have no zero point: use bounds that are symmetric.")
         if isinstance(self.granularity, str):
             raise FormatError(
                 f"A granularity is PER_TENSOR, PER_CHANNEL, per_channel(axes) or per_block(size);"

@@ -32,7 +32,8 @@ Assignment = Mapping[str, SiteFormats]
 CalibrationState = dict[str, dict[str, Any]]  # what calibrations remember, by site and operand
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced; others stay Python values."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
@@ -42,7 +43,7 @@ def trace_function(
     """Traces `fun(params, *args, **kwargs)`; leaves that are no arrays stay Python values."""
     paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
     leaves = [leaf for _, leaf in paths_and_leaves]
-    arrays = [index for index, leaf in enumerate(leaves) if _is_array(leaf)]
+    arrays = [index for index, leaf in enumerate(leaves) if is_array(leaf)]
 
     def flat_fun(*values):
         filled = list(leaves)
@@ -66,7 +67,7 @@ def trace_function(
     names = [
         site_analysis.parameter_name(path[1:]) if path[0].idx == 0 else None
         for path, leaf in paths_and_leaves
-        if _is_array(leaf)
+        if is_array(leaf)
     ]
     sites, site_paths = site_analysis.analyze(closed.jaxpr, names, closed.consts)
     return Trace(closed, inputs, jax.tree_util.tree_structure(out_shape), sites, site_paths)
