@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.formats import leading_power
+
 
 class Bounds(NamedTuple):
     """The range a scale is made for, one for every scale; `low` is None where it is -high."""
@@ -131,8 +133,12 @@ def mean_deviation(
     def bounds(x, over, error):
         counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
         count = jnp.maximum(over.sum(counted.astype(x.dtype)), 1)
+        # In units of the largest power of two, so that squares stay within the dtype.
+        unit = leading_power(over.max(jnp.abs(x)))
+        unit = jnp.clip(unit, 2.0**-120, 2.0**120).astype(x.dtype)
+        x = x / unit
         magnitude, square = over.sum(jnp.abs(x)) / count, over.sum(x * x) / count
-        return Bounds(mean * magnitude + deviation * jnp.sqrt(square))
+        return Bounds((mean * magnitude + deviation * jnp.sqrt(square)) * unit)
 
     return _stateless(bounds, counts=True)
 
@@ -213,10 +219,15 @@ def _in_dtype(bounds: Bounds, dtype: np.dtype) -> Bounds:
     return _map(lambda b: b.astype(dtype), bounds)
 
 
-def _counts(bounds: Bounds) -> jax.Array:
-    """Whether a tensor tells anything: it is finite and not all zero."""
+def _counts(calibration: Calibration, before: Any, after: Any, bounds: Bounds) -> jax.Array:
+    """Whether a tensor tells anything: it is finite and not all zero.
+
+    A calibration with a state gives old bounds for a tensor that told it nothing, so its own count
+    is asked.
+    """
     extent = bounds.high if bounds.low is None else bounds.high - bounds.low
-    return jnp.all(jnp.isfinite(extent)) & jnp.any(extent > 0)
+    counts = jnp.all(jnp.isfinite(extent)) & jnp.any(extent > 0)
+    return counts if calibration.read is None else counts & (after.updates > before.updates)
 
 
 def _with_history(
@@ -237,7 +248,7 @@ def _with_history(
             combine(read(state), today, state.updates),
             today,
         )
-        counts = _counts(today)
+        counts = _counts(inner, state.inner, inner_state, today)
         kept = _map(lambda new, old: jnp.where(counts, new, old), combined, read(state))
         return kept, History(*kept, state.updates + counts, inner_state)
 
@@ -316,7 +327,7 @@ def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
     def apply(state: History, x, over, error):
         today, inner = calibration.apply(state.inner, x, over, error)
         today = _in_dtype(today, jnp.float32)
-        counts = _counts(today)
+        counts = _counts(calibration, state.inner, inner, today)
 
         def push(old, new):
             return jnp.where(counts, jnp.concatenate([new[None], old[:-1]]), old)

@@ -90,9 +90,17 @@ def does_not_fit(carrier: Carrier, grid: Grid) -> jax.Array:
     )
 
 
-def _family(name: str, formats: Sequence[NumericFormat]) -> tuple[Carrier, ...] | None:
+def _family(
+    name: str, formats: Sequence[NumericFormat], alike: bool = False
+) -> tuple[Carrier, ...] | None:
     """A carrier for each format out of one family; the family's first for a traced format."""
     found = []
+    if alike and name == "fp8":
+        traced = any(map(_is_traced, formats))
+        for carrier in _FAMILIES[name][: 1 if traced else None]:
+            if all(_is_traced(fmt) or _holds(carrier, fmt) for fmt in formats):
+                return (carrier,) * len(formats)
+        return None
     for fmt in formats:
         carriers = _FAMILIES[name]
         fitting = carriers[:1] if _is_traced(fmt) else [c for c in carriers if _holds(c, fmt)]
@@ -102,7 +110,9 @@ def _family(name: str, formats: Sequence[NumericFormat]) -> tuple[Carrier, ...] 
     return tuple(found)
 
 
-def carriers_of(execution: str, formats: Sequence[NumericFormat]) -> tuple[Carrier, ...]:
+def carriers_of(
+    execution: str, formats: Sequence[NumericFormat], alike: bool = False
+) -> tuple[Carrier, ...]:
     """The carriers of a native product's operands.
 
     "native" takes the first of int8, fp8 and bf16 that holds both formats, and bf16 for traced
@@ -117,7 +127,7 @@ def carriers_of(execution: str, formats: Sequence[NumericFormat]) -> tuple[Carri
     else:
         names = (execution,)
     for name in names:
-        if found := _family(name, formats):
+        if found := _family(name, formats, alike):
             return found
     raise FormatError(
         f"Execution {execution!r} cannot hold the formats {tuple(formats)}: int8 takes integers of"

@@ -110,13 +110,29 @@ def fake_quant_packed(
     return quantize_dequantize(x, grids, row, bounds, key, how)[0]
 
 
+@jax.custom_jvp
+def straight_through(x: jax.Array, values: jax.Array, inside: jax.Array | None) -> jax.Array:
+    """`values`, with the derivative of x inside and none outside: to every order."""
+    return values
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    inside, tangent = primals[2], tangents[0]
+    if inside is not None:
+        tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
+    return straight_through(*primals), tangent
+
+
 @fake_quant_packed.defjvp
 def _fake_quant_jvp(how, primals, tangents):
     if how.calibration.covers:
         # Nothing is clipped, so the gradient is the identity and saves nothing.
         return fake_quant_packed(*primals, how), tangents[0]
-    values, inside = quantize_dequantize(*primals, how)
-    return values, jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+    x = primals[0]
+    values, inside = quantize_dequantize(jax.lax.stop_gradient(x), *primals[1:], how)
+    tangent = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+    return straight_through(x, values, inside), tangent
 
 
 def check_key(q: Quantizer) -> None:

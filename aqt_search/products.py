@@ -32,6 +32,7 @@ from aqt_search.fake_quant import (
     codes_of_operand,
     fake_quant_packed,
     quantize_dequantize,
+    straight_through,
     unpack_grid,
 )
 from aqt_search.formats import NumericFormat
@@ -264,6 +265,8 @@ def _block_refusal(layout: Layout, operands: tuple[Operand, Operand]) -> str | N
 
 def _ones_in_place_of(codes: jax.Array, layout: Layout, side: int) -> jax.Array:
     """Ones that an operand's zero point is multiplied by, one index for every free axis."""
+    if side == 1 and layout.groups > 1:  # every group has features of its own
+        return jnp.ones_like(codes)
     shape = [
         1 if out is not None and axis not in layout.batch[side] else n
         for axis, (n, out) in enumerate(zip(codes.shape, layout.out_axes[side]))
@@ -331,21 +334,29 @@ def _native(bind: Bind, layout: Layout, lhs: _Encoded, rhs: _Encoded, accumulate
     product = bind_codes(lhs.codes, rhs.codes)
     if lhs.zero is not None or rhs.zero is not None:
         product = _without_zero_points(product, bind_codes, layout, lhs, rhs)
-    product = product.astype(np.float32)
-    for side, operand in enumerate((lhs, rhs)):
-        product = product * _to_result(operand.scale, layout.out_axes[side], layout.out_ndim)
-    return product
+    # The smaller scale first, so that only results beyond float32 overflow.
+    scales = [
+        _to_result(operand.scale, layout.out_axes[side], layout.out_ndim)
+        for side, operand in enumerate((lhs, rhs))
+    ]
+    product = product.astype(np.float32) * jnp.minimum(*scales)
+    return product * jnp.maximum(*scales)
 
 
 def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) -> jax.Array:
     """The product of codes in blocks along the contracting axes at `place`: a batch axis more."""
     contracting, batch = layout.contracting, layout.batch
-    split, new_contracting, new_batch, scales = [], [], [], []
+    split, new_contracting, new_batch = [], [], []
     for side, operand in enumerate((lhs, rhs)):
         axis = contracting[side][place]
         codes = jnp.moveaxis(operand.codes, axis, -1)
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % size)])
-        split.append(codes.reshape(*codes.shape[:-1], codes.shape[-1] // size, size))
+        codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // size, size)
+        scale, zero = (
+            None if part is None else jnp.moveaxis(part, axis, -1)[..., None]
+            for part in (operand.scale, operand.zero)
+        )
+        split.append(_Encoded(codes, scale, zero, None))
 
         def moved(a, axis=axis):
             return a - (a > axis)
@@ -354,15 +365,13 @@ def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) 
         rest = [a for n, a in enumerate(contracting[side]) if n != place]
         new_contracting.append((*map(moved, rest), ndim))
         new_batch.append((*map(moved, batch[side]), ndim - 1))
-        scales.append(jnp.moveaxis(operand.scale, axis, -1)[..., None])
-    product = jax.lax.dot_general(
-        *split, (tuple(new_contracting), tuple(new_batch)), preferred_element_type=accumulate
-    )
-    blocks = dot_layout(split[0].ndim, split[1].ndim, (new_contracting, new_batch))
-    product = product.astype(np.float32)
-    for side, scale in enumerate(scales):
-        product = product * _to_result(scale, blocks.out_axes[side], blocks.out_ndim)
-    return jnp.sum(product, len(batch[0]))
+    dimensions = tuple(new_contracting), tuple(new_batch)
+
+    def bind(a, b, accumulate):
+        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulate)
+
+    blocks = dot_layout(*(side.codes.ndim for side in split), dimensions)
+    return jnp.sum(_native(bind, blocks, *split, accumulate), len(batch[0]))
 
 
 def _block_place(layout: Layout, operands) -> tuple[int, int] | None:
@@ -391,13 +400,17 @@ def _encoded_values(encoded: _Encoded, operand: Operand) -> jax.Array:
     """What codes stand for, in the operand's dtype."""
     if isinstance(operand, QTensor):
         return operand.dequantize()
-    codes, scale = encoded.codes.astype(np.float32), encoded.scale
-    if encoded.zero is not None:
-        codes = codes - encoded.zero
+    codes = encoded.codes.astype(np.float32)
     _, size, axis = operand.how.granularity
-    if axis is not None:
-        scale = jax.lax.slice_in_dim(jnp.repeat(scale, size, axis), 0, codes.shape[axis], axis=axis)
-    return (codes * scale).astype(operand.x.dtype)
+
+    def spread(part):
+        if axis is None:
+            return part
+        return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, codes.shape[axis], axis=axis)
+
+    if encoded.zero is not None:
+        codes = codes - spread(encoded.zero)
+    return (codes * spread(encoded.scale)).astype(operand.x.dtype)
 
 
 def _native_forward(bind, layout, carriers, dtype, operands) -> _Forward:
@@ -426,25 +439,40 @@ def _x(operand: Operand) -> jax.Array | None:
     return None if isinstance(operand, QTensor) else getattr(operand, "x", operand)
 
 
+def _stopped(operand: Operand) -> Operand:
+    if isinstance(operand, Quantized):
+        return dataclasses.replace(operand, x=jax.lax.stop_gradient(operand.x))
+    return operand
+
+
 def _with_forward_derivative(forward: Callable, bind: Bind) -> Callable:
-    """A product of two operands with the derivative of `bind` on their quantized values."""
+    """A product of two operands with the derivatives of `bind` on their quantized values."""
 
     @jax.custom_jvp
-    def run(lhs, rhs):
-        return forward((lhs, rhs)).result
+    def differentiable(result, lhs, rhs):
+        return result
 
     def rule(primals, tangents):
-        result, values, inside = forward(primals)
+        result, *values = primals
         terms = []
-        for side, tangent in enumerate(map(_x, tangents)):
-            if tangent is None or isinstance(tangent, jax.custom_derivatives.SymbolicZero):
-                continue
-            pair = list(values)
-            pair[side] = _masked(tangent, inside[side])
-            terms.append(bind(*pair, None).astype(result.dtype))
-        return result, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(result)
+        for side, tangent in enumerate(tangents[1:]):
+            if not isinstance(tangent, jax.custom_derivatives.SymbolicZero):
+                pair = list(values)
+                pair[side] = tangent
+                terms.append(bind(*pair, None).astype(result.dtype))
+        slope = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(result)
+        return differentiable(*primals), slope
 
-    run.defjvp(rule, symbolic_zeros=True)
+    differentiable.defjvp(rule, symbolic_zeros=True)
+
+    def run(lhs, rhs):
+        found = forward((_stopped(lhs), _stopped(rhs)))
+        values = (
+            value if isinstance(operand, QTensor) else straight_through(_x(operand), value, inside)
+            for operand, value, inside in zip((lhs, rhs), found.values, found.inside)
+        )
+        return differentiable(found.result, *values)
+
     return run
 
 
@@ -544,7 +572,7 @@ def product(
         forward = functools.partial(_emulated_forward, bind)
     else:
         dtype = jax.eval_shape(lambda a, b: bind(a, b, None), *map(_abstract, operands)).dtype
-        carriers = carriers_of(execution, formats)
+        carriers = carriers_of(execution, formats, alike=layout.kind == "conv_general_dilated")
         forward = functools.partial(_native_forward, bind, layout, carriers, dtype)
     if quantized_gradients:
         return _with_quantized_gradients(forward, bind)(*operands, gradients)

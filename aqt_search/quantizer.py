@@ -57,7 +57,8 @@ class Quantizer:
     # whole tensor (NVFP4).
     scale_format: str = dataclasses.field(default="float32", metadata={"static": True})
     # What the bound meets: the format's "max_value" (2^(b-1) - 1 for integers), or the end of its
-    # last step, "half_step" beyond (2^(b-1) - 0.5). AQT's legacy and AQT v2's convention.
+    # last step, "half_step" beyond (2^(b-1) - 0.5). AQT's legacy and AQT v2's convention. Scales in
+    # e8m0 and those with a zero point have rules of their own, without an edge.
     edge: str = dataclasses.field(default="max_value", metadata={"static": True})
     rounding: str = dataclasses.field(default="nearest_even", metadata={"static": True})
     # Whether an operand that is never negative takes the unsigned twin of an integer format.
@@ -272,7 +273,7 @@ def scale_of(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
         found = _two_level_scale(scale, grid, how.axis_name)
     block = found.block + 0 * bound  # NaN where the bound is not finite
     unscaled = (bound == 0) | (grid.unscaled > 0)
-    return found._replace(block=jax.lax.select(unscaled, jnp.ones_like(block), block))
+    return found._replace(block=jax.lax.select(unscaled, 1 + 0 * block, block))
 
 
 class Codes(NamedTuple):
