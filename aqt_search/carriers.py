@@ -160,9 +160,10 @@ class Work(NamedTuple):
 def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
     """The execution that `auto` takes: what was measured to be fastest, "emulated" where unknown.
 
-    On CPU (two Zen 4 cores, jax 0.10.2, benchmarks.quantized_ops): a dot in bf16 takes 0.55 times
-    the float32 time where the CPU multiplies bfloat16, in int8 0.8 times; an int8 convolution 0.7
-    times from 32 channels on, but 7.8 times at 16. Other backends were not measured.
+    On CPU (two Zen 4 cores, jax 0.10.2, python -m benchmarks.quantized_ops): a dot with its
+    quantization takes 0.63 times the float32 time in bf16, where the CPU multiplies bfloat16, and
+    0.90 times in int8; an int8 convolution of 64 channels 0.51 times (without quantization, of 32
+    channels 0.49 and of 16 channels 2.0 times). Other backends were not measured.
     """
     if jax.default_backend() != "cpu" or any(_is_traced(fmt) for fmt in formats):
         return "emulated"

@@ -29,7 +29,8 @@ from aqt_search.fake_quant import (
 )
 from aqt_search.formats import NumericFormat
 from aqt_search.granularity import PER_TENSOR, per_channel, resolve
-from aqt_search.products import Layout, Quantized
+from aqt_search.layout import Layout, conv_layout, dot_layout
+from aqt_search.operands import Quantized
 from aqt_search.qtensor import QTensor, quantize_tensor
 from aqt_search.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.sites import Path, Site, SiteError, SiteFormats
@@ -82,9 +83,9 @@ def _layout(eqn: jex_core.JaxprEqn) -> Layout:
     params = eqn.params
     if eqn.primitive.name == "dot_general":
         ndims = (v.aval.ndim for v in eqn.invars)
-        return products.dot_layout(*ndims, params["dimension_numbers"])
+        return dot_layout(*ndims, params["dimension_numbers"])
     groups = params["feature_group_count"], params["batch_group_count"]
-    return products.conv_layout(params["dimension_numbers"], *groups, params)
+    return conv_layout(params["dimension_numbers"], *groups, params)
 
 
 def site_equations(

@@ -26,7 +26,9 @@ from aqt_search import products
 from aqt_search.fake_quant import carrier_dtype, check_key, fake_quant, pack_grids
 from aqt_search.formats import NumericFormat, floating_array
 from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
-from aqt_search.products import Layout, Quantized
+from aqt_search.layout import Layout, conv_layout, dot_layout, einsum_layout
+from aqt_search.native import Bind
+from aqt_search.operands import Operand, Quantized
 from aqt_search.qtensor import QTensor
 from aqt_search.quantizer import Quantizer, quantizer, recipe
 
@@ -39,7 +41,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def _operand(
     x: Any, fmt: Format, default: Granularity, contracting: Sequence[int], side: str
-) -> products.Operand:
+) -> Operand:
     if isinstance(x, QTensor):
         if fmt is not None:
             raise ValueError(
@@ -83,7 +85,7 @@ def _format_of(x: Any, fmt: Format) -> NumericFormat | None:
 
 
 def _product(
-    bind: products.Bind, layout: Layout, lhs: Any, rhs: Any, formats: tuple[Format, Format],
+    bind: Bind, layout: Layout, lhs: Any, rhs: Any, formats: tuple[Format, Format],
     gradients: tuple[Format, Format], execution: str,
 ) -> jax.Array:  # fmt: skip
     operands = (
@@ -137,7 +139,7 @@ def dot_general(
             preferred_element_type=accumulate or preferred_element_type, **lax_arguments,
         )  # fmt: skip
 
-    layout = products.dot_layout(lhs.ndim, rhs.ndim, dimension_numbers)
+    layout = dot_layout(lhs.ndim, rhs.ndim, dimension_numbers)
     return _product(
         bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )
@@ -189,7 +191,7 @@ def conv_general_dilated(
     if execution != "emulated":  # as lax writes them: strides, padding and dilation in full
         traced = jax.make_jaxpr(lambda a, b: bind(a, b, None))(*map(_abstract, (lhs, rhs)))
         parameters = traced.eqns[0].params
-    layout = products.conv_layout(axes, feature_group_count, batch_group_count, parameters)
+    layout = conv_layout(axes, feature_group_count, batch_group_count, parameters)
     return _product(
         bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )
@@ -236,7 +238,7 @@ def einsum(
             **einsum_arguments,
         )  # fmt: skip
 
-    layout = products.einsum_layout(*inputs.split(","), output)
+    layout = einsum_layout(*inputs.split(","), output)
     return _product(
         bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )

@@ -1,0 +1,63 @@
+"""Operands of a product: an array, a tensor to be quantized on the way in, or a stored one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from aqt_search.calibration import Bounds, is_asymmetric
+from aqt_search.fake_quant import fake_quant_packed
+from aqt_search.granularity import Granularity
+from aqt_search.qtensor import QTensor
+from aqt_search.quantizer import Recipe
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An operand that is quantized on the way into the product."""
+
+    x: jax.Array
+    grids: jax.Array  # [n, 7], of `pack_grids`
+    row: jax.typing.ArrayLike  # of the operand's format in `grids`
+    bounds: Bounds | None  # as a calibration with state gave them
+    key: jax.Array | None
+    how: Recipe = dataclasses.field(metadata={"static": True})
+
+
+Operand = jax.Array | Quantized | QTensor  # an array is used as it is
+
+
+def granularity_of(operand: Quantized | QTensor) -> Granularity:
+    """Which of an operand's elements share a scale."""
+    return operand.granularity if isinstance(operand, QTensor) else operand.how.granularity
+
+
+def dtype_of(operand: Operand) -> np.dtype:
+    """The dtype of an operand's values."""
+    return operand.x.dtype if isinstance(operand, Quantized) else operand.dtype
+
+
+def values_of(operand: Operand) -> jax.Array:
+    """The operand as the emulated product takes it."""
+    if isinstance(operand, QTensor):
+        return operand.dequantize()
+    if isinstance(operand, Quantized):
+        o = operand
+        return fake_quant_packed(o.x, o.grids, o.row, o.bounds, o.key, o.how)
+    return operand
+
+
+def has_zero_point(operand: Quantized | QTensor) -> bool:
+    """Whether 0 may have another code than 0."""
+    if isinstance(operand, QTensor):
+        return operand.zero_point is not None
+    return is_asymmetric(operand.how.calibration)
+
+
+def abstract(operand: Operand) -> jax.ShapeDtypeStruct:
+    """An operand's shape and dtype."""
+    x = operand.x if isinstance(operand, Quantized) else operand
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
