@@ -5,8 +5,8 @@
 
 `make search` is the first of the two: 2 minutes on two CPU cores; the second takes 1. Test
 accuracy at GBOPs (360 images, so one is 0.28 points; seed 0, jax 0.10.2): float 99.17 % at 0.198,
-int8 98.33 % at 0.0124, int4 99.17 % at 0.00333, int3 93.33 % at 0.00201; searches 96.11 % at
-0.00247, 97.78 % at 0.00359 and 99.44 % at 0.00532.
+int8 99.17 % at 0.0124, int4 99.17 % at 0.00333, int3 96.94 % at 0.00201; searches 98.33 % at
+0.00247, 98.06 % at 0.00374 and 98.33 % at 0.00540.
 """
 
 import ml_collections
