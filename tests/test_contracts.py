@@ -18,7 +18,7 @@ import aqt_search as aqs
 # What XLA makes of the programs is not the question here: what compiles fastest will do.
 jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 

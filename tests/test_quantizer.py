@@ -21,7 +21,7 @@ from aqt_search.quantizer import (
 # What XLA makes of the programs is not the question here: what compiles fastest will do.
 jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    compiler_options={"xla_backend_optimization_level": 0},
 )
 fake_quant = jit(aqs.fake_quant)  # under traced formats; a name is no argument of jit
 
