@@ -21,7 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from aqt_search.formats import FormatError, Grid, NumericFormat, is_unscaled
+from aqt_search.formats import FormatError, Grid, NumericFormat, format_name, is_unscaled
 
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
 
@@ -129,8 +129,9 @@ def carriers_of(
     for name in names:
         if found := _family(name, formats, alike):
             return found
+    shown = " and ".join("a traced one" if _is_traced(f) else format_name(f) for f in formats)
     raise FormatError(
-        f"Execution {execution!r} cannot hold the formats {tuple(formats)}: int8 takes integers of"
+        f"Execution {execution!r} cannot hold the formats {shown}: int8 takes integers of"
         " up to 8 bits, fp8 takes what e4m3 or e5m2 contain, bf16 takes formats of up to 8 bits and"
         " bf16. Use execution='emulated' here."
     )

@@ -62,10 +62,6 @@ class Held(NamedTuple):
         """That of some sites."""
         return Held(*({k: v for k, v in part.items() if k[0] in names} for part in self))
 
-    def updated(self, states: Mapping[Key, Any]) -> Held:
-        """With some states replaced."""
-        return self._replace(states=self.states | states)
-
 
 EMPTY = Held({}, {})
 

@@ -118,7 +118,7 @@ def quantizer(spec: str | NumericFormat | Quantizer) -> Quantizer:
     if isinstance(spec, str) and spec in _MX_ELEMENTS:
         element = numeric_format(_MX_ELEMENTS[spec])
         return Quantizer(element, per_block(32), scale_format="e8m0", unsigned=False)
-    return Quantizer(numeric_format(spec))
+    return Quantizer(_format_of(spec))
 
 
 def operand_spec(spec: str | NumericFormat | Quantizer) -> NumericFormat | Quantizer:
@@ -129,7 +129,14 @@ def operand_spec(spec: str | NumericFormat | Quantizer) -> NumericFormat | Quant
     """
     if isinstance(spec, Quantizer) or (isinstance(spec, str) and spec in BLOCK_FORMATS):
         return quantizer(spec)
-    return numeric_format(spec)
+    return _format_of(spec)
+
+
+def _format_of(spec: str | NumericFormat) -> NumericFormat:
+    try:
+        return numeric_format(spec)
+    except FormatError as error:
+        raise FormatError(f"{error} Block formats: {', '.join(BLOCK_FORMATS)}.") from error
 
 
 def stack_quantizers(specs: Sequence[Quantizer | NumericFormat]) -> Quantizer:
