@@ -21,7 +21,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from aqt_search.formats import FormatError, Grid, NumericFormat, format_name, is_unscaled
+from aqt_search.formats import (
+    FormatError,
+    Grid,
+    NumericFormat,
+    format_name,
+    is_traced,
+    is_unscaled,
+)
 
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
 
@@ -61,10 +68,6 @@ def accumulator(carrier: Carrier) -> np.dtype:
     return np.dtype(np.int32 if carrier.dtype == np.int8 else np.float32)
 
 
-def _is_traced(fmt: NumericFormat) -> bool:
-    return any(isinstance(field, jax.core.Tracer) for field in fmt)
-
-
 def _holds(carrier: Carrier, fmt: NumericFormat) -> bool:
     limits = _LIMITS[carrier]
     scaled = not bool(is_unscaled(fmt)) or carrier == _BF16
@@ -96,14 +99,18 @@ def _family(
     """A carrier for each format out of one family; the family's first for a traced format."""
     found = []
     if alike and name == "fp8":
-        traced = any(map(_is_traced, formats))
+        traced = any(map(is_traced, formats))
         for carrier in _FAMILIES[name][: 1 if traced else None]:
-            if all(_is_traced(fmt) or _holds(carrier, fmt) for fmt in formats):
+            if all(is_traced(fmt) or _holds(carrier, fmt) for fmt in formats):
                 return (carrier,) * len(formats)
         return None
     for fmt in formats:
         carriers = _FAMILIES[name]
-        fitting = carriers[:1] if _is_traced(fmt) else [c for c in carriers if _holds(c, fmt)]
+        if is_traced(fmt):
+            unsigned = not isinstance(fmt.min_value, jax.core.Tracer) and fmt.min_value == 0
+            fitting = carriers[-1:] if unsigned and name == "int8" else carriers[:1]
+        else:
+            fitting = [c for c in carriers if _holds(c, fmt)]
         if not fitting:
             return None
         found.append(fitting[0])
@@ -122,14 +129,14 @@ def carriers_of(
       FormatError: no carrier, or not the one asked for, holds the formats.
     """
     if execution == "native":
-        traced = any(_is_traced(fmt) for fmt in formats)
+        traced = any(is_traced(fmt) for fmt in formats)
         names = ("bf16",) if traced else ("int8", "fp8", "bf16")
     else:
         names = (execution,)
     for name in names:
         if found := _family(name, formats, alike):
             return found
-    shown = " and ".join("a traced one" if _is_traced(f) else format_name(f) for f in formats)
+    shown = " and ".join("a traced one" if is_traced(f) else format_name(f) for f in formats)
     raise FormatError(
         f"Execution {execution!r} cannot hold the formats {shown}: int8 takes integers of"
         " up to 8 bits, fp8 takes what e4m3 or e5m2 contain, bf16 takes formats of up to 8 bits and"
@@ -166,7 +173,7 @@ def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
     0.90 times in int8; an int8 convolution of 64 channels 0.51 times (without quantization, of 32
     channels 0.49 and of 16 channels 2.0 times). Other backends were not measured.
     """
-    if jax.default_backend() != "cpu" or any(_is_traced(fmt) for fmt in formats):
+    if jax.default_backend() != "cpu" or any(is_traced(fmt) for fmt in formats):
         return "emulated"
     if work.kind != "conv_general_dilated":
         if work.groups > 1 or min(work.rows, work.terms, work.columns) < 64:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.calibration import Bounds
-from aqt_search.formats import Grid, NumericFormat, as_grid, floating_array
+from aqt_search.formats import Grid, NumericFormat, as_grid, floating_array, unsigned_twin
 from aqt_search.granularity import (
     PER_TENSOR,
     join_blocks,
@@ -23,10 +23,19 @@ from aqt_search.outline import outline
 from aqt_search.quantizer import Codes, Quantizer, Recipe, calibrate, encode, quantizer, recipe
 
 
-def pack_grids(formats: Sequence[NumericFormat], dtype: np.dtype) -> jax.Array:
-    """The grids of n formats as one array [n, 7] of `dtype`: a single kernel makes them all."""
+def pack_grids(
+    formats: Sequence[NumericFormat], dtype: np.dtype, unsigned: Sequence[bool] = ()
+) -> jax.Array:
+    """The grids of n formats as one array [n, 7] of `dtype`: a single kernel makes them all.
+
+    Where `unsigned` is set, that of the format's unsigned twin.
+    """
     columns = zip(*formats)
     stacked = NumericFormat(*(jnp.stack([jnp.asarray(v) for v in column]) for column in columns))
+    if any(unsigned):
+        mask = np.array(unsigned)
+        twins = unsigned_twin(stacked)
+        stacked = NumericFormat(*(jnp.where(mask, t, v) for t, v in zip(twins, stacked)))
     return jnp.stack(as_grid(stacked, dtype), axis=1)
 
 

@@ -153,6 +153,11 @@ def is_unscaled(fmt: NumericFormat) -> jax.Array | bool:
     return (fmt.bits >= 16) | (fmt.max_value >= _WIDE_MAX_VALUE)
 
 
+def is_traced(fmt: NumericFormat) -> bool:
+    """Whether a field of the format is known only when the program runs."""
+    return any(isinstance(field, jax.core.Tracer) for field in fmt)
+
+
 def is_integer(fmt: NumericFormat) -> jax.Array | bool:
     """Whether the format's grid has one spacing everywhere: its exponent never moves."""
     # e2m0, the powers of two up to 4, is the one float grid whose two numbers agree as well.

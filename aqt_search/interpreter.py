@@ -27,7 +27,7 @@ from aqt_search.fake_quant import (
     init_bounds,
     pack_grids,
 )
-from aqt_search.formats import NumericFormat
+from aqt_search.formats import NumericFormat, is_traced
 from aqt_search.granularity import PER_TENSOR, per_channel, resolve
 from aqt_search.layout import Layout, conv_layout, dot_layout
 from aqt_search.operands import Quantized
@@ -72,7 +72,8 @@ class Plan(NamedTuple):
     quantizer: Quantizer
     fmt: NumericFormat  # that of the quantizer, or its unsigned twin
     how: Recipe
-    row: Any  # of `fmt` among all formats
+    row: Any  # of the format among all formats
+    twin: bool = False  # whether the twin of `fmt`, which is traced, is still to be taken
 
 
 def _layout(eqn: jex_core.JaxprEqn) -> Layout:
@@ -132,7 +133,10 @@ def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) ->
     granularity = q.granularity or per_channel(*operand.channel_axes)
     resolved = resolve(granularity, len(operand.shape), operand.contracting)
     shared = axis_name if operand.role == "activation" else None
-    return Plan(q, operand_format(q, operand.nonnegative), recipe(q, resolved, shared), None)
+    how = recipe(q, resolved, shared)
+    if operand.nonnegative and q.unsigned and is_traced(q.fmt):
+        return Plan(q, q.fmt, how, None, twin=True)  # for all formats at once
+    return Plan(q, operand_format(q, operand.nonnegative), how, None)
 
 
 def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
@@ -195,7 +199,8 @@ class Interpreter:
         formats = [plan.fmt for plan in plans.values()]
         operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
         dtypes = {carrier_dtype(o) for o in operands} | {np.dtype(np.float32)}
-        self._grids = {d: pack_grids(formats, d) for d in dtypes} if formats else {}
+        twins = [plan.twin for plan in plans.values()]
+        self._grids = {d: pack_grids(formats, d, twins) for d in dtypes} if formats else {}
         self._sites_under: dict[Path, set[str]] = {}
         for path, name in self._site_paths.items():
             for end in range(len(path)):
@@ -258,7 +263,9 @@ class Interpreter:
             elif plan is not None:
                 x, states = self._quantized(key, plan, x, held, states)
             quantized.append(x)
-            formats.append(None if plan is None else plan.fmt)
+            # A twin that is traced is not yet taken, but known not to be negative.
+            fmt = None if plan is None else plan.fmt
+            formats.append(fmt._replace(min_value=0.0) if plan is not None and plan.twin else fmt)
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}

@@ -21,6 +21,7 @@ from aqt_search.formats import (
     codes_of,
     floating_array,
     is_integer,
+    is_traced,
     numeric_format,
 )
 from aqt_search.granularity import Granularity, join_blocks, split_blocks
@@ -164,7 +165,7 @@ def concrete_format(fmt: NumericFormat, caller: str) -> NumericFormat:
     Raises:
       FormatError: the format is traced.
     """
-    if any(isinstance(field, jax.core.Tracer) for field in fmt):
+    if is_traced(fmt):
         raise FormatError(f"{caller} needs a concrete format: storage is fixed when traced.")
     return NumericFormat(
         int(fmt.mantissa_bits), int(fmt.min_exponent), float(fmt.min_value), float(fmt.max_value),

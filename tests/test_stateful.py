@@ -518,3 +518,24 @@ def test_gradient_formats_on_a_net():
     # 8 bits leave some 1e-2 of noise in each product, of which there are up to three.
     assert np.isfinite(a).all()
     assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("execution", ["int8", "bf16", "native"])
+def test_traced_unsigned_twins_run_on_codes(execution):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)), jnp.float32)
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 5)), jnp.float32)
+
+    def fun(w, x):
+        return jax.nn.relu(x) @ w
+
+    sites = aqs.find_sites(fun, w, x)
+    run = jit(aqs.quantize(fun, execution=execution))
+    for name in ("int8", "int4", "int2"):
+        assignment = aqs.assign(sites, [(".*", name)])
+        expected = aqs.quantize(fun)(assignment, w, x)
+        # Sums of 8 products, exact in both but for the scales: a few units in the last place.
+        np.testing.assert_allclose(run(assignment, w, x), expected, rtol=1e-6, atol=1e-6)
+        unsigned = np.asarray(aqs.fake_quant(jax.nn.relu(x), "u" + name))
+        by_hand = unsigned @ np.asarray(aqs.fake_quant(w, name, (1,)))
+        np.testing.assert_allclose(expected, by_hand, rtol=1e-5, atol=1e-5)
+    assert run._cache_size() == 1

@@ -91,8 +91,8 @@ class Space:
         options there are.
         """
         operands, decision_of, quantizers = self._quantizers()
-        table = jax.tree.map(lambda *columns: jnp.stack(columns), *(q.fmt for q in quantizers))
-        gathered = _gather(table, jnp.asarray(choices)[decision_of])
+        table = jax.tree.map(lambda *columns: np.stack(columns), *(q.fmt for q in quantizers))
+        gathered = _gather(jax.tree.map(jnp.asarray, table), jnp.asarray(choices)[decision_of])
         chosen: dict[str, dict[str, Quantizer]] = {}
         for index, ((site, side), q) in enumerate(zip(operands, quantizers)):
             fmt = jax.tree.map(lambda column, i=index: column[i], gathered)
