@@ -161,8 +161,8 @@ class Work(NamedTuple):
     rows: int  # output positions: batch and free axes of the left operand
     terms: int  # products summed per output
     columns: int  # output channels
-    groups: int
-    spatial_columns: int  # input channels of a convolution per group
+    groups: int  # of a convolution; more than 1 for a dot with batch axes, too
+    inputs: int  # input channels of a convolution per group
 
 
 def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
@@ -181,7 +181,7 @@ def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
         if _cpu_multiplies_bfloat16() and _family("bf16", formats):
             return "bf16"
         return "int8" if _family("int8", formats) else "emulated"
-    wide = work.groups == 1 and min(work.spatial_columns, work.columns) >= 32
+    wide = work.groups == 1 and min(work.inputs, work.columns) >= 32
     return "int8" if wide and _family("int8", formats) else "emulated"
 
 

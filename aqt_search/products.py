@@ -182,11 +182,6 @@ def _work(layout: Layout, operands: tuple[Operand, Operand]) -> Work:
     terms = int(np.prod([rhs[axis] for axis in layout.contracting[1]]))
     rows = int(np.prod(lhs)) // max(1, int(np.prod([lhs[a] for a in layout.contracting[0]])))
     columns = int(np.prod(rhs)) // max(1, terms)
-    return Work(
-        layout.kind,
-        rows,
-        terms,
-        columns,
-        layout.groups,
-        rhs[layout.contracting[1][-1]] if layout.contracting[1] else 1,
-    )
+    groups = layout.groups + len(layout.batch[0])
+    inputs = rhs[layout.contracting[1][-1]] if layout.contracting[1] else 1
+    return Work(layout.kind, rows, terms, columns, groups, inputs)
