@@ -10,7 +10,7 @@
 The packages `aqt_search.search`, `.models`, `.data`, `.training`, `.report` are imported by name.
 """
 
-from aqt_search import cost
+from aqt_search import cost, roofline
 from aqt_search.calibration import (
     Bounds,
     Calibration,

@@ -188,7 +188,8 @@ def conv_general_dilated(
 
     axes = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     parameters = None
-    if execution != "emulated":  # as lax writes them: strides, padding and dilation in full
+    # As lax writes them: strides, padding and dilation in full.
+    if execution != "emulated" or feature_group_count > 1:
         traced = jax.make_jaxpr(lambda a, b: bind(a, b, None))(*map(_abstract, (lhs, rhs)))
         parameters = traced.eqns[0].params
     layout = conv_layout(axes, feature_group_count, batch_group_count, parameters)

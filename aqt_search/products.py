@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search import depthwise
 from aqt_search.carriers import Work, carriers_of, check_execution, fastest
 from aqt_search.fake_quant import quantize_dequantize, straight_through
 from aqt_search.formats import NumericFormat
@@ -140,6 +141,22 @@ def _choose(layout: Layout, operands, execution: str, formats) -> str:
     return execution
 
 
+def _of_values(bind: Bind, layout: Layout, operands, gradients: Gradients) -> Bind:
+    """`bind` for quantized values, in floating point: in another form where that is faster.
+
+    A product without any format stays the one of lax, to the last bit.
+    """
+    params = layout.parameters
+    untouched = gradients == (None, None) and not any(
+        isinstance(operand, (Quantized, QTensor)) for operand in operands
+    )
+    if untouched or params is None or jax.default_backend() != "cpu":
+        return bind
+    if not depthwise.applies(params, *(abstract(operand).shape for operand in operands)):
+        return bind
+    return lambda lhs, rhs, accumulate: depthwise.shifted_products(lhs, rhs, params)
+
+
 def product(
     bind: Bind,
     layout: Layout,
@@ -164,17 +181,18 @@ def product(
     """
     execution = _choose(layout, operands, execution, formats)
     quantized_gradients = gradients != (None, None)
+    of_values = _of_values(bind, layout, operands, gradients)
     if execution == "emulated":
         if not quantized_gradients:
-            return bind(*map(values_of, operands), None)
-        forward = functools.partial(_emulated_forward, bind)
+            return of_values(*map(values_of, operands), None)
+        forward = functools.partial(_emulated_forward, of_values)
     else:
         dtype = jax.eval_shape(lambda a, b: bind(a, b, None), *map(abstract, operands)).dtype
         carriers = carriers_of(execution, formats, alike=layout.kind == "conv_general_dilated")
         forward = functools.partial(native_forward, bind, layout, carriers, dtype)
     if quantized_gradients:
-        return _with_quantized_gradients(forward, bind)(*operands, gradients)
-    return _with_forward_derivative(forward, bind)(*operands)
+        return _with_quantized_gradients(forward, of_values)(*operands, gradients)
+    return _with_forward_derivative(forward, of_values)(*operands)
 
 
 def _work(layout: Layout, operands: tuple[Operand, Operand]) -> Work:

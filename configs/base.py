@@ -6,11 +6,11 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.series = ""  # the front that a point belongs to, in the report
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "resnet"
-    config.model.depth = 8  # cifar form: 8, 20, 32, 56; imagenet form: 18, 34, 50, 101, 152
-    config.model.form = "cifar"
+    config.model.name = "resnet8"  # aqt_search.models.MODELS lists them
+    config.model.form = "cifar"  # for small images; "imagenet" for large ones
     config.model.width = 1.0  # multiplies the channels
     config.model.dtype = "float32"  # of the computation; parameters are float32 always
 
@@ -19,6 +19,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.data_dir = ""  # where prepared data is kept; "" is TFDS's own default
     config.data.image_size = 0  # images are averaged down to this size; 0 leaves them
     config.data.held_out = 0.1  # share (float) or number (int) of training images for the reward
+    # ImageNet's reading: cut out the centre at evaluation (this share of the short side; 0 scales
+    # the whole image), and a random part in training (shares of the area: (0.08, 1.0); () none).
+    config.data.crop_fraction = 0.0
+    config.data.crop_area = ()
     config.data.crop_padding = 0  # black pixels around an image before it is cropped at random
     config.data.flip = False  # mirror half of the training images
 
@@ -42,6 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
     # with 0 the running statistics are used, and the scales of each evaluation batch.
     config.evaluation.calibration_batches = 50
 
+    # Training images, not augmented, that are evaluated too: for the generalization gap.
+    config.evaluation.train_images = 0
+
     config.log_every = 10  # steps
     config.checkpoint_every = 200  # steps
 
@@ -50,16 +57,33 @@ def get_config() -> ml_collections.ConfigDict:
     # experiments.train: a policy.json whose formats are trained from scratch, instead of rules.
     config.policy = ""
 
+    config.sensitivity = ml_collections.ConfigDict()
+    config.sensitivity.checkpoint = ""  # the workdir of a finished run, whose weights are judged
+    config.sensitivity.formats = ("int2", "int3", "int4", "int8")
+    config.sensitivity.reference = "float"  # or the format of all other layers
+    config.sensitivity.images = 1000  # held-out images
+    config.sensitivity.split = "reward"  # or "train"; never the test split
+    config.sensitivity.chunk = 16  # assignments in one call
+
     config.search = ml_collections.ConfigDict()
-    # Ordered rules: fixed formats, or a tuple of formats to choose from.
+    # Ordered rules: fixed formats; a tuple of formats to choose from, or the name of such a tuple
+    # ("fliqs_s_int", "fliqs_l_fp", ...: aqt_search.search.options); or a mapping of "weight" and
+    # "activation" to either, which are then decided apart.
     config.search.space = ((".*", ("int4", "int8", "bf16")),)
-    config.search.decide = "site"  # a decision for each site, or for each "rule"
+    config.search.decide = "site"  # what shares a decision: a "site", "block", "rule", the "model"
+    config.search.searcher = "policy_gradient"  # or "random", to compare with
+    config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.roofline)
     config.search.target = 1.1  # cost target ...
-    config.search.relative_to = "int4"  # ... as a multiple of this format's cost; "" for GBOPs
+    config.search.relative_to = "int4"  # ... as a multiple of this format's cost; "" for units
+    config.search.further_costs = ()  # with targets of their own: (cost, target, relative_to), ...
     config.search.reward = "absolute"  # "absolute", "one_sided", "soft", "hard"
     config.search.beta = 1.0
-    config.search.quality = "held_out"  # accuracy on held-out examples, or "train" on the batch
+    config.search.quality = "held_out"  # on held-out examples, or "train" on the training batch
+    config.search.measure = "accuracy"  # or "loss"
     config.search.held_out_batch_size = 32
+    config.search.samples = 2  # points judged in a step
+    config.search.advantage = "centred"  # over the samples of a step, or a moving "baseline"
+    config.search.cost_samples = 256  # points whose cost alone is judged; 0: those of `samples`
     config.search.delay = 0.25  # share of the run before the policy moves
     config.search.learning_rate = 0.05
     config.search.baseline_momentum = 0.95
@@ -69,11 +93,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.log_probability = "sum"  # over decisions: "sum" or "mean"
 
     config.sweep = ml_collections.ConfigDict()
-    # "float", or a format for every searched site; what the space fixes stays fixed.
+    # Points are run for each seed, and for each combination of `grid`: (key, values), ...
+    config.sweep.seeds = (0,)
+    config.sweep.grid = ()  # such as (("model.width", (0.5, 1.0)), ("model.name", ("resnet8",)))
+    # "float", a format for every searched site (what the space fixes stays fixed), or
+    # (name, rules) with rules as in `formats`.
     config.sweep.baselines = ("float", "int8", "int4")
     config.sweep.targets = (1.1,)  # one search each, relative to search.relative_to
-    config.sweep.seeds = (0,)
+    # The targets are searched in each of these spaces, (name, changes of keys), ...; none: as
+    # `search` says. Such as ("fp", {"search.space": ..., "search.relative_to": "e2m1"}).
+    config.sweep.spaces = ()
     config.sweep.retrain = False  # also train each search's formats from scratch, to compare
+    # Runs points that share a program side by side, one on each device, instead of each over all.
+    config.sweep.side_by_side = False
     return config
 
 

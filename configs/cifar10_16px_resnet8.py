@@ -20,7 +20,7 @@ from configs import base
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base.get_config()
-    config.model.depth = 8
+    config.model.name = "resnet8"
     config.model.width = 0.75  # 12, 24 and 48 channels
     config.data.name = "folder:cifar10"
     config.data.image_size = 16

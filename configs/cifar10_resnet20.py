@@ -18,7 +18,7 @@ from configs import base
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base.get_config()
-    config.model.depth = 20
+    config.model.name = "resnet20"
     config.data.name = "folder:cifar10"
     config.data.crop_padding = 4
     config.data.flip = True

@@ -16,7 +16,7 @@ from configs import base
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base.get_config()
-    config.model.depth = 8
+    config.model.name = "resnet8"
     config.model.width = 0.5
     config.data.name = "digits"
     config.data.crop_padding = 1

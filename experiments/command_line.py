@@ -15,8 +15,8 @@ from aqt_search.data import DataError
 from aqt_search.formats import FormatError
 from aqt_search.report import ReportError
 from aqt_search.rules import RuleError
-from aqt_search.search.one_shot import CollapsedSearchError
-from aqt_search.search.space import SpaceError
+from aqt_search.search.guard import CollapsedSearchError
+from aqt_search.search.options import SpaceError
 from aqt_search.sites import SiteError
 from aqt_search.training.checkpoint import CheckpointError
 from aqt_search.training.loop import DivergedError, InterruptedRunError

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,7 @@ import numpy as np
 import optax
 
 import aqt_search as aqs
-from aqt_search import data
-from aqt_search.models.resnet import resnet
+from aqt_search import data, models
 from aqt_search.training.loop import Schedule
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.parallel import AXIS, replica_count
@@ -64,30 +65,48 @@ class Parts(NamedTuple):
 
 
 def load_images(config: ml_collections.ConfigDict) -> Images:
-    """Opens the data set (preparing it the first time) and measures its mean and deviation."""
+    """Opens the data set (preparing it the first time), with its mean and deviation."""
+    options = {"max_decoded_bytes": 0} if config.data.crop_area else {}
     splits = data.open_splits(
         config.data.name,
         data_dir=config.data.data_dir or None,
         image_size=config.data.image_size or None,
+        crop_fraction=config.data.crop_fraction or None,
         held_out=config.data.held_out,
         seed=config.seed,
+        **options,
     )
     return Images(splits, *data.channel_statistics(splits.train))
 
 
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
     """The configured model. Raises ConfigError for an unknown name or a value it cannot have."""
-    if config.model.name != "resnet":
-        raise ConfigError(f"Unknown model {config.model.name!r}: expected 'resnet'.")
     with checked_values("model"):
-        return resnet(
-            config.model.depth,
+        return models.build(
+            config.model.name,
             classes,
             form=config.model.form,
             width=config.model.width,
             dtype=jnp.dtype(config.model.dtype),
             axis_name=axis_name,
         )
+
+
+def cost_function(name: str) -> Callable:
+    """cost(sites, assignment) by the name of `config.search.cost`.
+
+    Raises:
+      ConfigError: unknown name.
+    """
+    if name == "gbops":
+        return aqs.cost.gbops
+    if name == "weight_bytes":
+        return aqs.cost.weight_bytes
+    kind, _, chip = name.partition("/")
+    if kind == "latency_ms" and chip in aqs.roofline.CHIPS:
+        return functools.partial(aqs.roofline.latency_ms, chip=chip)
+    known = ["gbops", "weight_bytes", *(f"latency_ms/{chip}" for chip in aqs.roofline.CHIPS)]
+    raise ConfigError(f"Unknown cost {name!r}: expected one of {', '.join(known)}.")
 
 
 def model_sites(model: Any, image_shape: tuple[int, ...]) -> dict[str, aqs.Site]:
@@ -158,7 +177,9 @@ def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offs
         seed=config.seed + seed_offset,
         mean=images.mean,
         std=images.std,
-        augmentation=data.Augmentation(config.data.crop_padding, config.data.flip),
+        augmentation=data.Augmentation(
+            config.data.crop_padding, config.data.flip, tuple(config.data.crop_area) or None
+        ),
     )
 
 
@@ -185,11 +206,15 @@ def statistics_batches(
 def evaluation_batches(
     config: ml_collections.ConfigDict, images: Images, split: str
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """One pass over a split ("train", "reward" or "test"), in batches the devices can share."""
+    """One pass over a split ("train", "reward" or "test"), in batches the devices can share.
+
+    Of the training images, not augmented, the first `evaluation.train_images`, in whole batches.
+    """
     replicas = replica_count()
-    return data.eval_batches(
-        getattr(images.splits, split),
-        batch_size=math.ceil(config.evaluation.batch_size / replicas) * replicas,
-        mean=images.mean,
-        std=images.std,
+    batch_size = math.ceil(config.evaluation.batch_size / replicas) * replicas
+    batches = data.eval_batches(
+        getattr(images.splits, split), batch_size=batch_size, mean=images.mean, std=images.std
     )
+    if split != "train":
+        return batches
+    return itertools.islice(batches, math.ceil(config.evaluation.train_images / batch_size))

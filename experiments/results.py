@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ml_collections
 import aqt_search as aqs
 from aqt_search.quantizer import operand_spec, spec_name
 from aqt_search.training.evaluation import (
+    StaticEvaluation,
     evaluate,
     reestimate_batch_stats,
     static_evaluation,
@@ -77,6 +79,36 @@ def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:
     }
 
 
+@functools.lru_cache(maxsize=4)
+def _programs(model: Any) -> tuple[Callable, Callable]:
+    """The model's function, plain and quantized: the same objects for equal models."""
+    # Activation scales are those of a whole batch, however many devices share it.
+    return model.apply, aqs.quantize(model.apply, axis_name=AXIS)
+
+
+def estimated(
+    config: ml_collections.ConfigDict,
+    images: Images,
+    model: Any,
+    sites: Mapping[str, aqs.Site],
+    assignment: Mapping[str, aqs.SiteFormats],
+    variables: Mapping[str, Any],
+) -> StaticEvaluation:
+    """What `evaluate` takes: BatchNorm statistics and activation scales that fit an assignment.
+
+    With `evaluation.calibration_batches` 0 they are the running statistics, and each evaluation
+    batch's own scales.
+    """
+    apply, qapply = _programs(model)
+    if not config.evaluation.calibration_batches:
+        return StaticEvaluation(qapply, assignment, variables)
+    batches = statistics_batches(config, images)
+    statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
+    variables = {**variables, "batch_stats": statistics}
+    batches = statistics_batches(config, images)
+    return static_evaluation(apply, assignment, sites, variables, batches)
+
+
 def finish(
     config: ml_collections.ConfigDict,
     workdir: Path,
@@ -99,29 +131,25 @@ def finish(
     Returns:
       The result, as written.
     """
-    # Activation scales are those of a whole batch, however many devices share it.
-    qapply = aqs.quantize(model.apply, axis_name=AXIS)
-    if config.evaluation.calibration_batches:
-        batches = statistics_batches(config, images)
-        statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
-        variables = {**variables, "batch_stats": statistics}
-        batches = statistics_batches(config, images)
-        qapply = static_evaluation(model.apply, assignment, sites, variables, batches)
-    held_out, test = (
-        evaluate(qapply, assignment, variables, evaluation_batches(config, images, split))
-        if len(getattr(images.splits, split))
-        else None
-        for split in ("reward", "test")
+    judged = estimated(config, images, model, sites, assignment, variables)
+    sizes = {split: len(getattr(images.splits, split)) for split in ("reward", "test")}
+    sizes["train"] = config.evaluation.train_images
+    held_out, test, train = (
+        evaluate(*judged, evaluation_batches(config, images, split)) if sizes[split] else None
+        for split in ("reward", "test", "train")
     )
     result = {
         "name": workdir.name,
-        "model": f"{config.model.name}{config.model.depth}",
+        "model": config.model.name,
+        "width": config.model.width,
+        "series": config.series or None,
         "data": config.data.name.rsplit("/", 1)[-1],
         "seed": config.seed,
         "accuracy": test.accuracy,
         "loss": test.loss,
         "held_out_accuracy": held_out and held_out.accuracy,
         "train_accuracy": read_metrics(workdir)[-1].get("accuracy"),
+        "train_split_accuracy": train and train.accuracy,
         "gbops": float(aqs.cost.gbops(sites, assignment)),
         "weight_bytes": float(aqs.cost.weight_bytes(sites, assignment)),
         "target_gbops": None,

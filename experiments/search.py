@@ -8,64 +8,86 @@ The workdir holds, beside what experiments.train writes, the formats found (poli
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
 import aqt_search as aqs
 from aqt_search.search import policy as policies
+from aqt_search.search.guard import QualityGuard
 from aqt_search.search.one_shot import (
-    QualityGuard,
     SearchOptions,
     SearchState,
     best_choices,
+    check_targets,
     make_search_step,
     policy_optimizer,
 )
+from aqt_search.search.options import Choice, parsed_rule
+from aqt_search.search.searchers import random_search
 from aqt_search.search.space import Space, make_space
-from aqt_search.training.loop import run_steps
+from aqt_search.training.assignment_batch import evaluate_assignments
+from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import unreplicate
-from aqt_search.training.train_step import (
-    batch_stats_momentum,
-    init_train_state,
-    make_update,
-)
-from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json, write_text
+from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.training.workdir import claim_workdir, write_json, write_text
 from experiments import from_config, results
 from experiments.command_line import run_job
+from experiments.job import Job, run_alone
 
 _PROBABILITY = "probability"
 
 
 def uniform_rules(config: ml_collections.ConfigDict, formats: Any) -> tuple:
     """The space's rules with `formats` in place of every choice."""
-    return tuple(
-        (pattern, formats if isinstance(spec, (tuple, list)) else spec)
-        for pattern, spec in config.search.space
-    )
+    rules = []
+    for pattern, spec in config.search.space:
+        offered = parsed_rule(pattern, spec)
+        if isinstance(offered, Choice):
+            roles = {role: formats for role in offered.options}
+            spec = formats if None in roles else {**(offered.fixed or {}), **roles}
+        rules.append((pattern, spec))
+    return tuple(rules)
 
 
-def cost_target(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> float:
-    """The target in GBOPs."""
-    if not config.search.relative_to:
-        return config.search.target
-    reference = aqs.assign(sites, uniform_rules(config, config.search.relative_to))
-    return config.search.target * aqs.cost.gbops(sites, reference)
+def cost_functions(config: ml_collections.ConfigDict) -> dict[str, Callable]:
+    """The costs that have a target, by name; the first is the primary one."""
+    names = [config.search.cost, *(name for name, _, _ in config.search.further_costs)]
+    if len(set(names)) < len(names):
+        raise from_config.ConfigError(f"search has two targets for one cost: {names}.")
+    return {name: from_config.cost_function(name) for name in names}
 
 
-def search_options(
-    config: ml_collections.ConfigDict, total_steps: int, target: float
-) -> SearchOptions:
+def cost_targets(
+    config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]
+) -> dict[str, float]:
+    """The targets in the units of `cost_functions`."""
+    primary = (config.search.cost, config.search.target, config.search.relative_to)
+    targets = {}
+    for name, target, relative_to in (primary, *config.search.further_costs):
+        if relative_to:
+            reference = aqs.assign(sites, uniform_rules(config, relative_to))
+            target = target * float(from_config.cost_function(name)(sites, reference))
+        targets[name] = target
+    return targets
+
+
+_OUTSIDE = ("space", "decide", "cost", "target", "relative_to", "further_costs",
+            "held_out_batch_size")  # fmt: skip
+
+
+def search_options(config: ml_collections.ConfigDict, total_steps: int) -> SearchOptions:
     """The controls of `config.search`."""
-    outside = ("space", "decide", "target", "relative_to", "held_out_batch_size")
-    controls = {k: v for k, v in config.search.items() if k not in outside}
+    controls = {k: v for k, v in config.search.items() if k not in _OUTSIDE}
     with from_config.checked_values("search"):
-        return SearchOptions(total_steps=total_steps, target=target, **controls)
+        return SearchOptions(total_steps=total_steps, **controls)
 
 
 def probabilities(logits: np.ndarray, space: Space, temperature: float) -> dict[str, float]:
@@ -94,57 +116,135 @@ def write_search_files(workdir: Path, space: Space) -> None:
     write_text(workdir / "probabilities.jsonl", "".join(lines))
 
 
+def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
+    """A search; its cost targets are an input of the step."""
+    # Replicas hold different samples, so each normalises by its own batch.
+    parts = from_config.build_parts(config, images, axis_name=None)
+    space = make_space(parts.sites, config.search.space, decide=config.search.decide)
+    options = search_options(config, parts.schedule.total_steps)
+    costs = {name: space.cost_table(cost) for name, cost in cost_functions(config).items()}
+    targets = cost_targets(config, parts.sites)
+    check_targets(costs, targets)
+    qapply = aqs.quantize(parts.model.apply)
+    update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
+    held_out = options.quality == "held_out"
+    streams = [from_config.training_stream(config, images)]
+    streams += [from_config.reward_stream(config, images)] if held_out else []
+    state = SearchState(
+        init_train_state(parts.model, parts.optimizer, images.splits.image_shape, config.seed),
+        policies.init_policy(space.mask, policy_optimizer(options)),
+    )
+    examples = config.search.held_out_batch_size if held_out else config.batch_size
+
+    def finish(found: LoopResult) -> dict[str, Any]:
+        return finish_search(config, workdir, images, parts, space, options, targets, found)
+
+    # Claimed last, so that a refused configuration does not keep the folder.
+    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    run = Run(
+        workdir, state, streams, {name: np.float32(t) for name, t in targets.items()},
+        describe=lambda s: probabilities(unreplicate(s.policy.logits), space, options.temperature),
+        check=QualityGuard(options, images.splits.num_classes, examples),
+    )  # fmt: skip
+    step = make_search_step(qapply, update, space, costs, options)
+    return Job(step, run, parts.schedule, finish)
+
+
+def finish_search(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    images: from_config.Images,
+    parts: from_config.Parts,
+    space: Space,
+    options: SearchOptions,
+    targets: Mapping[str, float],
+    found: LoopResult,
+) -> dict[str, Any]:
+    """Takes the formats found, and evaluates the weights as they are under them."""
+    write_search_files(workdir, space)
+    logits, train = found.state.policy.logits, found.state.train
+    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    log_p = policies.log_probabilities(logits, space.mask, options.temperature)
+    random = options.searcher == "random"
+    choices = (
+        best_of_random(config, images, parts, space, options, targets, variables)
+        if random
+        else best_choices(logits, space.mask)
+    )
+    formats = space.concrete_assignment(choices)
+    return results.finish(
+        config, workdir, images, parts.model, parts.sites, formats, variables,
+        {
+            "kind": "random" if random else "search",
+            "steps": parts.schedule.total_steps,
+            "seconds": found.seconds,
+            "targets": dict(targets),
+            "costs": {
+                name: float(cost(parts.sites, formats))
+                for name, cost in cost_functions(config).items()
+            },
+            "target_gbops": targets.get("gbops"),
+            "final_entropy": None if random else float(policies.entropy(log_p).mean()),
+            "without_retraining": True,
+        },
+    )  # fmt: skip
+
+
+def held_out_accuracy(
+    config: ml_collections.ConfigDict,
+    images: from_config.Images,
+    model: Any,
+    space: Space,
+    variables: Mapping[str, Any],
+    count: int,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A judge of points, [n, decisions] -> [n], by about `count` held-out images, always the same.
+
+    As in the search, BatchNorm takes the statistics of each batch.
+    """
+    qapply = aqs.quantize(model.apply)
+    whole = min(count, len(images.splits.reward)) // config.evaluation.batch_size
+    stream = from_config.evaluation_batches(config, images, "reward")
+    batches = list(itertools.islice(stream, max(1, whole)))
+
+    def judge(choices: np.ndarray) -> np.ndarray:
+        assignments = jax.vmap(space.assignment)(choices)
+        return evaluate_assignments(qapply, assignments, variables, batches).accuracy
+
+    return judge
+
+
+_JUDGED_IMAGES = 1000  # for each point of a random search
+
+
+def best_of_random(
+    config: ml_collections.ConfigDict,
+    images: from_config.Images,
+    parts: from_config.Parts,
+    space: Space,
+    options: SearchOptions,
+    targets: Mapping[str, float],
+    variables: Mapping[str, Any],
+) -> np.ndarray:
+    """The best of random points, on as many held-out images as the policy gradient would see."""
+    if len(targets) > 1:
+        raise from_config.ConfigError(
+            f"Random search meets one target; got {', '.join(targets)}: empty further_costs."
+        )
+    judge = held_out_accuracy(config, images, parts.model, space, variables, _JUDGED_IMAGES)
+    steps = options.total_steps - options.start
+    seen = steps * options.samples * config.search.held_out_batch_size
+    ((name, target),) = targets.items()
+    costs = space.cost_table(from_config.cost_function(name))
+    points = max(1, seen // _JUDGED_IMAGES)
+    return random_search(judge, costs, target, points, config.seed).choices
+
+
 def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> dict[str, Any]:
     """Searches, evaluates the formats found and returns the result."""
-    with lock_workdir(workdir):
-        images = images or from_config.load_images(config)
-        # Replicas hold different samples, so each normalises by its own batch.
-        parts = from_config.build_parts(config, images, axis_name=None)
-        space = make_space(parts.sites, config.search.space, decide=config.search.decide)
-        target = cost_target(config, parts.sites)
-        options = search_options(config, parts.schedule.total_steps, target)
-        qapply = aqs.quantize(parts.model.apply)
-        update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
-        costs = space.cost_table(aqs.cost.gbops)
-        held_out = options.quality == "held_out"
-        streams = [from_config.training_stream(config, images)]
-        streams += [from_config.reward_stream(config, images)] if held_out else []
-        shape = images.splits.image_shape
-        state = SearchState(
-            init_train_state(parts.model, parts.optimizer, shape, config.seed),
-            policies.init_policy(space.mask, policy_optimizer(options)),
-        )
-        momentum = batch_stats_momentum(parts.model.apply, state.train, shape)
-        step = make_search_step(qapply, update, space, costs, options, momentum)
-        examples = config.search.held_out_batch_size if held_out else config.batch_size
-        # Claimed last, so that a refused configuration does not keep the folder.
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
-        found = run_steps(
-            step, state, streams, parts.schedule, workdir,
-            describe=lambda s: probabilities(
-                unreplicate(s.policy.logits), space, options.temperature
-            ),
-            check=QualityGuard(options, images.splits.num_classes, examples),
-            description=workdir.name,
-        )  # fmt: skip
-        write_search_files(workdir, space)
-        logits, train = found.state.policy.logits, found.state.train
-        log_p = policies.log_probabilities(logits, space.mask, options.temperature)
-        return results.finish(
-            config, workdir, images, parts.model, parts.sites,
-            space.concrete_assignment(best_choices(logits, space.mask)),
-            {"params": train.params, "batch_stats": train.batch_stats},
-            {
-                "kind": "search",
-                "steps": parts.schedule.total_steps,
-                "seconds": found.seconds,
-                "target_gbops": target,
-                "final_entropy": float(policies.entropy(log_p).mean()),
-                "without_retraining": True,
-            },
-        )  # fmt: skip
+    return run_alone(prepare, config, workdir, images)
 
 
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:

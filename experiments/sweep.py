@@ -1,16 +1,20 @@
-"""Runs baselines and searches at several cost targets, and draws the accuracy-cost front.
+"""Runs baselines and searches over sizes, spaces and cost targets, and draws the fronts.
 
     python -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/sweep
 
 Every point is a run in <workdir>/points/<name>. The same command goes on where an interrupted sweep
-stopped: finished points are kept, failed ones are tried again. At the end <workdir> holds
+stopped: finished points are kept, failed ones are tried again. With `sweep.side_by_side` points
+that share a program run at the same time, one on each device. At the end <workdir> holds
 front.json, front.png and report.html.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,80 +22,188 @@ import ml_collections
 from absl import logging
 
 from aqt_search.report import format_table, load_records, write_report
-from aqt_search.training.loop import InterruptedRunError
+from aqt_search.training.checkpoint import latest_step
+from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
+from aqt_search.training.parallel import replica_count
 from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
 from experiments import from_config, results, search, train
 from experiments.command_line import run_job
+from experiments.job import Job, Prepare, locked, run_alone, run_together
+
+# What may differ between points of one program: it is an input, or not part of the program.
+_INPUTS = ("seed", "series", "formats", "policy", "sweep", "log_every")
 
 
 class Point(NamedTuple):
     """One run of the sweep."""
 
     name: str
-    kind: str  # "float", "uniform", "search" or "retrained"
-    run: Callable
+    kind: str  # "float", "uniform", "search", "random" or "retrained"
+    prepare: Prepare
     config: ml_collections.ConfigDict
+
+    @property
+    def program(self) -> str:
+        """Points with the same have the same step, if their inputs look alike."""
+        values = {k: v for k, v in self.config.to_dict().items() if k not in _INPUTS}
+        if self.prepare is train.prepare:
+            del values["search"]
+        else:
+            values["search"] = {k: v for k, v in values["search"].items() if k != "target"}
+        return json.dumps([self.kind == "retrained", values], sort_keys=True, default=str)
 
 
 def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point]:
     """The points of `config.sweep`, in the order they are run."""
+    sweep = config.sweep
     points = []
-    for seed in config.sweep.seeds:
-        suffix = f"_seed{seed}" if len(config.sweep.seeds) > 1 else ""
-
-        def changed(seed: int = seed, **values: Any) -> ml_collections.ConfigDict:
-            copy = config.copy_and_resolve_references()
-            copy.update_from_flattened_dict({"seed": seed, **values})
-            return copy
-
-        for baseline in config.sweep.baselines:
-            is_float = baseline == "float"
-            formats = () if is_float else search.uniform_rules(config, baseline)
+    values = [[(key, value) for value in choices] for key, choices in sweep.grid]
+    for seed, *place in itertools.product(sweep.seeds, *values):
+        prefix = "".join(f"{_label(key, value)}_" for key, value in place)
+        suffix = f"_seed{seed}" if len(sweep.seeds) > 1 else ""
+        changed = functools.partial(_changed, config, seed=seed, **dict(place))
+        for baseline in sweep.baselines:
+            name, rules = baseline if isinstance(baseline, (tuple, list)) else (baseline, None)
+            is_float = name == "float" and rules is None
+            if rules is None:
+                rules = () if is_float else search.uniform_rules(config, name)
+            own = changed(formats=rules, series=name)
             kind = "float" if is_float else "uniform"
-            points.append(Point(baseline + suffix, kind, train.run, changed(formats=formats)))
-        for target in config.sweep.targets:
-            name = f"search_{target:g}{suffix}"
-            points.append(Point(name, "search", search.run, changed(**{"search.target": target})))
-            if config.sweep.retrain:
+            points.append(Point(prefix + name + suffix, kind, train.prepare, own))
+        for (space, changes), target in itertools.product(
+            sweep.spaces or [("", {})], sweep.targets
+        ):
+            own = changed(**{"search.target": target}, **changes)
+            kind = "random" if own.search.searcher == "random" else "search"
+            own.series = f"{kind} {space}".strip()
+            parts = [kind, *([space] if space else []), f"{target:g}"]
+            name = prefix + "_".join(parts) + suffix
+            points.append(Point(name, kind, search.prepare, own))
+            if sweep.retrain:
                 policy = str(workdir / "points" / name / results.POLICY_FILE)
-                retrained = f"retrained_{target:g}{suffix}"
-                points.append(Point(retrained, "retrained", train.run, changed(policy=policy)))
+                own = changed(policy=policy, series=f"retrained {space}".strip())
+                retrained = prefix + "_".join(["retrained", *parts[1:]]) + suffix
+                points.append(Point(retrained, "retrained", train.prepare, own))
     return points
 
 
-def run_point(point: Point, folder: Path, images: from_config.Images) -> dict[str, Any]:
-    """Runs a point, unless its result is there; a failure becomes its result."""
+def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(values)
+    return copy
+
+
+def _label(key: str, value: Any) -> str:
+    """A grid value's part of a point's name."""
+    text = f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    return text if key == "model.name" else key.rsplit(".", 1)[-1] + text
+
+
+def failure(point: Point, folder: Path, error: Exception) -> dict[str, Any]:
+    """The result of a point that failed, as written."""
+    trace = "".join(traceback.format_exception(error))
+    logging.error("Point %s failed:\n%s", point.name, trace)
+    result = {
+        "name": point.name,
+        "kind": point.kind,
+        "seed": point.config.seed,
+        "series": point.config.series,
+        "error": f"{type(error).__name__}: {error}",
+    }
+    write_json(folder / results.RESULT_FILE, result)
+    return result
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a point that has one and did not fail."""
     path = folder / results.RESULT_FILE
-    if path.exists():
-        result = read_json(path)
-        if "error" not in result:
-            return result
+    result = read_json(path) if path.exists() else {"error": ""}
+    return None if "error" in result else result
+
+
+def image_loader() -> Callable[[Point], from_config.Images]:
+    """Loads each data set once; the held-out images depend on the seed."""
+    loaded: dict[Any, from_config.Images] = {}
+
+    def images_of(point: Point) -> from_config.Images:
+        key = point.config.seed, json.dumps(point.config.data.to_dict(), default=str)
+        if key not in loaded:
+            loaded[key] = from_config.load_images(point.config)
+        return loaded[key]
+
+    return images_of
+
+
+def run_points(
+    points: Sequence[Point],
+    folder: Path,
+    images_of: Callable[[Point], from_config.Images],
+    side_by_side: bool,
+) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """Runs every point unless its result is there; a failure becomes its result."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.program if side_by_side else point.name, []).append(point)
+    # Formats to train from scratch are there only after the searches.
+    for group in sorted(groups.values(), key=lambda g: side_by_side and g[0].kind == "retrained"):
+        waiting = []
+        for point in group:
+            result = finished(folder / point.name)
+            if result is None:
+                waiting.append(point)
+            else:
+                yield point, result
+        if side_by_side:
+            yield from _run_group(waiting, folder, images_of)
+        else:
+            for point in waiting:
+                yield point, _run_point(point, folder / point.name, images_of(point))
+
+
+def _run_point(point: Point, folder: Path, images: from_config.Images) -> dict[str, Any]:
     try:
-        return point.run(point.config, folder, images)
+        return run_alone(point.prepare, point.config, folder, images)
     except InterruptedRunError:
         raise
     except Exception as error:
-        logging.error("Point %s failed:\n%s", point.name, traceback.format_exc())
-        result = {
-            "name": point.name,
-            "kind": point.kind,
-            "seed": point.config.seed,
-            "error": f"{type(error).__name__}: {error}",
-        }
-        write_json(path, result)
-        return result
+        return failure(point, folder, error)
+
+
+def _run_group(
+    points: Sequence[Point], folder: Path, images_of: Callable[[Point], from_config.Images]
+) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """Runs points of one program, as many at a time as there are devices."""
+    with locked([folder / point.name for point in points]):
+        alike: dict[Any, list[tuple[Point, Job]]] = {}
+        for point in points:
+            own = folder / point.name
+            try:
+                job = point.prepare(point.config, own, images_of(point))
+            except Exception as error:
+                yield point, failure(point, own, error)
+                continue
+            # Runs side by side make the same steps.
+            done = latest_step(own / CHECKPOINT_FOLDER) or 0
+            alike.setdefault((done, job.structure), []).append((point, job))
+        for members in alike.values():
+            for start in range(0, len(members), replica_count()):
+                together = members[start : start + replica_count()]
+                found = run_together(members[0][1].step, [job for _, job in together])
+                for (point, _), result in zip(together, found):
+                    if isinstance(result, Exception):
+                        result = failure(point, folder / point.name, result)
+                    yield point, result
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """Runs every point and writes the report; returns the path of report.html."""
     with lock_workdir(workdir):
-        images, seed = from_config.load_images(config), config.seed
         points = sweep_points(config, workdir)
+        images_of = image_loader()
+        images_of(points[0])  # complains before the folder is claimed
         claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
-        for number, point in enumerate(points, start=1):
-            if point.config.seed != seed:  # the held-out images depend on it
-                images, seed = from_config.load_images(point.config), point.config.seed
-            result = run_point(point, workdir / "points" / point.name, images)
+        found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
+        for number, (point, result) in enumerate(found, start=1):
             told = result.get("error") or (
                 f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
             )

@@ -18,11 +18,13 @@ import ml_collections
 import aqt_search as aqs
 from aqt_search.sites import is_unquantized
 from aqt_search.training import parallel
-from aqt_search.training.loop import run_steps
+from aqt_search.training.evaluation import as_data
+from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.train_step import TrainState, init_train_state, make_update
-from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json
+from aqt_search.training.workdir import claim_workdir, read_json
 from experiments import from_config, results
 from experiments.command_line import run_job
+from experiments.job import Job, run_alone
 
 
 def configured_assignment(
@@ -72,39 +74,42 @@ def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:
     return {name: formats(name) for name in policy}
 
 
+def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
+    """Training under fixed formats, which are an input of the step."""
+    parts = from_config.build_parts(config, images)
+    assignment = configured_assignment(config, parts.sites)
+    qapply = aqs.quantize(parts.model.apply, axis_name=parallel.AXIS)
+    update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
+
+    def step(state: TrainState, formats, batch):
+        return update(state, formats, batch)[:2]
+
+    def finish(trained: LoopResult) -> dict[str, Any]:
+        is_float = all(is_unquantized(formats) for formats in assignment.values())
+        kind = "retrained" if config.policy else "float" if is_float else "uniform"
+        variables = {"params": trained.state.params, "batch_stats": trained.state.batch_stats}
+        steps = parts.schedule.total_steps
+        facts = {"kind": kind, "steps": steps, "seconds": trained.seconds}
+        if config.policy:
+            facts["pair"] = Path(config.policy).parent.name
+        return results.finish(
+            config, workdir, images, parts.model, parts.sites, assignment, variables, facts
+        )
+
+    shape = images.splits.image_shape
+    state = init_train_state(parts.model, parts.optimizer, shape, config.seed)
+    stream = from_config.training_stream(config, images)
+    # Claimed last, so that a refused configuration does not keep the folder.
+    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    run = Run(workdir, state, [stream], as_data(assignment))
+    return Job(step, run, parts.schedule, finish)
+
+
 def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> dict[str, Any]:
     """Trains, evaluates and returns the result; `images` saves loading the data set again."""
-    with lock_workdir(workdir):
-        images = images or from_config.load_images(config)
-        parts = from_config.build_parts(config, images)
-        assignment = configured_assignment(config, parts.sites)
-        qapply = aqs.quantize(parts.model.apply, axis_name=parallel.AXIS)
-        update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
-
-        def step(state: TrainState, batch):
-            return update(state, assignment, batch)[:2]
-
-        shape = images.splits.image_shape
-        state = init_train_state(parts.model, parts.optimizer, shape, config.seed)
-        stream = from_config.training_stream(config, images)
-        # Claimed last, so that a refused configuration does not keep the folder.
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
-        trained = run_steps(
-            step, state, [stream], parts.schedule, workdir, description=workdir.name
-        )
-        is_float = all(is_unquantized(formats) for formats in assignment.values())
-        kind = "retrained" if config.policy else "float" if is_float else "uniform"
-        return results.finish(
-            config, workdir, images, parts.model, parts.sites, assignment,
-            {"params": trained.state.params, "batch_stats": trained.state.batch_stats},
-            {
-                "kind": kind,
-                "steps": parts.schedule.total_steps,
-                "seconds": trained.seconds,
-            },
-        )  # fmt: skip
+    return run_alone(prepare, config, workdir, images)
 
 
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:

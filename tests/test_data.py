@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -260,6 +261,89 @@ def test_killed_preparation_is_not_taken_for_data(tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(tmp_path.rglob("*.array_record*"))
     assert not (tmp_path / "aqt_search_digits/1.0.0").exists()
+    assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
+
+
+# The file of decoded images
+
+
+def decoded_files(tmp_path):
+    return sorted((tmp_path / "prepared").rglob("decoded-*.npz"))
+
+
+def test_decoded_images_are_read_back(tmp_path):
+    write_folder(tmp_path / "images")
+    first = open_folder(tmp_path / "images", tmp_path, held_out=0)
+    assert len(decoded_files(tmp_path)) == 2
+    second = open_folder(tmp_path / "images", tmp_path, held_out=0)
+    for before, after in ((first.train, second.train), (first.test, second.test)):
+        assert_same([before.read(range(len(before)))], [after.read(range(len(before)))])
+        assert after[0]["image"].dtype == np.uint8
+    # Other contents show that it is the files that are read.
+    for path in decoded_files(tmp_path):
+        with np.load(path) as arrays:
+            np.savez(path, images=255 - arrays["images"], labels=arrays["labels"])
+    third = open_folder(tmp_path / "images", tmp_path, held_out=0)
+    np.testing.assert_array_equal(pixels_of(third.train), 255 - pixels_of(first.train))
+
+
+@pytest.mark.parametrize("setting", [{"image_size": 3}, {"image_size": 6, "crop_fraction": 0.5}])
+def test_decoded_images_of_other_settings_are_not_taken(tmp_path, setting):
+    write_folder(tmp_path / "images")
+    open_folder(tmp_path / "images", tmp_path)
+    other = open_folder(tmp_path / "images", tmp_path, held_out=0, **setting)
+    lazy = open_folder(tmp_path / "images", tmp_path, held_out=0, max_decoded_bytes=0, **setting)
+    np.testing.assert_array_equal(pixels_of(other.train), pixels_of(lazy.train))
+
+
+def test_decoded_images_of_other_records_are_not_taken(tmp_path):
+    write_folder(tmp_path / "images")
+    open_folder(tmp_path / "images", tmp_path)
+    (records,) = (tmp_path / "prepared").rglob("*-train.array_record*")
+    os.utime(records, ns=(1, 1))
+    open_folder(tmp_path / "images", tmp_path)
+    assert len(decoded_files(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "other arrays"])
+def test_damaged_decoded_images_are_named(tmp_path, damage):
+    write_folder(tmp_path / "images", per_class=100)
+    open_folder(tmp_path / "images", tmp_path)
+    for path in decoded_files(tmp_path):
+        content = bytearray(path.read_bytes())
+        if damage == "changed":
+            content[500] ^= 1  # a pixel
+        path.write_bytes({"truncated": content[:-40], "empty": b""}.get(damage, content))
+        if damage == "other arrays":
+            np.savez(path, pixels=np.zeros(3))
+    with pytest.raises(data.DataError, match=r"decoded-\w+.npz: damaged .* Delete it"):
+        open_folder(tmp_path / "images", tmp_path)
+
+
+def test_decoded_images_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = write_folder(tmp_path / "images")
+    monkeypatch.setattr(np, "savez", full)
+    train = open_folder(tmp_path / "images", tmp_path, held_out=0).train
+    expected = [files[path] for path in sorted(files) if path.startswith("train")]
+    np.testing.assert_array_equal(pixels_of(train), expected)
+    assert not decoded_files(tmp_path)
+    assert not list((tmp_path / "prepared").rglob("incomplete*"))
+
+
+KILLED_WRITING = KILLED_PREPARATION.replace("os.rename", "os.replace")
+
+
+def test_killed_writing_is_not_taken_for_decoded_images(tmp_path):
+    command = [sys.executable, "-c", KILLED_WRITING, str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / "aqt_search_digits/1.0.0"
+    assert list(folder.glob("incomplete*/decoded-*.npz"))
+    assert not list(folder.glob("decoded-*.npz"))
     assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
 
 

@@ -134,12 +134,13 @@ def test_static_scales_are_means_of_the_batches_and_depend_on_no_other(rules):
     batches = [{"image": (s * RNG.normal(size=(8, 5))).astype(np.float32)} for s in (1, 2, 3)]
     sites = aqs.find_sites(model.apply, variables, batches[0]["image"])
     assignment = aqs.assign(sites, rules)
-    apply = static_evaluation(model.apply, assignment, sites, variables, batches)
+    static = static_evaluation(model.apply, assignment, sites, variables, batches)
     images = (100 * RNG.normal(size=(6, 5))).astype(np.float32)
 
     def logits(images):
-        mapped = jax.pmap(lambda v, x: apply(assignment, v, x), AXIS, in_axes=(None, 0))
-        return np.asarray(mapped(variables, images.reshape(2, -1, 5))).reshape(-1, 3)
+        fixed = (static.assignment, static.variables)
+        mapped = jax.pmap(static.apply, AXIS, in_axes=(None, None, 0))
+        return np.asarray(mapped(*fixed, images.reshape(2, -1, 5))).reshape(-1, 3)
 
     kernel, inputs = KERNEL, images
     if rules:
@@ -151,6 +152,33 @@ def test_static_scales_are_means_of_the_batches_and_depend_on_no_other(rules):
     expected = (inputs @ kernel - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
     np.testing.assert_allclose(logits(images), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(logits(images)[:2], logits(images[:2]))
+
+
+def test_assignments_that_look_alike_share_one_program():
+    model, variables = Net(), variables_of(KERNEL)
+    sites = aqs.find_sites(model.apply, variables, jnp.zeros((1, 5)))
+    images = RNG.normal(size=(8, 5)).astype(np.float32)
+    batch = {"image": images, "label": np.zeros(8, np.int32), "mask": np.ones(8, np.float32)}
+    traces = []
+
+    def counted(variables, *args, **kwargs):
+        traces.append(None)
+        return model.apply(variables, *args, **kwargs)
+
+    qapply = aqs.quantize(counted, axis_name=AXIS)
+
+    def whole(name):
+        assignment = aqs.assign(sites, [(".*", name)])
+        reestimate_batch_stats(qapply, assignment, variables, [batch])
+        static = static_evaluation(counted, assignment, sites, variables, [batch])
+        return evaluate(qapply, assignment, variables, [batch]), evaluate(*static, [batch])
+
+    first = whole("int2")
+    before = len(traces)
+    second = whole("int8")
+    # `init` of the scales looks at the model once, abstractly; nothing is compiled again.
+    assert len(traces) <= before + 1
+    assert all(a.loss != b.loss for a, b in zip(first, second))
 
 
 def test_static_scales_need_a_batch():

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from aqt_search.report import load_records
 from aqt_search.report.records import bits_of_format
+from aqt_search.training import parallel
 from aqt_search.training.metrics import read_metrics
 from configs import digits_resnet8
 from experiments import from_config, search, sweep, train
@@ -22,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 SEARCHED = ("e2m1", "int4", "e4m3")
 RESULT_KEYS = {
     "name", "kind", "model", "data", "seed", "accuracy", "loss", "held_out_accuracy",
-    "train_accuracy", "gbops", "weight_bytes", "target_gbops", "final_entropy",
-    "without_retraining", "command", "steps", "seconds",
+    "train_accuracy", "train_split_accuracy", "gbops", "weight_bytes", "target_gbops",
+    "final_entropy", "without_retraining", "command", "steps", "seconds", "width", "series",
 }  # fmt: skip
+OWN_KEYS = {"search": {"targets", "costs"}, "random": {"targets", "costs"}, "retrained": {"pair"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +94,7 @@ def check_run(folder, kind, result=None):
     """What every finished run leaves behind."""
     found = read(folder / "result.json")
     assert result is None or found == result
-    assert set(found) == RESULT_KEYS
+    assert set(found) == RESULT_KEYS | OWN_KEYS.get(kind, set())
     assert found["name"] == folder.name
     assert found["kind"] == kind
     assert (found["model"], found["data"], found["steps"]) == ("resnet8", "digits", 20)
@@ -228,6 +230,66 @@ def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
     alone = train.run(configured(data_dir, **options, seed=1), tmp_path / "float_seed1")
     for key in ("accuracy", "loss", "held_out_accuracy", "train_accuracy", "seed"):
         assert point[key] == alone[key], key
+
+
+# --- Points side by side --------------------------------------------------------------------------
+
+
+def test_a_sweep_side_by_side_with_a_grid_of_sizes_and_spaces(data_dir, tmp_path):
+    """Two devices: three baselines of one program, two searches of another, a third alone."""
+    config = configured(
+        data_dir,
+        **{
+            "search.space": (("stem|head", "int8"), (".*", ("int4", "int6", "int8"))),
+            "sweep.side_by_side": True,
+            "sweep.grid": (("model.name", ("resnet8",)), ("model.width", (0.25,))),
+            "sweep.baselines": ("int4", "int8", ("mine", ((".*", "int6"),))),
+            "sweep.spaces": (
+                ("sites", {"search.further_costs": (("weight_bytes", 1.5, "int4"),)}),
+                ("random", {"search.searcher": "random"}),
+            ),
+            "sweep.targets": (1.5, 1.8, 99.0),
+            "sweep.retrain": False,
+        },
+    )
+    points = sweep.run(config, tmp_path).parent / "points"
+    place = "resnet8_width0.25_"
+    for name, bits in {"int4": 4, "int8": 8, "mine": 6}.items():
+        found = check_run(points / f"{place}{name}", "uniform")
+        assert (found["series"], found["width"]) == (name, 0.25)
+        assert read(points / f"{place}{name}" / "policy.json")["stage1_block1/conv1/kernel"] == {
+            "lhs": f"int{bits}", "rhs": f"int{bits}",
+        }  # fmt: skip
+    for target in ("1.5", "1.8"):
+        found, _, _ = check_search(
+            points / f"{place}search_sites_{target}", ("int4", "int6", "int8")
+        )
+        assert found["series"] == "search sites"
+        assert set(found["targets"]) == set(found["costs"]) == {"gbops", "weight_bytes"}
+        drawn = check_run(points / f"{place}random_random_{target}", "random")
+        assert 0.9 * drawn["target_gbops"] <= drawn["gbops"] <= 1.02 * drawn["target_gbops"]
+    for kind in ("search_sites", "random_random"):
+        failed = read(points / f"{place}{kind}_99" / "result.json")
+        assert "outside of the space" in failed["error"]
+    assert len(load_records(tmp_path)) == 9
+
+
+def test_runs_side_by_side_compile_once():
+    """The step of the first job serves all that are equal, however many batches of devices."""
+    traces = []
+
+    def step(state, factor, batch):
+        traces.append(None)
+        return state + factor * batch["x"].sum(), {"loss": jax.numpy.float32(0)}
+
+    for _ in range(3):
+        placement = parallel.side_by_side(2)
+        state = placement.put([np.float32(0), np.float32(1)])
+        factors = placement.put([np.float32(2), np.float32(3)])
+        batch = placement.shard([{"x": np.ones(2, np.float32)}] * 2)
+        state, _ = placement.compile(step)(state, factors, batch)
+    assert np.asarray(state).tolist() == [4.0, 7.0]
+    assert len(traces) == 1
 
 
 # --- Another space, and other data ---------------------------------------------------------------

@@ -20,7 +20,9 @@ from aqt_search.training.loop import (
     CHECKPOINT_FOLDER,
     DivergedError,
     InterruptedRunError,
+    Run,
     Schedule,
+    run_side_by_side,
     run_steps,
 )
 from aqt_search.training.metrics import read_metrics
@@ -47,9 +49,9 @@ class Numbers:
         self.number = state["number"]
 
 
-def toy_step(state, batch, other):
+def toy_step(state, inputs, batch, other):
     key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
-    noise = jax.random.normal(jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS)), (3,))
+    noise = jax.random.normal(jax.random.fold_in(key, parallel.replica_index()), (3,))
     gradient = jax.lax.pmean(jnp.mean(batch["x"] * other["x"], 0) + noise, parallel.AXIS)
     weights = 0.9 * state["weights"] - 0.1 * gradient
     metrics = {"loss": jnp.sum(weights**2), "accuracy": jnp.float32(0.5)}
@@ -64,7 +66,7 @@ def start():
 def run(workdir, steps=20, step=toy_step, schedule=(3, 5), **options):
     streams = [Numbers(), Numbers()]
     streams[1].number = 1000
-    return run_steps(step, start(), streams, Schedule(steps, *schedule), workdir, **options)
+    return run_steps(step, Run(workdir, start(), streams, **options), Schedule(steps, *schedule))
 
 
 def first_weight(state):
@@ -95,7 +97,7 @@ def test_records_are_means_over_the_steps_since_the_last(undisturbed):
     one, other = Numbers(), Numbers()
     other.number = 1000
     for _ in range(20):
-        state, metrics = compiled(state, parallel.shard(next(one)), parallel.shard(next(other)))
+        state, metrics = compiled(state, (), parallel.shard(next(one)), parallel.shard(next(other)))
         losses.append(float(metrics["loss"][0]))
     for before, record in zip([{"step": 0}, *records], records):
         mean = np.mean(losses[before["step"] : record["step"]])
@@ -154,8 +156,8 @@ def truncate(checkpoint):
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad):
-    def diverging(state, batch, other):
-        state, metrics = toy_step(state, batch, other)
+    def diverging(state, inputs, batch, other):
+        state, metrics = toy_step(state, inputs, batch, other)
         loss = jnp.where(state["step"] == 13, float(bad), metrics["loss"])
         return state, metrics | {"loss": loss}
 
@@ -173,12 +175,81 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad):
 
 
 def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
-    def diverging(state, batch, other):
-        state, metrics = toy_step(state, batch, other)
+    def diverging(state, inputs, batch, other):
+        state, metrics = toy_step(state, inputs, batch, other)
         return state, metrics | {"loss": jnp.float32(jnp.nan)}
 
     with pytest.raises(DivergedError, match=r"at step 1; no checkpoint was saved before it"):
         run(tmp_path, step=diverging)
+
+
+# --- Runs side by side ----------------------------------------------------------------------------
+
+
+def scaled_step(state, factor, batch):
+    """A run of its own: its factor makes it diverge where it is NaN."""
+    assert jax.lax.axis_size(parallel.AXIS) == 1
+    gradient = jax.lax.pmean(jnp.mean(batch["x"], 0), parallel.AXIS)
+    weights = 0.9 * state["weights"] - factor * gradient
+    bad = jnp.isnan(factor) & (state["step"] == 7)
+    weights = jnp.where(jnp.isnan(factor), state["weights"], weights)
+    loss = jnp.where(bad, jnp.nan, jnp.sum(weights**2))
+    return state | {"weights": weights, "step": state["step"] + 1}, {"loss": loss}
+
+
+def side_by_side(workdir, factors, steps=12):
+    streams = [Numbers() for _ in factors]
+    for number, stream in enumerate(streams):
+        stream.number = 100 * number
+    runs = [
+        Run(workdir / str(i), start(), [stream], np.float32(factor), describe=first_weight)
+        for i, (factor, stream) in enumerate(zip(factors, streams))
+    ]
+    for one in runs:
+        one.workdir.mkdir(parents=True, exist_ok=True)
+    return run_side_by_side(scaled_step, runs, Schedule(steps, 3, 5))
+
+
+def test_runs_side_by_side_are_runs_of_their_own(tmp_path):
+    results = side_by_side(tmp_path, (0.1, 0.5))
+    alone = jax.jit(jax.vmap(
+        scaled_step, in_axes=None, out_axes=None, axis_name=parallel.AXIS, axis_size=1
+    ))  # fmt: skip
+    for number, (factor, result) in enumerate(zip((0.1, 0.5), results)):
+        state, stream = start(), Numbers()
+        stream.number = 100 * number
+        for _ in range(12):
+            state, _ = alone(state, np.float32(factor), next(stream))
+        np.testing.assert_allclose(result.state["weights"], state["weights"], rtol=1e-6)
+        last = read_metrics(tmp_path / str(number))[-1]
+        assert last["step"] == 12
+        assert last["first"] == float(result.state["weights"][0])
+        assert checkpoints(tmp_path / str(number)) == ["step_000000010", "step_000000012"]
+    assert (results[0].state["weights"] != results[1].state["weights"]).all()
+
+
+def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
+    bad, good = side_by_side(tmp_path, (np.nan, 0.5))
+    assert isinstance(bad, DivergedError)
+    assert "at step 8" in str(bad)
+    same_bits(good.state, side_by_side(tmp_path / "again", (0.1, 0.5))[1].state)
+    assert checkpoints(tmp_path / "0") == ["step_000000005"]
+    assert all(isinstance(r, DivergedError) for r in side_by_side(tmp_path / "x", (np.nan,) * 2))
+
+
+def test_runs_side_by_side_resume_to_the_same_bits(tmp_path):
+    whole = side_by_side(tmp_path / "whole", (0.1, 0.5))
+    side_by_side(tmp_path / "parts", (0.1, 0.5), steps=7)
+    for one, other in zip(side_by_side(tmp_path / "parts", (0.1, 0.5)), whole):
+        same_bits(one.state, other.state)
+
+
+def test_runs_side_by_side_must_be_at_one_step(tmp_path):
+    side_by_side(tmp_path, (0.1,), steps=7)
+    with pytest.raises(ValueError, match="0: 7, 1: 0"):
+        side_by_side(tmp_path, (0.1, 0.5))
+    with pytest.raises(ValueError, match="3 runs side by side need as many devices; got 2"):
+        side_by_side(tmp_path / "many", (0.1,) * 3)
 
 
 # --- The search from the command line, killed -----------------------------------------------------

@@ -1,6 +1,7 @@
 """The search step on a small problem, and the guard that watches a search."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,20 +14,21 @@ from scipy.stats import chi2
 
 import aqt_search as aqs
 from aqt_search.search import policy as policies
+from aqt_search.search.guard import CollapsedSearchError, QualityGuard
 from aqt_search.search.one_shot import (
-    CollapsedSearchError,
-    QualityGuard,
     SearchOptions,
     SearchState,
     accuracy_and_agreement,
     best_choices,
+    check_targets,
     make_search_step,
     policy_optimizer,
 )
-from aqt_search.search.space import SpaceError, make_space
+from aqt_search.search.options import SpaceError
+from aqt_search.search.space import make_space
 from aqt_search.training import parallel
 from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.train_step import batch_stats_momentum, init_train_state, make_update
+from aqt_search.training.train_step import init_train_state, make_update
 
 CLASSES, FEATURES = 4, 6
 OPTIONS = ("int3", "int4", "int6", "int8")
@@ -53,19 +55,22 @@ def batches(seed, size=32):
 
 
 class Recorder:
-    """The samples of both replicas, step by step, and how often the model was traced."""
+    """The points both replicas train and judge, and how often the model was traced."""
 
     def __init__(self):
-        self.drawn: dict[int, list[np.ndarray]] = {0: [], 1: []}
+        # By place in the step: the weights' point first, then those that are judged.
+        self.drawn: list[dict[int, list[np.ndarray]]] = []
         self.traces = 0
 
     def spying_space(self, space):
-        def record(replica, choices):
-            self.drawn[int(replica)].append(np.asarray(choices))
+        def recording():
+            drawn: dict[int, list] = {0: [], 1: []}
+            self.drawn.append(drawn)
+            return lambda replica, choices: drawn[int(replica)].append(np.asarray(choices))
 
         class Spying(type(space)):
             def assignment(self, choices):
-                jax.debug.callback(record, jax.lax.axis_index(parallel.AXIS), choices)
+                jax.debug.callback(recording(), jax.lax.axis_index(parallel.AXIS), choices)
                 return super().assignment(choices)
 
         return Spying(space.sites, space.decisions, space.fixed)
@@ -77,19 +82,28 @@ class Recorder:
 
         return apply
 
-    @property
-    def choices(self):
+    def points(self, place):
         """[steps, replicas, decisions]"""
         jax.effects_barrier()
-        return np.stack([self.drawn[0], self.drawn[1]], axis=1)
+        return np.stack([self.drawn[place][0], self.drawn[place][1]], axis=1)
+
+    @property
+    def choices(self):
+        """Those that weights were trained under."""
+        return self.points(0)
 
 
 class Problem(NamedTuple):
     step: Any  # not compiled
     state: SearchState  # the first, not replicated
+    targets: dict
     space: Any
     costs: Any
     recorder: Recorder
+
+
+# As FLIQS has it: one sample a step, against a moving baseline.
+CLASSIC = {"samples": 1, "advantage": "baseline", "cost_samples": 0}
 
 
 def problem(spy=True, rules=((".*", OPTIONS),), **options):
@@ -100,14 +114,14 @@ def problem(spy=True, rules=((".*", OPTIONS),), **options):
     sites = aqs.find_sites(model.apply, variables, jnp.zeros((1, FEATURES)))
     space = make_space(sites, rules)
     costs = space.cost_table(aqs.cost.gbops)
-    options = SearchOptions(target=1.5 * costs.range[0], **options)
+    options = SearchOptions(**options)
     qapply = recorder.counting(aqs.quantize(model.apply)) if spy else aqs.quantize(model.apply)
     used = recorder.spying_space(space) if spy else space
-    momentum = batch_stats_momentum(model.apply, train, (FEATURES,))
     update = make_update(qapply, optimizer)
-    step = make_search_step(qapply, update, used, costs, options, momentum)
+    step = make_search_step(qapply, update, used, {"gbops": costs}, options)
     state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
-    return Problem(step, state, space, costs, recorder)
+    targets = {"gbops": np.float32(1.5 * costs.range[0])}
+    return Problem(step, state, targets, space, costs, recorder)
 
 
 class History(NamedTuple):
@@ -123,7 +137,7 @@ def search(steps, *, held_out=True, keep=True, **options):
     """Runs a search and keeps what went by."""
     setting = problem(total_steps=options.pop("total_steps", steps), **options)
     step = parallel.pmap_step(setting.step, donate_state=False)
-    state = parallel.replicate(setting.state)
+    state, targets = parallel.replicate(setting.state), parallel.replicate(setting.targets)
     streams = [batches(1), batches(2)][: 1 + held_out]
     history = History(setting, [], [], [], [], [])
     for _ in range(steps):
@@ -132,7 +146,7 @@ def search(steps, *, held_out=True, keep=True, **options):
             history.policies.append(jax.tree.map(np.asarray, state.policy))
             history.trains.append(jax.tree.map(np.asarray, state.train))
             history.batches.append(inputs)
-        state, metrics = step(state, *inputs)
+        state, metrics = step(state, targets, *inputs)
         history.metrics.append(jax.tree.map(np.asarray, metrics))
         history.traces.append(setting.recorder.traces)
     history.policies.append(jax.tree.map(np.asarray, state.policy))
@@ -146,7 +160,13 @@ DELAY_STEPS, STEPS = 150, 200
 @pytest.fixture(scope="module")
 def short():
     """Three quarters of delay, then a policy that moves."""
-    return search(STEPS, delay=DELAY_STEPS / STEPS, learning_rate=0.3)
+    return search(STEPS, delay=DELAY_STEPS / STEPS, learning_rate=0.3, **CLASSIC)
+
+
+@pytest.fixture(scope="module")
+def several():
+    """Two samples a step, centred, and 64 points whose cost alone is judged."""
+    return search(30, delay=0.5, samples=2, cost_samples=64, log_probability="sum")
 
 
 def test_the_policy_rests_until_the_delay_is_over(short):
@@ -202,39 +222,100 @@ def test_metrics_alone_come_back_to_python():
     setting = problem(spy=False, total_steps=10)
     batch = parallel.shard(next(batches(1)))
     step = jax.pmap(setting.step, axis_name=parallel.AXIS)
-    state = parallel.replicate(setting.state)
-    jaxpr = str(jax.make_jaxpr(step)(state, batch, batch))
+    state, targets = parallel.replicate(setting.state), parallel.replicate(setting.targets)
+    jaxpr = str(jax.make_jaxpr(step)(state, targets, batch, batch))
     assert "categorical" in jaxpr or "gumbel" in jaxpr or "random_bits" in jaxpr
     assert "callback" not in jaxpr
-    new, metrics = jax.eval_shape(step, state, batch, batch)
+    new, metrics = jax.eval_shape(step, state, targets, batch, batch)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     assert set(metrics) == {
-        "loss", "accuracy", "gradient_norm", "reward", "quality", "prediction_agreement", "cost",
-        "advantage", "entropy_weight", "entropy", "expected_cost",
+        "loss", "accuracy", "gradient_norm", "reward", "quality", "sample_accuracy",
+        "prediction_agreement", "cost", "advantage", "entropy_weight", "entropy", "expected_cost",
     }  # fmt: skip
     assert {leaf.shape for leaf in metrics.values()} == {(2,)}
 
 
-@pytest.mark.parametrize("at", [0, DELAY_STEPS + 20])
-def test_quality_is_the_held_out_accuracy_of_the_weights_before_the_step(short, at):
-    setting, train = short.problem, short.trains[at]
-    batch, held_out = short.batches[at]
+def judged_by_hand(history, at, place):
+    """(accuracy, loss, cost) of each replica's point, of the weights before the step."""
+    setting, train = history.problem, history.trains[at]
+    held_out = history.batches[at][1]
     params = jax.tree.map(lambda leaf: leaf[0], train.params)
-    # With momentum 0 the running statistics are those of the last batch.
-    qapply = aqs.quantize(Net(momentum=0.0).apply)
-    accuracies, costs = [], []
-    for replica, choices in enumerate(setting.recorder.choices[at]):
+    qapply = aqs.quantize(Net().apply)
+    found = []
+    for replica, choices in enumerate(setting.recorder.points(place)[at]):
         assignment = setting.space.concrete_assignment(choices)
         variables = {"params": params, "batch_stats": setting.state.train.batch_stats}
-        _, own = qapply(
-            assignment, variables, batch["image"][replica], train=True, mutable=["batch_stats"]
-        )
-        logits = qapply(assignment, {"params": params, **own}, held_out["image"][replica])
-        accuracies.append(np.mean(np.argmax(logits, -1) == held_out["label"][replica]))
-        costs.append(aqs.cost.gbops(setting.space.sites, assignment))
+        image, label = held_out["image"][replica], held_out["label"][replica]
+        logits, _ = qapply(assignment, variables, image, train=True, mutable=["batch_stats"])
+        correct = np.mean(np.argmax(logits, -1) == label)
+        loss = -np.mean(jax.nn.log_softmax(logits)[np.arange(len(label)), label])
+        found.append((correct, loss, aqs.cost.gbops(setting.space.sites, assignment)))
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("at", [0, DELAY_STEPS + 20])
+def test_quality_is_the_held_out_accuracy_of_the_weights_before_the_step(short, at):
+    accuracies, _, costs = judged_by_hand(short, at, place=1)
     # 16 examples a replica: one may lie on the border of two classes.
     assert short.metrics[at]["quality"][0] == pytest.approx(np.mean(accuracies), abs=1.01 / 32)
     assert short.metrics[at]["cost"][0] == pytest.approx(np.mean(costs), rel=1e-6)
+    np.testing.assert_array_equal(
+        short.problem.recorder.points(0)[at], short.problem.recorder.points(1)[at]
+    )
+
+
+def test_quality_may_be_the_loss():
+    found = search(4, measure="loss", delay=0.5, **CLASSIC)
+    for at, metrics in enumerate(found.metrics):
+        _, losses, _ = judged_by_hand(found, at, place=1)
+        assert float(metrics["quality"][0]) == pytest.approx(-np.mean(losses), rel=1e-4)
+
+
+def test_the_samples_of_a_step_are_judged_on_one_batch_and_the_first_is_trained(several):
+    recorder = several.problem.recorder
+    assert len(recorder.drawn) == 3
+    np.testing.assert_array_equal(recorder.points(0), recorder.points(1))
+    assert (recorder.points(1) != recorder.points(2)).any(axis=(1, 2)).mean() > 0.9
+    for at in (0, 20):
+        accuracies = [judged_by_hand(several, at, place)[0].mean() for place in (1, 2)]
+        assert several.metrics[at]["quality"][0] == pytest.approx(
+            np.mean(accuracies), abs=1.01 / 64
+        )
+
+
+def test_the_policy_gradient_of_several_samples_has_the_mean_of_many_single_ones():
+    """Centred advantages, and costs judged by points of their own, leave the expectation alone.
+
+    For a reward without quality, -beta |C / T - 1|, the exact gradient is a sum over all points.
+    """
+    mask = np.ones((2, 3), bool)
+    logits = jnp.array([[0.3, -0.2, 0.1], [0.0, 0.5, -0.4]])
+    reward_of = jnp.array([[0.1, -0.3, 0.7], [0.2, 0.0, -0.5], [0.9, 0.4, -0.1]])
+
+    def expected(logits):
+        p = jax.nn.softmax(logits)
+        return -jnp.einsum("i,ij,j->", p[0], reward_of, p[1])
+
+    def estimate(key, count):
+        points = policies.sample_many(key, policies.log_probabilities(logits, mask), count)
+        advantages = policies.centred(reward_of[points[:, 0], points[:, 1]])
+
+        def loss(logits):
+            one = functools.partial(
+                policies.reinforce_loss, logits,
+                entropy_weight=0.0, mask=mask, temperature=1.0, reduce=jnp.sum,
+            )  # fmt: skip
+            return jnp.mean(jax.vmap(one)(points, advantages))
+
+        return jax.grad(loss)(logits)
+
+    exact = jax.grad(expected)(logits)
+    for count in (2, 16):
+        keys = jax.random.split(jax.random.key(count), 20_000)
+        found = jax.jit(jax.vmap(lambda key, n=count: estimate(key, n)))(keys)
+        error = found.std(axis=0) / math.sqrt(len(keys))
+        # Six numbers twice, five standard errors each.
+        assert (jnp.abs(found.mean(axis=0) - exact) < 5 * error).all()
 
 
 def test_the_baseline_is_a_moving_average_that_starts_at_the_first_reward(short):
@@ -249,20 +330,28 @@ def test_the_baseline_is_a_moving_average_that_starts_at_the_first_reward(short)
 
 
 def test_quality_on_the_training_batch():
-    found = search(20, held_out=False, quality="train", delay=0.5)
+    found = search(20, held_out=False, quality="train", delay=0.5, **CLASSIC)
     for metrics in found.metrics:
         assert metrics["quality"][0] == metrics["accuracy"][0]
     assert np.abs(found.policies[-1].logits).max() > 0
 
 
-def test_a_search_ends_at_its_target_decided():
+def test_random_search_leaves_the_policy_alone():
+    found = search(20, searcher="random", delay=0.0, learning_rate=1.0)
+    np.testing.assert_array_equal(found.policies[-1].logits, 0)
+    drawn = found.problem.recorder.points(0)
+    assert len({tuple(c) for c in drawn.reshape(-1, 4)}) > 30  # of 40 draws from 256 points
+
+
+@pytest.mark.parametrize("controls", [CLASSIC, {"samples": 2, "cost_samples": 64}])
+def test_a_search_ends_at_its_target_decided(controls):
     """With a heavy cost term the search must find one of the many points near the target.
 
     The 256 points cost 1 to 7.1 times the cheapest, target 1.5; the entropy term, at its end as
     large as the differences of rewards, leaves no decision open (ln 4 = 1.39 is undecided).
     """
     options = {"beta": 10.0, "entropy_weight": 1.0, "learning_rate": 0.15, "delay": 0.1}
-    found = search(400, keep=False, **options)
+    found = search(400, keep=False, **options, **controls)
     setting, logits = found.problem, found.policies[-1].logits[0]
     log_p = policies.log_probabilities(logits, setting.space.mask)
     assert float(policies.entropy(log_p).mean()) < 0.1
@@ -287,9 +376,8 @@ def test_accuracy_and_agreement():
 
 def test_a_target_outside_of_the_space():
     setting = problem(spy=False, total_steps=10)
-    options = SearchOptions(total_steps=10, target=2 * setting.costs.range[1])
-    with pytest.raises(SpaceError, match="outside of the space"):
-        make_search_step(None, None, setting.space, setting.costs, options, {})
+    with pytest.raises(SpaceError, match=r"gbops.*outside of the space"):
+        check_targets({"gbops": setting.costs}, {"gbops": 2 * setting.costs.range[1]})
 
 
 @pytest.mark.parametrize(
@@ -304,17 +392,26 @@ def test_a_target_outside_of_the_space():
         ({"baseline_momentum": 1.0}, ["baseline_momentum", "1.0"]),
         ({"temperature": 0.0}, ["temperature", "0.0"]),
         ({"beta": -1.0}, ["beta", "-1.0"]),
+        ({"searcher": "grid"}, ["searcher", "'grid'", "policy_gradient"]),
+        ({"measure": "f1"}, ["measure", "'f1'", "accuracy"]),
+        ({"advantage": "raw"}, ["advantage", "'raw'", "centred"]),
+        ({"samples": 0}, ["samples is 0"]),
+        ({"cost_samples": 1}, ["cost_samples is 1"]),
+        ({"samples": 1}, ["centred", "samples to 2"]),
+        ({"quality": "train"}, ["samples is 2", "'held_out'"]),
+        ({"reward": "soft"}, ["'soft'", "cost_samples to 0"]),
+        ({"reward": "hard", "cost_samples": 0, "measure": "loss"}, ["'hard'", "'loss'"]),
     ],
 )
 def test_options_are_checked(changes, words):
     with pytest.raises(ValueError) as caught:
-        SearchOptions(**{"total_steps": 10, "target": 1.0} | changes)
+        SearchOptions(**{"total_steps": 10} | changes)
     assert all(word in str(caught.value) for word in words)
 
 
 # --- The guard ------------------------------------------------------------------------------------
 
-GUARDED = SearchOptions(total_steps=100, target=1.0, delay=0.2)
+GUARDED = SearchOptions(total_steps=100, delay=0.2)
 
 
 def watch(qualities, agreements, *, first_step=21, window=10):
@@ -322,7 +419,7 @@ def watch(qualities, agreements, *, first_step=21, window=10):
     guard = QualityGuard(GUARDED, classes=10, examples=32, window=window)
     for step, (quality, agreement) in enumerate(zip(qualities, agreements), first_step):
         try:
-            guard(step, {"quality": np.float32(quality), "prediction_agreement": agreement})
+            guard(step, {"sample_accuracy": np.float32(quality), "prediction_agreement": agreement})
         except CollapsedSearchError:
             return step
     return None
@@ -346,7 +443,7 @@ def test_the_guard_stops_a_search_without_quality(quality, agreement, stops):
 def test_the_guard_says_when_and_what_to_do():
     guard = QualityGuard(GUARDED, classes=10, examples=32, window=1)
     with pytest.raises(CollapsedSearchError, match=r"step 21 .*one and the same.*--workdir"):
-        guard(21, {"quality": 0.3, "prediction_agreement": 1.0})
+        guard(21, {"sample_accuracy": 0.3, "prediction_agreement": 1.0})
 
 
 def test_the_guard_waits_for_the_delay():
@@ -367,9 +464,9 @@ def test_defaults_of_the_guard_are_fit_for_a_search():
         guard = QualityGuard(options, classes=10, examples=32)
         draws = rng.binomial(32, accuracy, 50) / 32
         for step, quality in enumerate(draws[:-1], 1):
-            guard(step, {"quality": quality, "prediction_agreement": 0.5})
+            guard(step, {"sample_accuracy": quality, "prediction_agreement": 0.5})
         try:
-            guard(50, {"quality": draws[-1], "prediction_agreement": 0.5})
+            guard(50, {"sample_accuracy": draws[-1], "prediction_agreement": 0.5})
             assert not stopped
         except CollapsedSearchError:
             assert stopped

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -21,12 +22,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+import aqt_search.report
 from aqt_search.report import ReportError, format_table, load_records, write_report
 from aqt_search.report.canvas import DPI, MAX_HEIGHT_INCHES, NOT_QUANTIZED, ink_on
 from aqt_search.report.curve_plot import entropy_series
-from aqt_search.report.front import front_json
-from aqt_search.report.front_plot import FRONT_INCHES, place_labels
-from aqt_search.report.records import bits_of_format
+from aqt_search.report.format_plot import mapped_records
+from aqt_search.report.front_file import front_json
+from aqt_search.report.front_plot import FRONT_INCHES, front_figure, place_labels
+from aqt_search.report.records import Record, bits_of_format
+from aqt_search.report.retraining import group_pairs, retrained_pairs
+from aqt_search.report.sensitivity import load_sensitivity, rank_correlation
+from aqt_search.report.series import all_series, compare_all
 
 OPTIONS = ["int3", "int4", "e4m3"]
 VOID_TAGS = {"meta", "img", "br"}
@@ -151,6 +157,23 @@ def test_records_hold_what_the_files_say(tmp_path):
     assert failed.error.startswith("loss is NaN")
 
 
+def test_old_points_lack_the_optional_fields(tmp_path):
+    write_point(tmp_path, "uniform_int4", series="")  # of a point whose configuration has none
+    given = {
+        "series": "int8", "width": 0.5, "pair": "search_1.10", "train_split_accuracy": 0.97,
+        "costs": {"latency_ms/h100": 0.2}, "targets": {"latency_ms/h100": 0.25},
+    }  # fmt: skip
+    write_point(tmp_path, "uniform_int8", gbops=1.0, **given)
+    old, new = load_records(tmp_path)
+    assert (old.series, old.width, old.pair, old.targets) == ("uniform", None, None, {})
+    assert math.isnan(old.train_split_accuracy)
+    assert old.costs == {"gbops": 0.5, "weight_bytes": 12345}
+    costs = given.pop("costs")
+    assert {key: getattr(new, key) for key in given} == given
+    assert new.costs == {"gbops": 1.0, "weight_bytes": 12345} | costs
+    assert new.gap == pytest.approx(0.97 - 0.95)
+
+
 def truncate(path):
     path.write_text(path.read_text()[:-7])
 
@@ -179,6 +202,14 @@ def change(key, value):
         ("result.json", change("gbops", None), "expected a number"),
         ("result.json", change("accuracy", 95.0), "fraction in"),
         ("result.json", change("steps", "many"), "type int"),
+        ("result.json", change("series", 4), "type str"),
+        ("result.json", change("width", -1.0), "must be positive"),
+        ("result.json", change("pair", ["search_1.10"]), "type str"),
+        ("result.json", change("train_split_accuracy", 99.0), "fraction in"),
+        ("result.json", change("costs", [0.5]), "type dict"),
+        ("result.json", change("costs", {"latency": None}), "expected a number"),
+        ("result.json", change("targets", {"latency": 1.0}), "one of the costs: gbops"),
+        ("result.json", change("targets", {"gbops": 0.0}), "must be positive"),
         ("policy.json", change("ghost", {"lhs": None, "rhs": None}), "ghost"),
         ("policy.json", change("params/Block_0/Conv_0/kernel", 4), "expected format names"),
         ("sites.json", change("params/Block_0/Conv_0/kernel", {"kind": "conv"}), "'macs' is None"),
@@ -270,6 +301,84 @@ def test_seeds_are_one_group(tmp_path):
     write_report(tmp_path)
 
 
+def two_series(workdir, seeds=1):
+    """int4 is as accurate as bf16 at a quarter of its cost; `seeds` copies, each 0.01 lower."""
+    for seed in range(seeds):
+        for series, factor in (("bf16", 1.0), ("int4", 0.25)):
+            for cost, accuracy in ((1.0, 0.8), (4.0, 0.9)):
+                name = f"width{cost:g}_{series}" + (f"_seed{seed}" if seeds > 1 else "")
+                write_point(workdir, name, series=series, seed=seed, gbops=cost * factor,
+                            accuracy=accuracy - 0.01 * seed, width=cost)  # fmt: skip
+
+
+def test_two_series_are_compared(tmp_path):
+    two_series(tmp_path)
+    page = write_report(tmp_path).read_text()
+    front = strict((tmp_path / "front.json").read_text())
+    # By hand: up to log10 GBOPs of 8 and an accuracy of 0.8, where each least accurate point adds
+    # nothing and the other dominates 0.1 of accuracy from its cost on.
+    assert front["hypervolume_reference"] == pytest.approx(
+        {"log10_gbops": math.log10(8), "accuracy": 0.8}
+    )
+    int4, bf16 = front["series"]
+    assert (int4["name"], int4["groups"]) == ("int4", ["width1_int4", "width4_int4"])
+    assert int4["hypervolume"] == pytest.approx(0.1 * math.log10(8))
+    assert bf16["hypervolume"] == pytest.approx(0.1 * math.log10(2))
+    assert int4["hypervolume_interval"] == [None, None]  # one seed tells nothing
+    (pair,) = front["comparisons"]
+    assert pair["series"] == ["int4", "bf16"]
+    assert pair["points_dominated_by_the_other"] == [0, 2]
+    assert pair["cost_ratio"] == pytest.approx(0.25)
+    assert pair["accuracy_gain"] == pytest.approx(0.1)  # at 1 GBOP, the only cost of both
+    told = (
+        "int4 dominates bf16: 2 of 2 points; at equal accuracy int4 costs 0.25 x as much; "
+        "at equal cost int4 is 10.00 percentage points more accurate."
+    )
+    assert told in page
+    assert "n/a: one seed" in page
+
+
+@pytest.mark.parametrize(
+    "points, told",
+    [
+        (  # b has the middle, a both ends
+            {"a": [(1, 0.5), (9, 0.9)], "b": [(3, 0.8), (4, 0.4)]},
+            "a dominates 1 of 2 points of b; at equal accuracy a costs 1.73 x as much; "
+            "at equal cost a is 10.00 percentage points less accurate.",
+        ),
+        (
+            {"a": [(1, 0.5), (2, 0.6)], "b, c": [(3, 0.7), (4, 0.8)]},
+            'neither "b, c" nor a dominates a point of the other; they share no range of accuracy; '
+            "they share no range of cost.",
+        ),
+        (
+            {"a": [(1, 0.5), (3, 0.6), (4, 0.65)], "b": [(2, 0.6), (5, 0.5)]},
+            "a dominates 1 of 2 points of b, and b 1 of 3 points of a",
+        ),
+    ],
+)
+def test_comparisons_in_words(tmp_path, points, told):
+    """In the first case b's front is its first point alone; there a's line is at an accuracy of
+    0.7, and it reaches b's 0.8 at 9 ** 0.75 GBOPs, sqrt(3) times as much."""
+    for series, pairs in points.items():
+        for cost, accuracy in pairs:
+            write_point(tmp_path, f"{series}{cost}", series=series, gbops=cost, accuracy=accuracy)
+    sentences = [pair.sentence for pair in compare_all(all_series(load_records(tmp_path)))]
+    assert len(sentences) == 1
+    assert sentences[0].startswith(told)
+
+
+def test_hypervolume_interval_is_over_the_seeds(tmp_path):
+    two_series(tmp_path, seeds=3)
+    int4 = all_series(load_records(tmp_path))[0]
+    assert (int4.name, int4.seeds, len(int4.groups)) == ("int4", 3, 2)
+    # the mean over the seeds 0.01 apart, above the worst run's 0.78; the ends are single seeds
+    area = math.log10(32) * 0.01 + math.log10(8) * 0.1
+    assert int4.hypervolume == pytest.approx(area)
+    low, high = int4.interval
+    assert (low, high) == pytest.approx((math.log10(8) * 0.1, area + 0.01 * math.log10(32)))
+
+
 def test_labels_do_not_overlap():
     rng = np.random.default_rng(0)
     figure = Figure(figsize=FRONT_INCHES, dpi=DPI)
@@ -338,6 +447,163 @@ def test_html_table_shows_the_records(tmp_path):
         for title, value in expected.items():
             shown = float(row[title]) if row[title] else None
             assert shown == (value if value is None else pytest.approx(value, rel=1e-2))
+
+
+def test_terminal_table_of_seeds_has_the_means(tmp_path):
+    for number in range(20):
+        for seed in range(3):
+            write_point(tmp_path, f"width0.5_search_{number}_seed{seed}", "search", sites=2,
+                        seed=seed, gbops=1 + number, target_gbops=1.0 + seed,
+                        accuracy=0.9 + 0.01 * seed)  # fmt: skip
+    write_failure(tmp_path, "width0.5_search_7_seed3")
+    lines = format_table(load_records(tmp_path)).splitlines()
+    assert len(lines) == 2 + 20 + 1 + 1
+    assert max(map(len, lines)) <= 140
+    head = "point seeds accuracy % over seeds GBOPs cost/uniform weights kB target miss note"
+    assert " ".join(lines[0].split()) == head
+    # misses of 7 / 1, 7 / 2 and 7 / 3 - 1: by hand 600 %, 250 % and 133.3 %
+    row = "width0.5_search_6 3 91.00 90.00 to 92.00 7 12.3 +327.8% not retrained"
+    assert " ".join(lines[8].split()) == row
+    assert lines[9].endswith("not retrained, 1 failed")
+    assert lines[-2] == "width0.5_search_7_seed3: failed: loss is NaN <b>at step 12</b>"
+
+
+# ---- retraining, targets, gap, sensitivity ----
+
+
+def test_searches_are_compared_with_their_retrained_pairs(tmp_path):
+    write_point(tmp_path, "search_1_seed0", "search", accuracy=0.90)
+    write_point(tmp_path, "search_1_seed1", "search", accuracy=0.94, seed=1)
+    for seed, accuracy in enumerate((0.91, 0.92, 0.93)):
+        write_point(tmp_path, f"retrained_1_seed{seed}", "retrained", accuracy=accuracy, seed=seed,
+                    pair=f"search_1_seed{seed}")  # fmt: skip
+    write_failure(tmp_path, "search_1_seed2")
+    pairs = retrained_pairs(load_records(tmp_path))
+    differences = [pair.difference for pair in pairs]
+    assert differences == pytest.approx([-0.01, 0.02, math.nan], nan_ok=True)
+    (group,) = group_pairs(pairs)
+    assert group.means == pytest.approx((0.92, 0.915, 0.005))
+    assert [pair.difference for pair in group.pairs] == differences[:2]
+    text = write_report(tmp_path).read_text()
+    assert "are on average 0.50 percentage points above" in text
+    assert "(pairs: 2, from -1.00 to +2.00)" in text
+    assert "search_1_seed2: no result" in text
+
+
+def test_targets_of_several_costs_are_shown(tmp_path):
+    targets = {"latency_ms/h100": 0.4, "weight_bytes": 12345.0}
+    write_point(tmp_path, "search_1", "search", gbops=0.5, target_gbops=0.4, targets=targets,
+                costs={"latency_ms/h100": 0.3})  # fmt: skip
+    write_point(tmp_path, "search_gbops", "search", target_gbops=0.4, targets={"gbops": 0.4})
+    records = load_records(tmp_path)
+    assert {r.name: r.primary_target for r in records} == {"search_1": 0.4, "search_gbops": 0.4}
+    text = write_report(tmp_path).read_text()
+    assert '<td class="text">search_gbops</td><td class="text">gbops</td>' not in text
+    for name, miss in (
+        ("gbops", "+25.0%"),
+        ("latency_ms/h100", "-25.0%"),
+        ("weight_bytes", "+0.0%"),
+    ):
+        numbers = r'(<td class="number">[^<]*</td>){2}'
+        assert re.search(rf">{name}</td>{numbers}<td[^>]*>{re.escape(miss)}</td>", text)
+
+
+def test_gap_is_shown_by_series(tmp_path):
+    two_series(tmp_path)
+    for folder in (tmp_path / "points").iterdir():
+        change("train_split_accuracy", 0.95)(folder / "result.json")
+    page = page_of(tmp_path)
+    assert len(page.images()) == 4  # front, gap, formats, training
+    text = (tmp_path / "report.html").read_text()
+    cells = '</td><td class="number">'.join(
+        ["int4", "2", "95.00", "85.00", "+10.00", "+5.00 to +15.00"]
+    )
+    assert f'<td class="text">{cells}</td>' in text
+
+
+def write_sensitivity(workdir, losses, formats=("int3", "int4"), **changes):
+    sites = [f"params/Block_{i}/Conv_0/kernel" for i in range(len(losses))]
+    content = {
+        "formats": formats, "sites": sites, "reference": "float", "reference_loss": 0.5,
+        "loss": losses, "accuracy": losses, "sqnr_db": losses, "reference_accuracy": 0.9,
+        "images": 10,
+    }  # fmt: skip
+    dump(workdir / "sensitivity.json", content | changes)
+
+
+def searched_bits(workdir, chosen):
+    folder = write_point(workdir, "search_1", "search", sites=len(chosen))
+    names = json.loads((folder / "sites.json").read_text())
+    dump(folder / "policy.json", {n: {"lhs": f, "rhs": f} for n, f in zip(names, chosen)})
+    return load_records(workdir)[0]
+
+
+@pytest.mark.parametrize(
+    "chosen, losses, sites, rho",
+    [
+        (["int8", "int6", "int4", "int3"], [0.9, 0.8, 0.7, 0.6], 4, 1.0),
+        (["int3", "int6", "int4", "int8"], [0.9, 0.8, 0.7, 0.6], 4, -0.8),  # 1 - 6 * 18 / 60
+        (["int3", "int4", "int8", "e4m3"], [0.6, 0.7, 0.9, 0.8], 4, 4.5 / math.sqrt(5 * 4.5)),
+        (["int3", "int4", None, "int6"], [0.6, 0.7, 0.9, math.nan], 3, 1.0),  # float: 32 bits
+        (["int3", "int6", "int4", "odd"], [0.9, 0.8, 0.7, 0.6], 3, -0.5),
+        (["int4"] * 4, [0.9, 0.8, 0.7, 0.6], 4, math.nan),
+        (["int8", "int6", "int4"], [0.7] * 3, 3, math.nan),
+        (["int8", "int6"], [0.9, 0.7], 2, math.nan),
+    ],
+)
+def test_rank_correlation_by_hand(tmp_path, chosen, losses, sites, rho):
+    """1 - 6 sum d^2 / (n (n^2 - 1)) for distinct ranks; where two have 8 bits, by covariance."""
+    record = searched_bits(tmp_path, chosen)
+    # OPTIONS has int3, int4 and e4m3; the other columns must not be looked at
+    table = [[9.0 - loss, loss, 1.0] for loss in losses]
+    write_sensitivity(tmp_path, table, ("int8", "int3", "int4"))
+    found = rank_correlation(record, load_sensitivity(tmp_path))
+    assert (found.format, found.sites) == ("int3", sites)
+    assert found.rho == pytest.approx(rho, nan_ok=True)
+
+
+def test_no_common_format_has_no_correlation(tmp_path):
+    record = searched_bits(tmp_path, ["int3", "int4", "int6"])
+    write_sensitivity(tmp_path, [[0.9], [0.8], [0.7]], ("bf16",))
+    found = rank_correlation(record, load_sensitivity(tmp_path))
+    assert (found.format, found.sites, math.isnan(found.rho)) == (None, 0, True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"formats": None}, "'formats' is None"),
+        ({"reference_loss": "low"}, "expected a number"),
+        ({"loss": [[0.9, 0.8]]}, "2 rows"),
+        ({"loss": [[0.9], [0.8]]}, "2 losses"),
+        ({"loss": [0.9, 0.8]}, "2 losses"),
+        ({"loss": [[0.9, "0.8"], [0.7, 0.6]]}, "'0.8'"),
+    ],
+)
+def test_broken_sensitivities_are_named(tmp_path, changes, message):
+    assert load_sensitivity(tmp_path) is None
+    write_sensitivity(tmp_path, [[0.9, 0.8], [0.7, 0.6]], **changes)
+    with pytest.raises(ReportError, match=message):
+        load_sensitivity(tmp_path)
+
+
+def test_sensitivities_are_a_section(tmp_path, monkeypatch):
+    searched_bits(tmp_path, ["int3", "int4", "int6"])
+    losses = [[0.6, 0.5], [0.7, 0.6], [0.8, 0.7]]
+    write_sensitivity(tmp_path, losses)
+    plot = types.ModuleType("aqt_search.report.sensitivity_plot")
+    drawn = []
+    plot.sensitivity_figure = lambda content: drawn.append(content) or front_figure([])
+    monkeypatch.setitem(sys.modules, plot.__name__, plot)
+    monkeypatch.setattr(aqt_search.report, "sensitivity_plot", plot, raising=False)
+    page = page_of(tmp_path)
+    assert [content["loss"] for content in drawn] == [losses]
+    assert len(page.images()) == 6
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<h2>Sensitivity</h2>") == 1
+    assert (
+        '<td class="text">int3</td><td class="number">3</td><td class="number">+1.00</td>' in text
+    )
 
 
 # ---- the page and the figures ----
@@ -412,6 +678,10 @@ def diverged(workdir):
     dump_lines(folder / "metrics.jsonl", lines)
 
 
+def random_search(workdir):
+    write_point(workdir, "random_1.10", "random", without_retraining=True, target_gbops=0.5)
+
+
 def many_points(workdir):
     for i in range(30):
         write_point(workdir, f"search_{i}.00", "search", sites=2, decisions=1, gbops=1 + i / 9)
@@ -428,6 +698,7 @@ def many_points(workdir):
         (no_curves, 5),
         (float_without_policy, 3),
         (diverged, 3),
+        (random_search, 3),
         (many_points, 34),
     ],
 )
@@ -437,6 +708,12 @@ def test_every_size_of_sweep_has_a_report(tmp_path, sweep, images):
     assert len(page.images()) == images
     assert max(image.height for image in page.images()) <= MAX_HEIGHT_INCHES * DPI
     strict((tmp_path / "front.json").read_text())
+
+
+def test_map_of_many_seeds_shows_the_first():
+    records = [Record(f"search_{i}_seed{s}", "search", s, "") for i in range(21) for s in range(2)]
+    assert [r.name for r in mapped_records(records)] == [f"search_{i}_seed0" for i in range(21)]
+    assert mapped_records(records[:40]) == records[:40]
 
 
 def test_unfinished_points_are_named(tmp_path):

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, entropy_weight, reward
+from aqt_search.search.reward import (
+    ADDITIVE_REWARDS,
+    ENTROPY_SCHEDULES,
+    REWARDS,
+    entropy_weight,
+    penalty,
+    reward,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,24 +33,53 @@ from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, entropy_weight,
     ],
 )
 def test_reward(name, quality, cost, beta, expected):
-    found = jax.jit(lambda q, c: reward(name, q, c, 10.0, beta))(quality, cost)
+    found = jax.jit(lambda q, c: reward(name, q, jnp.array([c / 10.0]), beta))(quality, cost)
     assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+# Two costs, one at twice its target and one at half of it.
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("absolute", 0.8 - 0.5 * (1.0 + 0.5)),
+        ("one_sided", 0.8 - 0.5 * 1.0),
+        ("soft", 0.8),
+        ("hard", 0.8 / math.sqrt(2)),
+    ],
+)
+def test_reward_of_several_costs_for_many_points(name, expected):
+    ratios = jnp.array([[2.0, 0.5], [1.0, 1.0]])
+    found = reward(name, jnp.array([0.8, 0.3]), ratios, 0.5)
+    assert found.tolist() == pytest.approx([expected, 0.3], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ADDITIVE_REWARDS)
+def test_an_additive_reward_is_the_quality_less_a_penalty(name):
+    ratios = jnp.array([[2.0, 0.5], [0.9, 1.3]])
+    found = reward(name, jnp.array([0.8, 0.3]), ratios, 0.5)
+    expected = jnp.array([0.8, 0.3]) - penalty(name, ratios, 0.5)
+    assert found.tolist() == expected.tolist()
+    assert float(penalty(name, jnp.ones((1, 2)), 0.5)[0]) == 0
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"name": "sharp"}, ["'sharp'", *REWARDS]),
-        ({"target": 0.0}, ["target > 0", "0.0"]),
-        ({"target": -1.0}, ["target > 0", "-1.0"]),
-        ({"beta": -0.5}, ["beta >= 0", "-0.5"]),
+        ({"beta": -0.5}, ["at least 0", "-0.5"]),
+        ({"name": "absolute", "beta": -0.5}, ["at least 0", "-0.5"]),
     ],
 )
 def test_reward_errors(changes, words):
-    arguments = {"name": "soft", "target": 1.0, "beta": 1.0} | changes
+    arguments = {"name": "soft", "beta": 1.0} | changes
     with pytest.raises(ValueError) as caught:
-        reward(quality=jnp.float32(0.5), cost=jnp.float32(1.0), **arguments)
+        reward(quality=jnp.float32(0.5), ratios=jnp.ones(1), **arguments)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_reward_that_multiplies_has_no_penalty():
+    with pytest.raises(ValueError, match=r"'soft'.*absolute, one_sided"):
+        penalty("soft", jnp.ones(1), 1.0)
 
 
 # The end weight is 0.4; steps 20 .. 100, so the shares of the way are 0, 1/4, 1/2, 3/4 and 1.

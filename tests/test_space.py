@@ -1,6 +1,7 @@
 """Search spaces: rules to decisions, traced choices against concrete ones, and costs."""
 
 import dataclasses
+import functools
 import itertools
 
 import chex
@@ -12,7 +13,8 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search.formats import format_name
-from aqt_search.search.space import SpaceError, make_space
+from aqt_search.search.options import NAMED_OPTIONS, SpaceError
+from aqt_search.search.space import make_space
 
 WEIGHT_ONLY = {"weight": "int4"}
 OPTIONS = ("int4", None, {"weight": "int3", "activation": "e4m3"})
@@ -80,15 +82,91 @@ def test_a_decision_for_each_rule(sites):
     assert [as_names(f) for f in found.values()] == [("e4m3", "int3")] * 2 + [("int4",) * 2]
 
 
+APART = {"weight": ("int2", "int4"), "activation": ("int4", "int8", "bf16")}
+
+
+def test_weights_and_activations_may_be_decided_apart(sites):
+    space = make_space(sites, [("stem", "int8"), (".*", APART)])
+    assert [(d.name, d.sites, d.labels) for d in space.decisions] == [
+        (f"{BODY}:weight", (BODY,), ("int2", "int4")),
+        (f"{BODY}:activation", (BODY,), ("int4", "int8", "bf16")),
+        (f"{HEAD}:weight", (HEAD,), ("int2", "int4")),
+        (f"{HEAD}:activation", (HEAD,), ("int4", "int8", "bf16")),
+    ]
+    found = space.concrete_assignment([0, 1, 1, 2])
+    assert [as_names(f) for f in found.values()] == [
+        ("int8", "int8"), ("int8", "int2"), ("bf16", "int4"),
+    ]  # fmt: skip
+
+
+def test_the_other_operand_may_be_fixed(sites):
+    rule = {"weight": ("int2", "int4"), "activation": "int8"}
+    space = make_space(sites, [("stem", None), (".*", rule)], decide="rule")
+    assert [(d.name, d.sites) for d in space.decisions] == [(".*:weight", (BODY, HEAD))]
+    found = space.concrete_assignment([1])
+    assert [as_names(f) for f in found.values()] == [(None, None), *[("int8", "int4")] * 2]
+
+
+@pytest.mark.parametrize("name", NAMED_OPTIONS)
+def test_named_options(sites, name):
+    space = make_space(sites, [(".*", name)], decide="model")
+    (decision,) = space.decisions
+    assert decision.labels == NAMED_OPTIONS[name]
+    bits = [aqs.numeric_format(option).bits for option in decision.options]
+    assert bits == sorted(bits)
+    assert bits[0] == 4
+    assert bits[-1] == 16
+    as_tuple = make_space(sites, [(".*", {"weight": name})], decide="model")
+    assert as_tuple.decisions[0].labels == decision.labels
+
+
+def of_names(names, site):
+    return {name: dataclasses.replace(site, name=name) for name in names}
+
+
+def test_a_decision_for_each_block(sites):
+    names = ["stem/k", "block1/a/k", "block1/b/k", "block2/a/k", "head/k"]
+    options = ("int4", "int8")
+    whole = of_names(names, sites[BODY])
+    space = make_space(whole, [("head", "int8"), (".*", options)], decide="block")
+    assert [(d.name, d.sites) for d in space.decisions] == [
+        ("stem", ("stem/k",)),
+        ("block1", ("block1/a/k", "block1/b/k")),
+        ("block2", ("block2/a/k",)),
+    ]
+    # What all names begin with tells nothing apart; a block of two rules has a decision for each.
+    deeper = of_names([f"net/{name}" for name in names], sites[BODY])
+    space = make_space(deeper, [("/a/", options), (".*", ("int2", "int8"))], decide="block")
+    assert [d.name for d in space.decisions] == [
+        "net/stem", "net/block1 (/a/)", "net/block1 (.*)", "net/block2", "net/head",
+    ]  # fmt: skip
+    assert sum(len(d.sites) for d in space.decisions) == len(names)
+
+
+def test_one_decision_for_the_model(sites):
+    rules = [("stem", ("int4", "int8")), ("head", "int8"), (".*", ("int4", "int8"))]
+    space = make_space(sites, rules, decide="model")
+    assert [(d.name, d.sites) for d in space.decisions] == [("model", (STEM, BODY))]
+    other = [("stem", ("int4", "bf16")), (".*", ("int4", "int8"))]
+    with pytest.raises(SpaceError, match=r"'stem', '.\*' offer different"):
+        make_space(sites, other, decide="model")
+
+
 def test_options_by_role_name_their_operands(sites):
     space = make_space(sites, [("body", ("int8", WEIGHT_ONLY, aqs.numeric_format("e2m1")))])
     assert space.decisions[0].labels == ("int8", "weight=int4", "e2m1")
     assert as_names(space.concrete_assignment([1])[BODY]) == (None, "int4")
 
 
+RULES = {
+    "together": [("head", (WEIGHT_ONLY, "e2m1")), ("stem|body", OPTIONS)],
+    "apart": [("head", {"weight": ("int2", "int4"), "activation": "int8"}), ("stem|body", APART)],
+}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("decide", ["site", "rule"])
-def test_traced_choices_give_the_concrete_formats_at_every_point(sites, decide):
-    rules = [("head", (WEIGHT_ONLY, "e2m1")), ("stem|body", OPTIONS)]
+def test_traced_choices_give_the_concrete_formats_at_every_point(sites, decide, rules):
     space = make_space(sites, rules, decide=decide)
     traced = jax.jit(space.assignment)
     for choices in every_point(space):
@@ -104,22 +182,31 @@ def test_an_operand_that_no_option_quantizes_is_left_alone(sites):
     assert space.assignment(jnp.array([0]))[HEAD].lhs is None
 
 
+COSTS = {
+    "gbops": aqs.cost.gbops,
+    "weight_bytes": aqs.cost.weight_bytes,
+    "latency": functools.partial(aqs.roofline.latency_ms, chip="h100"),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("decide", ["site", "rule"])
-def test_cost_table_is_the_cost_of_the_assignment(sites, decide):
-    rules = [("head", (WEIGHT_ONLY, "e2m1")), ("stem|body", OPTIONS)]
+def test_cost_table_is_the_cost_of_the_assignment(sites, decide, rules, cost):
     space = make_space(sites, rules, decide=decide)
-    costs = space.cost_table(aqs.cost.gbops)
-    of = jax.jit(costs.of)
-    points = list(every_point(space))
-    # With concrete formats `gbops` is exact; `of` sums float32 numbers.
-    exact = [aqs.cost.gbops(sites, space.concrete_assignment(point)) for point in points]
-    found = [float(of(jnp.array(point))) for point in points]
-    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    costs = space.cost_table(cost)
+    of = jax.jit(jax.vmap(costs.of))
+    points = np.array(list(every_point(space)))
+    # With concrete formats a cost is exact; `of` sums float32 numbers.
+    exact = [cost(sites, space.concrete_assignment(point)) for point in points]
+    np.testing.assert_allclose(of(points), exact, rtol=1e-6)
+    np.testing.assert_allclose(costs.of_many(points), exact, rtol=1e-12)
     assert costs.range == pytest.approx((min(exact), max(exact)), rel=1e-12)
 
 
-def test_expected_cost_is_the_mean_over_all_points(sites):
-    space = make_space(sites, [("stem", "int8"), ("head", ("int4", "bf16")), ("body", OPTIONS)])
+@pytest.mark.parametrize("body", [OPTIONS, APART], ids=["together", "apart"])
+def test_expected_cost_is_the_mean_over_all_points(sites, body):
+    space = make_space(sites, [("stem", "int8"), ("head", ("int4", "bf16")), ("body", body)])
     costs = space.cost_table(aqs.cost.gbops)
     rng = np.random.default_rng(0)
     p = np.where(space.mask, rng.uniform(0.1, 1.0, space.mask.shape), 0.0)
@@ -158,6 +245,19 @@ def test_a_target_must_lie_in_the_range(sites):
         ([("tail", ("int4", "int8"))], aqs.RuleError, ["'tail'", "Nearest names"]),
         ([(".*", ("int4", "int8")), ("stem", "int8")], aqs.RuleError, ["'stem'", "never used"]),
         ([(".*", ("int4", {"weigth": "int8"}))], aqs.RuleError, ["weigth", "'weight'"]),
+        ([(".*", {"weight": ("int4",)})], SpaceError, ["'.*'", "at least two"]),
+        ([(".*", {"weight": ("int4", "int99")})], aqs.FormatError, ["'int99'"]),
+        ([(".*", {"lhs": ("int4", "int8")})], SpaceError, ["['lhs']", "'weight' and 'activation'"]),
+        (
+            [(".*", {"weight": ("int4", "int8"), "unsigned": False})],
+            SpaceError,
+            ["['unsigned']", "'weight' and 'activation'"],
+        ),
+        (
+            [(".*", {"weight": ("int4", {"weight": "int8"})})],
+            SpaceError,
+            ["to the weight", "no operands of their own"],
+        ),
     ],
 )
 def test_errors(sites, rules, kind, words):
@@ -167,8 +267,22 @@ def test_errors(sites, rules, kind, words):
 
 
 def test_an_unknown_way_to_decide(sites):
-    with pytest.raises(SpaceError, match=r"'layer'.*'site' or 'rule'"):
+    with pytest.raises(SpaceError, match=r"'layer'.*site, block, rule, model"):
         make_space(sites, [(".*", ("int4", "int8"))], decide="layer")
+
+
+def test_a_decision_that_covers_no_site(sites):
+    lhs = dataclasses.replace(sites[BODY].lhs, role="activation")
+    product = dataclasses.replace(sites[BODY], name="attention", lhs=lhs, rhs=lhs)
+    both = {**sites, "attention": product}
+    rule = {"weight": ("int4", "int8")}
+    with pytest.raises(
+        SpaceError, match=r"'attention' decides nothing for \['attention'\].*weight"
+    ):
+        make_space(both, [("attention", rule), (".*", ("int4", "int8"))])
+    space = make_space(both, [(".*", rule)], decide="rule")
+    assert space.decisions[0].sites == (STEM, BODY, HEAD)
+    assert space.assignment(np.array([0]))["attention"] == aqs.SiteFormats()
 
 
 def test_a_site_that_cannot_be_quantized_is_refused_in_any_option(sites):

@@ -1,9 +1,11 @@
-"""Random shifts and mirror images of a batch."""
+"""Random crops, shifts and mirror images of a batch."""
 
 import dataclasses
+import sys
 
 import numpy as np
 
+from aqt_search.data.crops import Crop, random_crops
 from aqt_search.data.errors import DataError
 
 
@@ -15,17 +17,46 @@ class Augmentation:
         crop_padding: each image is shifted by up to this many pixels in each direction (cut at
             random from the image padded by as many black pixels on every side); 0 leaves it.
         flip: each image is mirrored left to right with probability 1/2.
+        crop_area: a part of each image, its share of the area between these two, is cut out at
+            random and scaled to the image size (see `crops.random_crops`), before all else; None
+            reads images as for evaluation. ImageNet's usual is (0.08, 1).
+        crop_aspect: smallest and largest width / height of that part.
     """
 
     crop_padding: int = 0
     flip: bool = False
+    crop_area: tuple[float, float] | None = None
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self):
         if self.crop_padding < 0:
             raise DataError(f"crop_padding is {self.crop_padding}, expected pixels >= 0.")
+        if self.crop_area is not None and not _are_bounds(self.crop_area, largest=1):
+            raise DataError(
+                f"crop_area is {self.crop_area}, expected two shares of an image's area, "
+                "0 < smallest <= largest <= 1."
+            )
+        if not _are_bounds(self.crop_aspect, largest=sys.float_info.max):
+            raise DataError(
+                f"crop_aspect is {self.crop_aspect}, expected two values of width / height, "
+                "0 < smallest <= largest."
+            )
+
+
+def _are_bounds(bounds: tuple[float, float], *, largest: float) -> bool:
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= largest
 
 
 NO_AUGMENTATION = Augmentation()
+
+
+def draw_crops(
+    count: int, rng: np.random.Generator, augmentation: Augmentation
+) -> list[Crop] | None:
+    """What to cut out of each of `count` images, for `ImageSource.read`; None: no random crops."""
+    if augmentation.crop_area is None:
+        return None
+    return random_crops(rng, count, area=augmentation.crop_area, aspect=augmentation.crop_aspect)
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 arrays, and resizing by area averaging."""
+"""Encoded images to uint8 arrays, cropped and resized."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from aqt_search.data.crops import Crop
 from aqt_search.data.errors import DataError
 
 # Pillow's modes for the channel counts in use; every one of them has 8 bits a channel.
@@ -68,20 +69,36 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), method)
 
 
-def decode_image(data: bytes, *, channels: int, image_size: int | None, name: str) -> np.ndarray:
+def decode_image(
+    data: bytes, *, channels: int, image_size: int | None, crop: Crop | None = None, name: str
+) -> np.ndarray:
     """Decodes an image to uint8 [height, width, channels].
 
     An image stored in another mode (palette, CMYK) is converted to the channel count that its data
     set declares, as TFDS does. The image folder refuses such images when it is prepared.
 
+    Args:
+        data: the encoded image.
+        channels: 1 or 3.
+        image_size: side length to resize to; None leaves the image as it is.
+        crop: what to cut out of the image. The part is scaled to image_size x image_size by
+            Pillow's bilinear filter: weights fall linearly to 0 over max(1, source pixels per
+            output pixel), so that shrinking averages. None: the whole image, see `resize`.
+        name: as for `open_image`.
+
     Raises:
-        DataError: broken image.
+        DataError: broken image, or a crop without image_size.
     """
     image = open_image(data, name=name)
     mode = MODE_OF_CHANNELS[channels]
     if image.mode != mode:
         image = image.convert(mode)
-    if image_size is not None:
+    if crop is not None:
+        if image_size is None:
+            raise DataError(f"{name}: a crop is scaled to image_size, which is None. Give one.")
+        size, box = (image_size, image_size), crop(*image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    elif image_size is not None:
         image = resize(image, image_size)
     array = np.asarray(image)
     return array.reshape(*array.shape[:2], channels)

@@ -1,5 +1,7 @@
 """Mean and standard deviation of each channel, and normalization by them."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from aqt_search.data.errors import DataError
 from aqt_search.data.sources import ImageSource
 
-_READ_CHUNK = 256  # images in memory at a time
+_READ_CHUNK = 64  # images that a thread holds at a time
 
 
 def channel_statistics(
@@ -26,18 +28,22 @@ def channel_statistics(
     """
     if not len(source):
         raise DataError("channel statistics of an empty source. Give one with images.")
-    channels = source.image_shape[-1]
-    counts = np.zeros((channels, 256), np.int64)  # how often each value occurs
     chosen = np.linspace(0, len(source) - 1, min(len(source), max_examples)).round().astype(int)
-    for start in range(0, len(chosen), _READ_CHUNK):
-        images = source.read(chosen[start : start + _READ_CHUNK])["image"]
-        for channel in range(channels):
-            counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
+    chunks = [chosen[start : start + _READ_CHUNK] for start in range(0, len(chosen), _READ_CHUNK)]
+    with ThreadPoolExecutor(source.read_threads) as pool:
+        counts = sum(pool.map(functools.partial(_value_counts, source), chunks))
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(axis=1)
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+
+
+def _value_counts(source: ImageSource, indices: np.ndarray) -> np.ndarray:
+    """How often each of the 256 values occurs in each channel, int64 [C, 256]."""
+    images = source.read(indices)["image"]
+    channels = np.moveaxis(images, -1, 0)
+    return np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
 
 
 def checked_statistics(mean: Any, std: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:

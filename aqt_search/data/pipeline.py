@@ -1,4 +1,4 @@
-"""Batches from a source, as grain pipelines: shuffle, batch, read, augment, normalize.
+"""Batches from a source, as grain pipelines: shuffle, batch, crop and read, augment, normalize.
 
 Grain is imported where it is used: it takes most of a second.
 """
@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aqt_search.data.augmentation import NO_AUGMENTATION, Augmentation, augment
+from aqt_search.data.augmentation import (
+    NO_AUGMENTATION,
+    Augmentation,
+    augment,
+    draw_crops,
+)
 from aqt_search.data.errors import DataError
 from aqt_search.data.normalization import checked_statistics, normalize
 from aqt_search.data.sources import ImageSource
@@ -53,7 +58,8 @@ def train_batches(
         A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}.
 
     Raises:
-        DataError: a batch larger than the source, or statistics that do not fit it.
+        DataError: a batch larger than the source, or statistics that do not fit it; from the
+            iterator: a broken image, or random crops of a source that cannot make them.
     """
     import grain
 
@@ -66,8 +72,7 @@ def train_batches(
         grain.MapDataset.range(len(source) // batch_size)
         .repeat()
         .map_with_index(_shuffled_indices(len(source), batch_size, order_seed))
-        .map(source.read)
-        .random_map(functools.partial(_augment_batch, augmentation), seed=augment_seed)
+        .random_map(functools.partial(_read_augmented, source, augmentation), seed=augment_seed)
         .map(functools.partial(_normalize_batch, mean, std))
     )
     iterator = iter(batches.to_iter_dataset(_read_options(source, num_threads)))
@@ -156,9 +161,10 @@ def _shuffled_indices(size: int, batch_size: int, seed: int) -> Callable[[int, i
     return indices
 
 
-def _augment_batch(
-    augmentation: Augmentation, batch: dict[str, np.ndarray], rng: np.random.Generator
+def _read_augmented(
+    source: ImageSource, augmentation: Augmentation, indices: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
+    batch = source.read(indices, draw_crops(len(indices), rng, augmentation))
     return {**batch, "image": augment(batch["image"], rng, augmentation)}
 
 

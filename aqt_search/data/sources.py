@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aqt_search.data.crops import Crop
 from aqt_search.data.decoding import decode_image
 from aqt_search.data.errors import DataError
 
@@ -18,6 +19,9 @@ class ImageSource(Protocol):
 
     `source[i]` is {"image": uint8 [H, W, C], "label": int}; `source.read(indices)` the same for a
     batch, {"image": uint8 [B, H, W, C], "label": int32 [B]}, and what the pipeline calls.
+
+    `source.read(indices, crops)` cuts crops[b] out of image b as it is stored, whatever its size,
+    and scales that to H x W.
     """
 
     @property
@@ -32,7 +36,9 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Sequence[int] | np.ndarray, crops: Sequence[Crop] | None = None
+    ) -> dict[str, np.ndarray]:
         """Reads a batch."""
 
 
@@ -59,8 +65,19 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Copies a batch out of the array."""
+    def read(
+        self, indices: Sequence[int] | np.ndarray, crops: Sequence[Crop] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Copies a batch out of the array.
+
+        Raises:
+            DataError: crops, which this source cannot make: it holds images already resized.
+        """
+        if crops is not None:
+            raise DataError(
+                "random crops (crop_area) are cut out of images as they are stored, but these were "
+                "decoded and resized into memory. Open the data set with max_decoded_bytes=0."
+            )
         indices = np.asarray(indices)
         return {"image": self.images[indices], "label": self.labels[indices]}
 
@@ -70,13 +87,15 @@ class RecordSource:
     """Images decoded, and resized, each time they are read.
 
     Attributes:
-        records: examples with "image" (encoded bytes), "label", perhaps "filename"; a TFDS data
-            source whose images are left undecoded.
+        records: examples with "image" (encoded bytes), "label", perhaps "filename" or "file_name";
+            a TFDS data source whose images are left undecoded.
         name: what errors call it.
         num_classes: labels must lie in [0, num_classes).
         image_shape: height, width and channels that every image must have after resizing.
         shape_from: name of the example that `image_shape` was taken from.
         image_size: side length to resize to; None leaves images as they are.
+        crop: what is cut out of each image before that, where `read` is given nothing else; None:
+            the whole image is resized.
         read_threads: threads that read batches at a time.
     """
 
@@ -86,6 +105,7 @@ class RecordSource:
     image_shape: tuple[int, int, int]
     shape_from: str
     image_size: int | None
+    crop: Crop | None
     read_threads: int
 
     def __len__(self) -> int:
@@ -93,28 +113,33 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        return self._decode(index, self.records[index])
+        return self._decode(index, self.records[index], self.crop)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Sequence[int] | np.ndarray, crops: Sequence[Crop] | None = None
+    ) -> dict[str, np.ndarray]:
         """Decodes a batch.
 
         Raises:
-            DataError: an image is broken or has another shape, or a label is out of range.
+            DataError: an image is broken or has another shape, a label is out of range, or there
+                are crops but no image_size.
         """
         indices = [int(index) for index in indices]
         records = self.records.__getitems__(indices)
-        examples = [self._decode(*pair) for pair in zip(indices, records, strict=True)]
+        crops = [self.crop] * len(indices) if crops is None else crops
+        examples = [self._decode(*args) for args in zip(indices, records, crops, strict=True)]
         return {
             "image": np.stack([example["image"] for example in examples]),
             "label": np.array([example["label"] for example in examples], np.int32),
         }
 
-    def _decode(self, index: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _decode(self, index: int, record: Mapping[str, Any], crop: Crop | None) -> dict[str, Any]:
         name = example_name(self.name, index, record)
         image = decode_image(
             record["image"],
             channels=self.image_shape[-1],
             image_size=self.image_size,
+            crop=crop,
             name=name,
         )
         if image.shape != self.image_shape:
@@ -151,14 +176,17 @@ class Subset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.parent[int(self.indices[index])]
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Sequence[int] | np.ndarray, crops: Sequence[Crop] | None = None
+    ) -> dict[str, np.ndarray]:
         """Reads a batch from the parent."""
-        return self.parent.read(self.indices[np.asarray(indices)])
+        return self.parent.read(self.indices[np.asarray(indices)], crops)
 
 
 def example_name(source_name: str, index: int, record: Mapping[str, Any]) -> str:
     """The example's file where it is known, else its place in its source."""
-    filename = record.get("filename", b"").decode("utf-8", "replace")
+    names = (record.get(key, b"") for key in ("filename", "file_name"))  # ours; ImageNet's
+    filename = b"".join(names).decode("utf-8", "replace")
     return f"{source_name}: {filename}" if filename else f"{source_name}[{index}]"
 
 

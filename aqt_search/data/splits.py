@@ -1,19 +1,22 @@
 """Opening a data set by name: train, a part of it held out for the reward, and test."""
 
 import difflib
+import functools
 import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from aqt_search.data.crops import Crop, centre_crop
+from aqt_search.data.decoded import decode_once
 from aqt_search.data.decoding import MODE_OF_CHANNELS, decode_image, decoding_threads
 from aqt_search.data.errors import DataError
 from aqt_search.data.sources import (
     ImageSource,
     RecordSource,
     Subset,
-    decode_all,
     example_name,
 )
 
@@ -36,6 +39,7 @@ def open_splits(
     *,
     data_dir: str | os.PathLike | None = None,
     image_size: int | None = None,
+    crop_fraction: float | None = None,
     held_out: float | int = 0.1,
     seed: int = 0,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
@@ -50,11 +54,16 @@ def open_splits(
             its files' names, sizes and times) is prepared anew, beside the old.
         image_size: resize every image to image_size x image_size, averaging areas when shrinking
             (see `decoding.resize`); None leaves them, and then all must have one shape.
+        crop_fraction: cut out of each image its centred square, of this share of the short side,
+            and scale that to image_size (bilinear, see `decoding.decode_image`), so that images of
+            any aspect ratio keep their proportions; 0.875 is ImageNet's usual. None resizes the
+            whole image. Random crops for training are `Augmentation.crop_area`.
         held_out: how much of train is held out for the reward: a share in (0, 1), or a number of
             images; 0 holds out none. Drawn at random without replacement, from `seed`.
         seed: of the held-out part.
-        max_decoded_bytes: a data set that fits, decoded and resized, is decoded once into memory;
-            a larger one each time a batch is read.
+        max_decoded_bytes: a data set that fits, decoded and resized, is held in memory, and kept in
+            a file beside the prepared data (see `decoded`); a larger one is decoded each time a
+            batch is read, which random crops need: 0 for those.
 
     Returns:
         The splits. "test" is the split named so if it has labels, else "validation".
@@ -64,11 +73,14 @@ def open_splits(
     """
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise DataError(f"image_size is {image_size!r}, expected a whole number of pixels >= 1.")
+    if crop_fraction is not None and image_size is None:
+        raise DataError(f"crop_fraction is {crop_fraction} without image_size. Give image_size.")
+    crop = None if crop_fraction is None else centre_crop(crop_fraction)
     builder = _open_builder(name, data_dir)
     channels = _checked_channels(builder)
     class_names = tuple(builder.info.features["label"].names)
-    train = _open_source(builder, "train", channels, image_size, len(class_names))
-    test = _open_source(builder, _test_split(builder), channels, image_size, len(class_names))
+    open_source = functools.partial(_open_source, builder, channels, image_size, crop)
+    train, test = open_source("train"), open_source(_test_split(builder))
     if test.image_shape != train.image_shape:
         raise DataError(
             f"{test.shape_from}: image of shape {test.image_shape}, but {train.shape_from} has "
@@ -76,7 +88,8 @@ def open_splits(
         )
     kept, held = _hold_out(len(train), held_out, seed)
     if (len(train) + len(test)) * int(np.prod(train.image_shape)) <= max_decoded_bytes:
-        train, test = decode_all(train), decode_all(test)
+        folder, settings = Path(builder.data_dir), (image_size, crop_fraction)
+        train, test = (decode_once(source, folder, settings) for source in (train, test))
     return Splits(
         train=Subset(train, kept),
         reward=Subset(train, held),
@@ -176,7 +189,7 @@ def _test_split(builder) -> str:
 
 
 def _open_source(
-    builder, split: str, channels: int, image_size: int | None, num_classes: int
+    builder, channels: int, image_size: int | None, crop: Crop | None, split: str
 ) -> RecordSource:
     """A source whose image shape is the first example's."""
     records = _open_records(builder, split)
@@ -190,10 +203,11 @@ def _open_source(
     return RecordSource(
         records=records,
         name=name,
-        num_classes=num_classes,
+        num_classes=builder.info.features["label"].num_classes,
         image_shape=(height, width, channels),
         shape_from=first,
         image_size=image_size,
+        crop=crop,
         read_threads=decoding_threads(*stored.shape[:2]),
     )
 

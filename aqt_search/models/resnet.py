@@ -21,12 +21,14 @@ import jax.numpy as jnp
 CIFAR_STAGES = {8: (1, 1, 1), 20: (3, 3, 3), 32: (5, 5, 5), 56: (9, 9, 9)}
 IMAGENET_STAGES = {
     18: (2, 2, 2, 2),
+    29: (2, 2, 3, 2),  # of the Pareto-ResNet paper (arXiv 2105.03536), as 200
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
 }
-BOTTLENECK_DEPTHS = (50, 101, 152)
+BOTTLENECK_DEPTHS = (29, 50, 101, 152, 200)
 BOTTLENECK_EXPANSION = 4
 CIFAR_FILTERS = 16
 IMAGENET_FILTERS = 64
@@ -178,10 +180,10 @@ def resnet(
     CIFAR form: 3x3 stem, stages of 16, 32 and 64 channels, basic blocks, a 1x1 projection where
     the shape changes; `width` multiplies stem and stages. ImageNet form: 7x7 stride 2 stem of 64
     channels at every width, max pool, stages of 64, 128, 256 and 512 channels times `width`,
-    basic (18, 34) or bottleneck blocks (50, 101, 152). Channels are rounded to whole numbers.
+    basic (18, 34) or bottleneck blocks (the others). Channels are rounded to whole numbers.
 
     Args:
-        depth: 8, 20, 32, 56 (CIFAR form) or 18, 34, 50, 101, 152 (ImageNet form).
+        depth: 8, 20, 32, 56 (CIFAR form) or 18, 29, 34, 50, 101, 152, 200 (ImageNet form).
         num_classes: number of logits.
         width: multiplier of the channels, above 0.
         form: "cifar" for small images, "imagenet" for large ones.

@@ -4,6 +4,7 @@ Matplotlib is used through its object API with the Agg backend: no global state,
 """
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib import colormaps, colors
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from aqt_search.report.records import Record
 from aqt_search.report.table import format_order
@@ -20,6 +22,9 @@ DPI = 130
 MAX_HEIGHT_INCHES = 24.0
 MAX_CURVE_POINTS = 200
 NOT_QUANTIZED = "#d9d9d9"
+# Okabe and Ito's colour-blind-safe palette, without its yellow, which is too pale for a thin line.
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_DASHES = ("-", "--", ":", "-.")
 
 
 def format_colours(records: Sequence[Record]) -> dict[str, str]:
@@ -29,6 +34,25 @@ def format_colours(records: Sequence[Record]) -> dict[str, str]:
     order = sorted(names - {None}, key=format_order)
     shades = np.linspace(0.12, 0.95, len(order)) if len(order) > 1 else [0.5]
     return {name: colors.to_hex(colormaps["viridis"](s)) for name, s in zip(order, shades)}
+
+
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and dashes of a line per name: 28 different ones, then they repeat."""
+    return {
+        name: {"color": _PALETTE[i % 7], "ls": _DASHES[i // 7 % 4]} for i, name in enumerate(names)
+    }
+
+
+def log_cost_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic axis of cost with a margin, at least a factor of four long, plain labels."""
+    margin = max((high / low) ** 0.1, 2 / math.sqrt(high / low), 1.15)
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    steps = (1.0, 2.0, 5.0) if high / low < 1e4 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def ink_on(colour: str) -> str:

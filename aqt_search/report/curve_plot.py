@@ -14,14 +14,13 @@ from aqt_search.report.canvas import (
     MAX_HEIGHT_INCHES,
     elided,
     legend_text,
+    line_styles,
     png,
     style,
 )
 from aqt_search.report.records import Record
 
-# Okabe and Ito's colour-blind-safe palette, without its yellow, which is too pale for a thin line.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-_DASHES = ("-", "--", ":", "-.")
+_MAX_NAMES = 16  # points that a legend names
 
 
 def training_figure(records: Sequence[Record]) -> bytes:
@@ -47,10 +46,11 @@ def search_figure(records: Sequence[Record]) -> bytes:
 
 def _cost_series(record: Record) -> tuple[np.ndarray, np.ndarray]:
     """Expected cost (that of the sampled assignments where there is none) over the target."""
-    if not record.target_gbops:
+    target = record.primary_target
+    if not target:
         return np.empty(0), np.empty(0)
-    steps, values = _series(record, "expected_cost", 1 / record.target_gbops)
-    return (steps, values) if len(steps) else _series(record, "cost", 1 / record.target_gbops)
+    steps, values = _series(record, "expected_cost", 1 / target)
+    return (steps, values) if len(steps) else _series(record, "cost", 1 / target)
 
 
 def _curves_figure(
@@ -58,29 +58,33 @@ def _curves_figure(
     panels: Sequence[tuple[str, Callable[[Record], tuple[np.ndarray, np.ndarray]]]],
     reference: int | None,
 ) -> bytes:
-    """Panels side by side, one line per point; `reference` is the panel with a line at 1."""
-    groups = list(dict.fromkeys(r.group for r in records))
-    legend_rows = math.ceil(len(groups) / 4)
+    """Panels side by side, one line per run; `reference` is the panel with a line at 1.
+
+    Lines are told apart by point or, where there are too many points for that, by series.
+    """
+    names = [r.group for r in records]
+    if len(set(names)) > _MAX_NAMES:
+        names = [r.series for r in records]
+    styles = line_styles(list(dict.fromkeys(names)))
+    legend_rows = math.ceil(len(styles) / 4)
     height = min(3.2 + 0.2 * legend_rows, MAX_HEIGHT_INCHES)
     figure = Figure(figsize=(12.0, height), dpi=DPI, facecolor="white")
     base = (0.55 + 0.2 * legend_rows) / height
-    styles = {
-        g: {"color": _PALETTE[i % 7], "ls": _DASHES[i // 7 % 4]} for i, g in enumerate(groups)
-    }
     for index, (title, series) in enumerate(panels):
         axes = figure.add_axes((0.05 + 0.325 * index, base, 0.28, 1 - base - 0.3 / height))
         style(axes, "step", "")
         axes.set_title(title, fontsize=10, loc="left")
-        lines = [(record, *series(record)) for record in records]
-        for record, steps, values in lines:
-            axes.plot(*_binned(steps, values), lw=1.2, marker="." * (len(steps) < 12) or None,
-                      **styles[record.group])  # fmt: skip
+        lines = [(name, *series(record)) for name, record in zip(names, records)]
+        for name, steps, values in lines:
+            axes.plot(*_binned(steps, values), lw=1.2 if len(lines) < 30 else 0.6,
+                      marker="." * (len(steps) < 12) or None, **styles[name])  # fmt: skip
         if index == reference:
             axes.axhline(1.0, color="#555555", lw=0.8, ls=(0, (2, 2)))
         if not any(len(steps) for _, steps, _ in lines):
             axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
     handles = [
-        Line2D([], [], lw=1.6, label=legend_text(elided(g, 34)), **styles[g]) for g in groups
+        Line2D([], [], lw=1.6, label=legend_text(elided(name, 34)), **style_of_name)
+        for name, style_of_name in styles.items()
     ]
     if handles:
         figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)

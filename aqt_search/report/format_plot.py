@@ -23,10 +23,23 @@ from aqt_search.report.canvas import (
 from aqt_search.report.records import Record, bits_of_format
 from aqt_search.report.table import format_order
 
+_MAX_COLUMNS = 40
+
+
+def mapped_records(records: Sequence[Record]) -> list[Record]:
+    """All records or, where they are more than fit, of every point its first seed."""
+    if len(records) <= _MAX_COLUMNS:
+        return list(records)
+    return list({record.group: record for record in reversed(records)}.values())[::-1]
+
 
 def format_map_figure(records: Sequence[Record], colours: Mapping[str, str]) -> bytes:
-    """All points x all sites: each cell is split into lhs | rhs and coloured by format."""
-    shown = [r for r in records if r.sites]
+    """Points x all sites: each cell is split into lhs | rhs and coloured by format.
+
+    The points are those of `mapped_records`.
+    """
+    records = [r for r in records if r.sites]
+    shown = mapped_records(records)
     sites = list(dict.fromkeys(name for r in shown for name in r.sites))
     rows, cols = max(len(sites), 1), max(len(shown), 1)
     header, footer = 1.15 if cols <= 15 else 1.6, 0.6
@@ -42,11 +55,11 @@ def format_map_figure(records: Sequence[Record], colours: Mapping[str, str]) -> 
     row_points = (height - header - footer) * 72 / rows
     font = min(8.5, 0.85 * row_points)
     _label_rows(axes, sites, font)
-    names = [elided(r.name, 22) for r in shown]
+    names = [r.name if len(shown) == len(records) else r.group for r in shown]
     axes.xaxis.tick_top()
     axes.set_xticks(
         [2 * i + 0.5 for i in range(len(shown))],
-        names,
+        [elided(name, 22) for name in names],
         rotation=35 if cols <= 15 else 90,
         ha="left" if cols <= 15 else "center",
         fontsize=min(8.5, 400 / cols),

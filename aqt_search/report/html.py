@@ -1,6 +1,5 @@
 """The HTML report: one self-contained page, from the records and the finished figures."""
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,16 @@ from typing import Any
 from urllib.parse import quote
 
 from aqt_search.report.canvas import NOT_QUANTIZED, ink_on
-from aqt_search.report.format_plot import macs_shares
+from aqt_search.report.comparison_sections import (
+    fronts_section,
+    gap_section,
+    retraining_section,
+    seeds_section,
+    sensitivity_section,
+    targets_section,
+)
+from aqt_search.report.elements import cell, figure
+from aqt_search.report.format_plot import macs_shares, mapped_records
 from aqt_search.report.front import Group, group_points
 from aqt_search.report.records import KINDS, Record
 from aqt_search.report.table import format_order, table_rows
@@ -34,7 +42,7 @@ th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-spac
   text-align: right; vertical-align: top; }
 th.text, td.text { text-align: left; } td.wrap { white-space: normal; min-width: 7rem; }
 td.lines { white-space: pre; }
-#points th { white-space: normal; }
+th { white-space: normal; }
 thead th { background: var(--soft); position: sticky; top: 0; vertical-align: bottom; }
 tr.front td:first-child { font-weight: 600; } .bad { color: var(--bad); }
 table.map td, table.map th { padding: .08rem .4rem; } table.map td.cell { text-align: center;
@@ -49,6 +57,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 _COLUMNS = (  # field, title, CSS class
     ("name", "point", "text"),
     ("kind", "kind", "text"),
+    ("series", "series", "text"),
     ("accuracy", "accuracy %", "number"),
     ("gbops", "GBOPs", "number"),
     ("cost_to_float", "cost / float", "number"),
@@ -67,13 +76,15 @@ def report_page(
     records: Sequence[Record],
     config: Mapping[str, Any],
     unfinished: Sequence[str],
+    sensitivity: Mapping[str, Any] | None,
     figures: Mapping[str, bytes],
     colours: Mapping[str, str],
 ) -> str:
     """The whole page as text.
 
     `figures` holds PNGs: front; formats and training if a point finished; search and policy/<name>
-    if a search finished. `colours` holds the hex colour of every format.
+    if a search finished; gap if a point has one; sensitivity if there are some. `colours` holds the
+    hex colour of every format.
     """
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -81,15 +92,25 @@ def report_page(
     if unfinished:
         parts.append(f'<p class="bad">Not finished yet: {escape(", ".join(unfinished))}.</p>')
     parts += [_points_section(records), _front_section(figures)]
+    parts += [
+        fronts_section(records),
+        seeds_section(records),
+        retraining_section(records),
+        targets_section(records),
+        gap_section(records, figures.get("gap")),
+        sensitivity_section(searches, sensitivity, figures.get("sensitivity")),
+    ]
     if finished:
-        parts.append(_formats_section(searches, figures, colours))
+        parts.append(_formats_section(finished, searches, figures, colours))
         parts.append(_curves_section(searches, figures))
     parts += [_commands_section(finished), _config_section(config)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(_subject(finished))}: accuracy against cost</title>\n"
-        f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f"<style>{_CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, parts))
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -145,15 +166,18 @@ def _compared(group: Group, uniform: Sequence[Group]) -> str:
 
 
 def _points_section(records: Sequence[Record]) -> str:
-    head = "".join(_cell("th", title, style) for _, title, style in _COLUMNS)
+    rows = table_rows(records)
+    columns = [c for c in _COLUMNS if any(getattr(row, c[0]) for row in rows)]
+    head = "".join(cell("th", title, style) for _, title, style in columns)
     body = []
-    for row, record in zip(table_rows(records), records):
-        cells = [_cell("td", getattr(row, field), style) for field, _, style in _COLUMNS]
+    for row, record in zip(rows, records):
+        cells = [cell("td", getattr(row, field), style) for field, _, style in columns]
         if record.error is None:
             link = f'<a href="{escape(quote(record.policy_path))}">{escape(row.name)}</a>'
             cells[0] = f'<td class="text">{link}</td>'
         else:
-            cells[-2] = _cell("td", row.note, "text wrap bad")
+            place = [field for field, _, _ in columns].index("note")
+            cells[place] = cell("td", row.note, "text wrap bad")
         style = "front" if row.on_front else "dominated"
         body.append(f'<tr class="{style}">{"".join(cells)}</tr>')
     return (
@@ -166,29 +190,29 @@ def _points_section(records: Sequence[Record]) -> str:
     )
 
 
-def _cell(tag: str, content: str, style: str) -> str:
-    if style == "text lines":
-        content = content.replace(" | ", "\n")
-    return f'<{tag} class="{style}">{escape(content)}</{tag}>'
-
-
 def _front_section(figures: Mapping[str, bytes]) -> str:
     caption = (
-        "Accuracy against cost. The line is the Pareto front: no point is both cheaper and more "
-        "accurate. Where a point was run with several seeds, the mark is the mean and the bars go "
-        "from the least to the greatest."
+        "Accuracy against cost. The grey steps are the Pareto front: no point is both cheaper and "
+        "more accurate. Coloured lines are the fronts of the series, as they are compared below. "
+        "Where a point was run with several seeds, the mark is the mean and the bars go from the "
+        "least to the greatest."
     )
-    return "<h2>Front</h2>" + _figure(figures["front"], "accuracy-cost front", caption)
+    return "<h2>Front</h2>" + figure(figures["front"], "accuracy-cost front", caption)
 
 
 def _formats_section(
-    searches: Sequence[Record], figures: Mapping[str, bytes], colours: Mapping[str, str]
+    finished: Sequence[Record],
+    searches: Sequence[Record],
+    figures: Mapping[str, bytes],
+    colours: Mapping[str, str],
 ) -> str:
     caption = (
         "Formats of all points at all sites, in network order. A cell is split into lhs (left, "
         "most often the activation) and rhs (right, most often the weight)."
     )
-    parts = ["<h2>Formats</h2>", _figure(figures["formats"], "formats of all points", caption)]
+    if len(mapped_records(finished)) < len(finished):
+        caption = f"{caption} Of points with several seeds the first is shown."
+    parts = ["<h2>Formats</h2>", figure(figures["formats"], "formats of all points", caption)]
     for record in searches:
         parts.append(f"<h3>{escape(record.name)}: formats by site</h3>{_map(record, colours)}")
     return "".join(parts)
@@ -230,14 +254,14 @@ def _map_cell(
 def _curves_section(searches: Sequence[Record], figures: Mapping[str, bytes]) -> str:
     parts = ["<h2>Training</h2>"]
     caption = "All points over the steps; each curve is averaged into at most 200 values."
-    parts.append(_figure(figures["training"], "training curves of all points", caption))
+    parts.append(figure(figures["training"], "training curves of all points", caption))
     if not searches:
         return "".join(parts)
     caption = (
         "Searched points: the reward, the cost expected under the policy (that of the sampled "
         "assignments if it was not recorded) relative to the target, and the entropy."
     )
-    parts.append(_figure(figures["search"], "search curves", caption))
+    parts.append(figure(figures["search"], "search curves", caption))
     parts.append("<h2>Policy over time</h2>")
     caption = (
         "One panel per decision; left to right: first to last step; bottom to top: probability 0 "
@@ -246,7 +270,7 @@ def _curves_section(searches: Sequence[Record], figures: Mapping[str, bytes]) ->
     for record in searches:
         parts.append(f"<h3>{escape(record.name)}</h3>")
         alt = f"policy of {record.name} over time"
-        parts.append(_figure(figures[f"policy/{record.name}"], alt, caption))
+        parts.append(figure(figures[f"policy/{record.name}"], alt, caption))
     return "".join(parts)
 
 
@@ -262,12 +286,4 @@ def _config_section(config: Mapping[str, Any]) -> str:
     return (
         "<h2>Configuration</h2><details><summary>The exact configuration</summary>"
         f"<pre>{escape(text)}</pre></details>"
-    )
-
-
-def _figure(png: bytes, alt: str, caption: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return (
-        f'<figure><div class="scroll"><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-        f"</div><figcaption>{escape(caption)}</figcaption></figure>"
     )

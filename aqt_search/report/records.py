@@ -1,20 +1,21 @@
 """Reads the folder a sweep leaves behind: one record per point, checked on the way in."""
 
 import dataclasses
-import json
 import math
-import numbers
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-KINDS = ("float", "uniform", "search", "retrained")
-_REPAIR = "the file is broken or half written; delete the point's folder and run the sweep again"
+from aqt_search.report.checked_json import (
+    ReportError,
+    number_of,
+    read_object,
+    read_steps,
+    value_of,
+)
 
-
-class ReportError(ValueError):
-    """A file of the sweep is missing, broken, or contradicts another one."""
+KINDS = ("float", "uniform", "search", "retrained", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +39,27 @@ class Decision:
 class Record:
     """One point of a sweep. A failed point has an `error` and none of the measurements.
 
-    accuracy and train_accuracy are fractions (NaN where training gave none), final_entropy is in
-    nats (mean over decisions), costs are in GBOPs = 1e-9 * sum over sites of MACs * lhs bits * rhs
-    bits. `policy` maps a site to the formats of (lhs, rhs), None for an operand that is not
-    quantized, in network order as `sites`.
+    Accuracies are fractions (NaN where there is none): `train_accuracy` of the last training steps,
+    `train_split_accuracy` of the final model on training images that were not augmented.
+    final_entropy is in nats (mean over decisions). `gbops` = 1e-9 * sum over sites of MACs * lhs
+    bits * rhs bits; `costs` holds it, `weight_bytes` and any other cost by name, `targets` what a
+    search aimed at, the primary cost first. `series` is the front that the point belongs to
+    (its kind where the sweep named none), `pair` the search whose formats a retrained point has.
+    `policy` maps a site to the formats of (lhs, rhs), None for an operand that is not quantized, in
+    network order as `sites`.
     """
 
     name: str
     kind: str
     seed: int
+    series: str
     error: str | None = None
     model: str = ""
     data: str = ""
     accuracy: float = math.nan
     loss: float = math.nan
     train_accuracy: float = math.nan
+    train_split_accuracy: float = math.nan
     gbops: float = math.nan
     weight_bytes: float = math.nan
     target_gbops: float | None = None
@@ -61,6 +68,10 @@ class Record:
     seconds: float = math.nan
     command: str = ""
     without_retraining: bool = False
+    width: float | None = None
+    pair: str | None = None
+    costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: Mapping[str, tuple[str | None, str | None]] = dataclasses.field(default_factory=dict)
     sites: Mapping[str, SiteFacts] = dataclasses.field(default_factory=dict)
     metrics: tuple[Mapping[str, Any], ...] = ()
@@ -71,6 +82,16 @@ class Record:
     def group(self) -> str:
         """The name without its seed: runs that differ only in the seed share it."""
         return re.sub(r"_seed\d+$", "", self.name)
+
+    @property
+    def primary_target(self) -> float | None:
+        """The target of the cost that the search's metrics call "cost"."""
+        return next(iter(self.targets.values()), self.target_gbops)
+
+    @property
+    def gap(self) -> float:
+        """Generalization gap: accuracy on the training images less that on the test images."""
+        return self.train_split_accuracy - self.accuracy
 
     @property
     def policy_path(self) -> str:
@@ -112,7 +133,7 @@ def unfinished_points(workdir: str | Path) -> tuple[str, ...]:
 
 def load_config(workdir: str | Path) -> Mapping[str, Any]:
     """The exact configuration of the sweep. Raises ReportError if it cannot be read."""
-    return _read_object(Path(workdir) / "config.json")
+    return read_object(Path(workdir) / "config.json")
 
 
 def bits_of_format(name: str) -> int | None:
@@ -129,63 +150,82 @@ def bits_of_format(name: str) -> int | None:
 
 def _read_record(folder: Path) -> Record:
     path = folder / "result.json"
-    result = _read_object(path)
-    name = _value(result, "name", str, path)
-    kind = _value(result, "kind", str, path)
-    seed = _value(result, "seed", int, path)
+    result = read_object(path)
+    name = value_of(result, "name", str, path)
+    kind = value_of(result, "kind", str, path)
+    seed = value_of(result, "seed", int, path)
+    series = value_of(result, "series", str, path, missing="") or kind
     if name != folder.name:
         raise ReportError(f"{path}: the name {name!r} must be that of its folder, {folder.name!r}")
     if kind not in KINDS:
         raise ReportError(f"{path}: the kind {kind!r} must be one of {', '.join(KINDS)}")
     if result.get("error") is not None:
         # The other files of a failed point may be half written, so they are not read.
-        return Record(name=name, kind=kind, seed=seed, error=_value(result, "error", str, path))
+        error = value_of(result, "error", str, path)
+        return Record(name=name, kind=kind, seed=seed, series=series, error=error)
     sites = _read_sites(folder / "sites.json")
     space = _read_space(folder / "space.json", sites) if kind == "search" else {}
     return Record(
         name=name,
         kind=kind,
         seed=seed,
+        series=series,
         **_measurements(result, path),
         sites=sites,
         policy=_read_policy(folder / "policy.json", sites, optional=kind == "float"),
-        metrics=tuple(line for _, line in _read_steps(folder / "metrics.jsonl")),
+        metrics=tuple(line for _, line in read_steps(folder / "metrics.jsonl")),
         space=space,
         probabilities=_read_probabilities(folder / "probabilities.jsonl", space),
     )
 
 
 def _measurements(result: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a finished point other than its name, kind and seed, checked."""
+    """The fields of a finished point other than its name, kind, seed and series, checked."""
     fields: dict[str, Any] = {
-        key: _value(result, key, str, path) for key in ("model", "data", "command")
+        key: value_of(result, key, str, path) for key in ("model", "data", "command")
     }
-    for key in ("accuracy", "loss", "train_accuracy"):
-        fields[key] = _number(result, key, path, missing=math.nan)
+    for key in ("accuracy", "loss", "train_accuracy", "train_split_accuracy"):
+        fields[key] = number_of(result, key, path, missing=math.nan)
     for key in ("gbops", "weight_bytes", "seconds"):
-        fields[key] = _number(result, key, path)
-    for key in ("target_gbops", "final_entropy"):
-        fields[key] = _number(result, key, path, missing=None)
-    for key in ("gbops", "target_gbops"):
+        fields[key] = number_of(result, key, path)
+    for key in ("target_gbops", "final_entropy", "width"):
+        fields[key] = number_of(result, key, path, missing=None)
+    for key in ("gbops", "target_gbops", "width"):
         if fields[key] is not None and not 0 < fields[key] < math.inf:
             raise ReportError(f"{path}: {key} is {fields[key]}, but must be positive and finite")
-    for key in ("accuracy", "train_accuracy"):
+    for key in ("accuracy", "train_accuracy", "train_split_accuracy"):
         if not (math.isnan(fields[key]) or 0 <= fields[key] <= 1):
             raise ReportError(f"{path}: {key} is {fields[key]}, but must be a fraction in [0, 1]")
-    fields["steps"] = _value(result, "steps", int, path)
+    fields["steps"] = value_of(result, "steps", int, path)
     fields["without_retraining"] = bool(result.get("without_retraining"))
-    return fields
+    fields["pair"] = value_of(result, "pair", str, path, missing=None)
+    return fields | _costs(result, path)
+
+
+def _costs(result: Mapping[str, Any], path: Path) -> dict[str, dict[str, float]]:
+    """All costs by name, and the targets of those that have one."""
+    costs, targets = (value_of(result, key, dict, path, missing={}) for key in ("costs", "targets"))
+    costs = {key: number_of(costs, key, path) for key in costs}
+    costs |= {key: number_of(result, key, path) for key in ("gbops", "weight_bytes")}
+    targets = {key: number_of(targets, key, path) for key in targets}
+    for key, target in targets.items():
+        if key not in costs or not 0 < target < math.inf:
+            raise ReportError(
+                f"{path}: the target {key!r} is {target}, but must be positive and finite, and one "
+                f"of the costs: {', '.join(costs)}"
+            )
+    return {"costs": costs, "targets": targets}
 
 
 def _read_sites(path: Path) -> dict[str, SiteFacts]:
     sites = {}
-    for name, facts in _read_object(path).items():
+    for name, facts in read_object(path).items():
         if not isinstance(facts, dict):
             raise ReportError(f"{path}: site {name!r} must be an object, not {facts!r}")
         sites[name] = SiteFacts(
-            _value(facts, "kind", str, path),
-            _value(facts, "macs", int, path),
-            _value(facts, "weight_size", int, path),
+            value_of(facts, "kind", str, path),
+            value_of(facts, "macs", int, path),
+            value_of(facts, "weight_size", int, path),
         )
     return sites
 
@@ -194,7 +234,7 @@ def _read_policy(path: Path, sites: Mapping[str, SiteFacts], *, optional: bool) 
     """The formats of every site, in the order of `sites`; all None if optional and not there."""
     if optional and not path.exists():
         return {name: (None, None) for name in sites}
-    policy = _read_object(path)
+    policy = read_object(path)
     if set(policy) != set(sites):
         odd = sorted(set(policy) ^ set(sites))
         raise ReportError(f"{path} and sites.json must name the same sites, but differ in {odd}")
@@ -219,13 +259,13 @@ def _format_label(formats: Any, side: str) -> Any:
 
 def _read_space(path: Path, sites: Mapping[str, SiteFacts]) -> dict[str, Decision]:
     space = {}
-    for name, entry in _read_object(path).items():
+    for name, entry in read_object(path).items():
         if not isinstance(entry, dict):
             raise ReportError(f"{path}: decision {name!r} must be an object, not {entry!r}")
-        options = _value(entry, "options", list, path)
+        options = value_of(entry, "options", list, path)
         if not options or not all(isinstance(option, str) for option in options):
             raise ReportError(f"{path}: decision {name!r} must have options that are format names")
-        space[name] = Decision(tuple(_value(entry, "sites", list, path)), tuple(options))
+        space[name] = Decision(tuple(value_of(entry, "sites", list, path)), tuple(options))
         if unknown := set(space[name].sites) - set(sites):
             raise ReportError(f"{path}: decision {name!r} covers unknown sites {sorted(unknown)}")
     return space
@@ -234,8 +274,8 @@ def _read_space(path: Path, sites: Mapping[str, SiteFacts]) -> dict[str, Decisio
 def _read_probabilities(path: Path, space: Mapping[str, Decision]) -> tuple:
     """(step, {decision: probabilities}) of every line, checked against the space."""
     steps = []
-    for step, line in _read_steps(path) if space else ():
-        table = _value(line, "probabilities", dict, path)
+    for step, line in read_steps(path) if space else ():
+        table = value_of(line, "probabilities", dict, path)
         for name, decision in space.items():
             row = table.get(name)
             if not isinstance(row, list) or len(row) != len(decision.options):
@@ -245,56 +285,3 @@ def _read_probabilities(path: Path, space: Mapping[str, Decision]) -> tuple:
                 )
         steps.append((step, {name: tuple(map(float, table[name])) for name in space}))
     return tuple(steps)
-
-
-def _read_steps(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Every line of a JSONL file with its step; a file that is not there has no lines."""
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(_read_text(path).splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"{path}, line {number}: {error}: {_REPAIR}") from error
-        if not isinstance(line, dict):
-            raise ReportError(f"{path}, line {number}: expected an object, not {line!r}")
-        lines.append((_value(line, "step", int, path), line))
-    return lines
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path}: {error}: {_REPAIR}") from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{path}: expected a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: cannot be read ({error}): {_REPAIR}") from error
-
-
-def _value(source: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    value = source.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ReportError(f"{path}: {key!r} is {value!r}, expected a value of type {kind.__name__}")
-    return value
-
-
-_REQUIRED = object()
-
-
-def _number(source: Mapping[str, Any], key: str, path: Path, missing: Any = _REQUIRED) -> Any:
-    """The number under `key` as a float; `missing`, where one is given, stands for null."""
-    value = source.get(key)
-    if value is None and missing is not _REQUIRED:
-        return missing
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ReportError(f"{path}: {key!r} is {value!r}, expected a number")
-    return float(value)

@@ -1,4 +1,4 @@
-"""The table of all points, as rows of text: for the terminal and for the HTML report."""
+"""The table of all points, as rows of text."""
 
 import collections
 import dataclasses
@@ -15,6 +15,7 @@ class Row:
 
     name: str
     kind: str
+    series: str  # "" where it is the kind
     formats: str
     accuracy: str  # %
     gbops: str
@@ -29,19 +30,6 @@ class Row:
     on_front: bool
 
 
-_TERMINAL_COLUMNS = (
-    ("name", "point"),
-    ("formats", "formats (sites)"),
-    ("accuracy", "accuracy %"),
-    ("gbops", "GBOPs"),
-    ("cost_to_uniform", "cost/uniform"),
-    ("weights", "weights kB"),
-    ("miss", "target miss"),
-    ("note", "note"),
-)
-_LEFT_ALIGNED = ("name", "formats", "note")
-
-
 def table_rows(records: Sequence[Record]) -> tuple[Row, ...]:
     """One row per point. Costs are relative to the float point and to the dearest uniform one."""
     front = front_names(records)
@@ -53,22 +41,6 @@ def table_rows(records: Sequence[Record]) -> tuple[Row, ...]:
 def reference_cost(records: Sequence[Record], kind: str) -> float | None:
     """GBOPs of the dearest finished point of a kind; None if there is none."""
     return max((r.gbops for r in records if r.kind == kind and r.error is None), default=None)
-
-
-def format_table(records: Sequence[Record]) -> str:
-    """The table as aligned plain text, one line per point, with what the columns mean below."""
-    if not records:
-        return "no point has finished yet"
-    rows = table_rows(records)
-    columns = []
-    for field, title in _TERMINAL_COLUMNS:
-        cells = [title, *(_one_line(getattr(row, field)) for row in rows)]
-        width = max(map(len, cells))
-        align = str.ljust if field in _LEFT_ALIGNED else str.rjust
-        columns.append([cells[0], "-" * width, *cells[1:]])
-        columns[-1] = [align(cell, width) for cell in columns[-1]]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
-    return "\n".join([*lines, "cost/uniform: GBOPs relative to the dearest uniform point"])
 
 
 def formats_summary(record: Record, most: int = 5) -> str:
@@ -97,13 +69,16 @@ def _counts(names: Sequence[str | None], most: int) -> str:
 
 
 def _row(record: Record, on_front: bool, float_cost: float | None, uniform_cost: float | None):
+    series = "" if record.series == record.kind else record.series
     if record.error is not None:
-        return Row(record.name, record.kind, *[""] * 10, f"failed: {record.error}", False)
+        note = f"failed: {record.error}"
+        return Row(record.name, record.kind, series, *[""] * 10, note, False)
     target = record.target_gbops
     notes = ["front"] * on_front + ["not retrained"] * record.without_retraining
     return Row(
         name=record.name,
         kind=record.kind,
+        series=series,
         formats=formats_summary(record),
         accuracy=f"{100 * record.accuracy:.2f}",
         gbops=f"{record.gbops:.4g}",
@@ -117,9 +92,3 @@ def _row(record: Record, on_front: bool, float_cost: float | None, uniform_cost:
         note=", ".join(notes),
         on_front=on_front,
     )
-
-
-def _one_line(text: str, most: int = 44) -> str:
-    """Error texts may have line breaks and no end; the terminal shows their beginning."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,18 +1,15 @@
 """Writes front.json, front.png and report.html of a sweep."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from aqt_search.report.front import front_json
-from aqt_search.report.records import (
-    Record,
-    ReportError,
-    load_config,
-    load_records,
-    unfinished_points,
-)
+from aqt_search.report.checked_json import ReportError
+from aqt_search.report.front_file import front_json
+from aqt_search.report.records import Record, load_config, load_records, unfinished_points
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -32,20 +29,23 @@ def write_report(workdir: str | Path) -> Path:
     config, unfinished = load_config(workdir), unfinished_points(workdir)
     # Matplotlib takes long to import, and only this function needs it.
     from aqt_search.report import canvas, html
+    from aqt_search.report.sensitivity import load_sensitivity
 
-    colours = canvas.format_colours(records)
-    figures = _figures(records, colours)
+    colours, sensitivity = canvas.format_colours(records), load_sensitivity(workdir)
+    figures = _figures(records, sensitivity, colours)
     front = json.dumps(front_json(records), indent=2, allow_nan=False) + "\n"
-    page = html.report_page(records, config, unfinished, figures, colours)
+    page = html.report_page(records, config, unfinished, sensitivity, figures, colours)
     _write_whole(workdir / "front.json", front.encode())
     _write_whole(workdir / "front.png", figures["front"])
     _write_whole(workdir / "report.html", page.encode("utf-8"))
     return workdir / "report.html"
 
 
-def _figures(records: Sequence[Record], colours: Mapping[str, str]) -> dict[str, bytes]:
+def _figures(
+    records: Sequence[Record], sensitivity: Mapping[str, Any] | None, colours: Mapping[str, str]
+) -> dict[str, bytes]:
     """PNGs by the names that `report_page` wants."""
-    from aqt_search.report import curve_plot, format_plot, front_plot
+    from aqt_search.report import curve_plot, format_plot, front_plot, gap_plot
 
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -53,6 +53,12 @@ def _figures(records: Sequence[Record], colours: Mapping[str, str]) -> dict[str,
     if finished:
         figures["formats"] = format_plot.format_map_figure(finished, colours)
         figures["training"] = curve_plot.training_figure(finished)
+    if any(math.isfinite(r.gap) for r in finished):
+        figures["gap"] = gap_plot.gap_figure(finished)
+    if sensitivity is not None:
+        from aqt_search.report import sensitivity_plot
+
+        figures["sensitivity"] = sensitivity_plot.sensitivity_figure(sensitivity)
     if searches:
         figures["search"] = curve_plot.search_figure(searches)
     for record in searches:

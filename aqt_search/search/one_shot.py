@@ -7,11 +7,9 @@ the cost target. Nothing but metrics leaves the device, and no sample compiles a
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +17,25 @@ import numpy as np
 import optax
 
 from aqt_search.search import policy as policies
+from aqt_search.search.cost_table import CostTable
+from aqt_search.search.options import SpaceError
 from aqt_search.search.policy import PolicyState
-from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, entropy_weight, reward
-from aqt_search.search.space import CostTable, Space
-from aqt_search.training.batch_norm import batch_statistics, running_statistics
+from aqt_search.search.reward import (
+    ADDITIVE_REWARDS,
+    ENTROPY_SCHEDULES,
+    REWARDS,
+    entropy_weight,
+    penalty,
+    reward,
+)
+from aqt_search.search.space import Space
 from aqt_search.training.parallel import AXIS
-from aqt_search.training.train_step import Batch, TrainState, step_key
+from aqt_search.training.train_step import Batch, TrainState, cross_entropy, step_key
 
+SEARCHERS = ("policy_gradient", "random")
 QUALITIES = ("held_out", "train")
+MEASURES = ("accuracy", "loss")
+ADVANTAGES = ("baseline", "centred")
 
 
 class SearchState(NamedTuple):
@@ -41,11 +50,15 @@ class SearchOptions:
     """The controls of a search; defaults as in the project's configs."""
 
     total_steps: int
-    target: float  # cost target, in the unit of the cost table
+    searcher: str = "policy_gradient"  # "random": formats are sampled uniformly to the end
     delay: float = 0.25  # share of the steps in which formats are sampled uniformly
     reward: str = "absolute"
     beta: float = 1.0  # weight of the cost
-    quality: str = "held_out"  # accuracy on held-out examples, or on the training batch
+    quality: str = "held_out"  # on held-out examples, or on the training batch ("train")
+    measure: str = "accuracy"  # or "loss": minus the cross-entropy, in nats
+    samples: int = 2  # points judged in a step; weights are trained under the first
+    advantage: str = "centred"  # over the samples of a step, or against a moving "baseline"
+    cost_samples: int = 256  # points whose cost alone is judged; 0: those of `samples`
     learning_rate: float = 0.05  # Adam's, for the policy
     baseline_momentum: float = 0.95
     entropy_weight: float = 0.1  # at the end
@@ -55,8 +68,11 @@ class SearchOptions:
 
     def __post_init__(self):
         for value, known, what in (
+            (self.searcher, SEARCHERS, "searcher"),
             (self.reward, REWARDS, "reward"),
             (self.quality, QUALITIES, "quality"),
+            (self.measure, MEASURES, "measure"),
+            (self.advantage, ADVANTAGES, "advantage"),
             (self.entropy_schedule, ENTROPY_SCHEDULES, "entropy schedule"),
             (self.log_probability, ("sum", "mean"), "log_probability"),
         ):
@@ -74,6 +90,29 @@ class SearchOptions:
                 f"A delay of {self.delay} leaves none of the {self.total_steps} steps to move the"
                 " policy in. Shorten the delay or train longer."
             )
+        self._check_samples()
+
+    def _check_samples(self):
+        if self.samples < 1 or self.cost_samples < 0 or self.cost_samples == 1:
+            raise ValueError(
+                f"samples is {self.samples}, expected at least 1; cost_samples is"
+                f" {self.cost_samples}, expected 0 or at least 2."
+            )
+        if self.samples > 1 and self.quality == "train":
+            raise ValueError(
+                f"samples is {self.samples}, but quality 'train' judges the one point that the"
+                " weights are trained under. Set samples to 1, or quality to 'held_out'."
+            )
+        if self.samples == 1 and self.advantage == "centred":
+            raise ValueError(
+                "advantage 'centred' compares the samples of a step: set samples to 2 or more, or"
+                " advantage to 'baseline'."
+            )
+        if self.reward not in ADDITIVE_REWARDS and (self.cost_samples or self.measure == "loss"):
+            raise ValueError(
+                f"Reward {self.reward!r} multiplies quality and cost: set cost_samples to 0 (is"
+                f" {self.cost_samples}) and measure to 'accuracy' (is {self.measure!r})."
+            )
 
     @property
     def start(self) -> int:
@@ -90,78 +129,111 @@ def make_search_step(
     qapply: Callable,
     update: Callable,
     space: Space,
-    costs: CostTable,
+    costs: Mapping[str, CostTable],
     options: SearchOptions,
-    momentum: Any,
 ) -> Callable:
-    """Returns `step(state, batch[, held_out]) -> (state, metrics)` for `parallel.pmap_step`.
+    """Returns `step(state, targets, batch[, held_out]) -> (state, metrics)`, to run inside `AXIS`.
 
-    With s the state before the step: formats are sampled from the policy (uniformly before
-    `options.start`), the weights take one step under them, Q is the accuracy of the weights of s
-    under them, on the held-out batch (quality "held_out") or on the training batch ("train", which
-    then takes no second argument), both normalised by the statistics of the training batch: the
-    running ones fit none of the samples. With reward r and baseline b:
+    With s the state before the step: `options.samples` points are sampled from the policy
+    (uniformly before `options.start`), and the weights take one step under the first. The quality
+    Q of each is measured with the weights of s on one held-out batch, normalised by that batch's
+    own statistics, as the running ones fit none of the samples. With quality "train" it is that of
+    the training batch, and the step takes no second one. The rewards r, of Q and of the costs
+    relative to `targets`, move the policy with the advantages
 
-        advantage = r - b;   b <- momentum * b + (1 - momentum) * r      (b starts at the first r)
+        centred    A_i = r_i - mean of the other r_j
+        baseline   A_i = r_i - b;   b <- momentum * b + (1 - momentum) * mean r   (b starts at r)
 
-    Each replica has its own sample; gradients of weights and policy are averaged over replicas.
+    With `options.cost_samples`, r is Q alone and the gradient of the expected penalty comes from
+    that many points of its own, always centred: the objective is the same, its noise is not.
+
+    Each replica has its own samples; gradients of weights and policy are averaged over replicas.
 
     Args:
       qapply: `quantize(model.apply)`.
       update: of `training.train_step.make_update` on the same qapply.
       space: the decisions.
-      costs: the cost of the space's points.
+      costs: of the space's points, by name; the first is the one the metrics call "cost".
       options: the controls.
-      momentum: of the running statistics, as `training.batch_norm.running_momentum` finds it.
 
-    Raises:
-      SpaceError: the cost target is outside of the space's range.
+    The step's `targets` are {name: []} in the units of `costs`; they may differ between runs.
     """
-    costs.check_target(options.target)
-    adam = policy_optimizer(options)
     mask = space.mask
+    adam = policy_optimizer(options)
 
-    def step(state: SearchState, batch: Batch, held_out: Batch | None = None):
+    def step(state: SearchState, targets, batch: Batch, held_out: Batch | None = None):
         train, policy = state
-        searching = train.step >= options.start
-        policy_logits = jnp.where(searching, policy.logits, 0.0)
-        log_p = policies.log_probabilities(policy_logits, mask, options.temperature)
-        choices = policies.sample(jax.random.fold_in(step_key(train), 1), log_p)
-        assignment = space.assignment(choices)
-        zeros = jax.tree.map(jnp.zeros_like, train.batch_stats)
-        new_train, metrics, forward = update(train._replace(batch_stats=zeros), assignment, batch)
-        running = running_statistics(train.batch_stats, new_train.batch_stats, momentum)
-        new_train = new_train._replace(batch_stats=running)
-        logits, labels = forward.logits, batch["label"]
-        if held_out is not None:
-            stats = batch_statistics(forward.batch_stats, momentum)
-            variables = {"params": train.params, "batch_stats": stats}
-            logits = qapply(assignment, variables, held_out["image"], train=False)
-            labels = held_out["label"]
-        quality, agreement = accuracy_and_agreement(logits, labels)
-        cost = costs.of(choices)
-        found = reward(options.reward, quality, cost, options.target, options.beta)
-        new_policy, advantage, weight = _policy_step(
-            policy, choices, found, train.step, adam, mask, options
+        searching = (train.step >= options.start) & (options.searcher == "policy_gradient")
+        log_p = policies.log_probabilities(
+            jnp.where(searching, policy.logits, 0.0), mask, options.temperature
         )
+        sample_key, cost_key, dropout_key = jax.random.split(
+            jax.random.fold_in(step_key(train), 1), 3
+        )
+        samples = policies.sample_many(sample_key, log_p, options.samples)
+        new_train, metrics, logits = update(train, space.assignment(samples[0]), batch)
+        if held_out is None:
+            judged = [_judge(logits, batch["label"], options)]
+        else:
+            found = [_logits(qapply, space, train, c, held_out, dropout_key) for c in samples]
+            judged = [_judge(logits, held_out["label"], options) for logits in found]
+        judged = jax.tree.map(lambda *values: jnp.stack(values), *judged)
+        ratios = _ratios(costs, targets, samples)
+        rewards = reward(options.reward, judged["quality"], ratios, options.beta)
+        groups = [(samples, judged["quality"] if options.cost_samples else rewards)]
+        if options.cost_samples:
+            points = policies.sample_many(cost_key, log_p, options.cost_samples)
+            ratios_of_points = _ratios(costs, targets, points)
+            groups.append((points, -penalty(options.reward, ratios_of_points, options.beta)))
+        new_policy, told = _policy_step(policy, groups, train.step, adam, mask, options)
         new_policy = jax.tree.map(
             lambda new, old: jnp.where(searching, new, old), new_policy, policy
         )
-        own = {
-            "reward": found,
-            "quality": quality,
-            "prediction_agreement": agreement,
-            "cost": cost,
-            "advantage": advantage,
-        }
-        metrics |= jax.lax.pmean(own, AXIS) | {
-            "entropy_weight": weight,
-            "entropy": jnp.mean(policies.entropy(log_p)),
-            "expected_cost": costs.expected(jnp.exp(log_p)),
-        }
+        cost = ratios[:, 0] * targets[next(iter(costs))]
+        own = judged | {"reward": rewards, "cost": cost}
+        metrics |= jax.lax.pmean(jax.tree.map(jnp.mean, own), AXIS) | told
+        metrics |= {"entropy": jnp.mean(policies.entropy(log_p))}
+        for number, (name, table) in enumerate(costs.items()):
+            suffix = f"/{name}" if number else ""
+            metrics["expected_cost" + suffix] = table.expected(jnp.exp(log_p))
         return SearchState(new_train, new_policy), metrics
 
     return step
+
+
+def check_targets(costs: Mapping[str, CostTable], targets: Mapping[str, float]) -> None:
+    """Raises SpaceError if no point of the space can meet a target."""
+    for name, target in targets.items():
+        try:
+            costs[name].check_target(target)
+        except SpaceError as error:
+            raise SpaceError(f"{name}: {error}") from error
+
+
+def _ratios(costs, targets, choices: jax.Array) -> jax.Array:
+    """Cost over target of `choices` [n, decisions]: [n, costs]."""
+    ratios = [jax.vmap(table.of)(choices) / targets[name] for name, table in costs.items()]
+    return jnp.stack(ratios, axis=-1)
+
+
+def _logits(qapply, space: Space, train: TrainState, choices, batch: Batch, key) -> jax.Array:
+    """Logits of a batch under `choices`, normalised by the batch's own statistics."""
+    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    assignment = space.assignment(choices)
+    if not jax.tree.leaves(train.batch_stats):
+        return qapply(assignment, variables, batch["image"], train=False)
+    return qapply(
+        assignment, variables, batch["image"],
+        # One key for all samples of a step: what is dropped does not tell them apart.
+        train=True, mutable=["batch_stats"], rngs={"dropout": key},
+    )[0]  # fmt: skip
+
+
+def _judge(logits: jax.Array, labels: jax.Array, options: SearchOptions) -> dict[str, jax.Array]:
+    accuracy, agreement = accuracy_and_agreement(logits, labels)
+    by_loss = options.measure == "loss"
+    quality = -jnp.mean(cross_entropy(logits, labels, 0.0)) if by_loss else accuracy
+    return {"quality": quality, "sample_accuracy": accuracy, "prediction_agreement": agreement}
 
 
 def accuracy_and_agreement(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,68 +243,40 @@ def accuracy_and_agreement(logits: jax.Array, labels: jax.Array) -> tuple[jax.Ar
     return jnp.mean(predictions == labels), jnp.max(counts) / len(predictions)
 
 
-def _policy_step(policy, choices, found, step, adam, mask, options: SearchOptions):
-    mean = jax.lax.pmean(found, AXIS)
+def _policy_step(policy, groups, step, adam, mask, options: SearchOptions):
+    """One update by groups of (choices [n, decisions], rewards [n]); the first has the baseline."""
+    mean = jax.lax.pmean(jnp.mean(groups[0][1]), AXIS)
     baseline = jnp.where(policy.updates == 0, mean, policy.baseline)
-    advantage = found - baseline
     weight = entropy_weight(
         options.entropy_schedule, step,
         start=options.start, total=options.total_steps, end_weight=options.entropy_weight,
     )  # fmt: skip
-    grads = jax.grad(policies.reinforce_loss)(
-        policy.logits, choices, advantage, weight, mask,
-        temperature=options.temperature,
-        reduce=jnp.sum if options.log_probability == "sum" else jnp.mean,
-    )  # fmt: skip
-    updates, opt_state = adam.update(jax.lax.pmean(grads, AXIS), policy.opt_state)
+
+    def loss(logits):
+        total = 0.0
+        for number, (choices, rewards) in enumerate(groups):
+            compared = number > 0 or options.advantage == "centred"
+            advantages = policies.centred(rewards) if compared else rewards - baseline
+            losses = jax.vmap(
+                lambda chosen, advantage, number=number: policies.reinforce_loss(
+                    logits, chosen, advantage, 0.0 if number else weight, mask,
+                    temperature=options.temperature,
+                    reduce=jnp.sum if options.log_probability == "sum" else jnp.mean,
+                )
+            )(choices, advantages)  # fmt: skip
+            total += jnp.mean(losses)
+        return total
+
+    updates, opt_state = adam.update(
+        jax.lax.pmean(jax.grad(loss)(policy.logits), AXIS), policy.opt_state
+    )
     logits = optax.apply_updates(policy.logits, updates)
     momentum = options.baseline_momentum
     new_baseline = momentum * baseline + (1 - momentum) * mean
-    return PolicyState(logits, opt_state, new_baseline, policy.updates + 1), advantage, weight
+    told = {"entropy_weight": weight, "advantage": mean - baseline}
+    return PolicyState(logits, opt_state, new_baseline, policy.updates + 1), told
 
 
 def best_choices(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The most probable option of every decision: the search's answer, [decisions], int."""
     return np.argmax(np.where(mask, logits, -np.inf), axis=-1)
-
-
-class CollapsedSearchError(RuntimeError):
-    """The reward no longer depends on quality: the search would go on optimising cost alone."""
-
-
-class QualityGuard:
-    """Stops a search whose quality says nothing about the formats any more.
-
-    Over the last `window` steps after the delay, it raises if every batch got one and the same
-    prediction, or if the mean quality is not above chance by three standard errors. (Seen with
-    int2: activations all zero, BatchNorm divides by zero variance, accuracy stays at chance.)
-    """
-
-    def __init__(self, options: SearchOptions, classes: int, examples: int, window: int = 50):
-        self._start = options.start
-        chance = 1 / classes
-        error = math.sqrt(chance * (1 - chance) / (window * examples))
-        self._threshold = chance + 3 * error
-        self._qualities: collections.deque = collections.deque(maxlen=window)
-        self._agreements: collections.deque = collections.deque(maxlen=window)
-
-    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Looks at the metrics of one step (counted from 1)."""
-        if step <= self._start:
-            return
-        self._qualities.append(float(metrics["quality"]))
-        self._agreements.append(float(metrics["prediction_agreement"]))
-        if len(self._qualities) < self._qualities.maxlen:
-            return
-        mean = float(np.mean(self._qualities))
-        same = min(self._agreements) >= 1
-        if same or mean <= self._threshold:
-            what = "every batch got one and the same prediction" if same else (
-                f"the mean quality {mean:.4f} is not above chance ({self._threshold:.4f})"
-            )  # fmt: skip
-            raise CollapsedSearchError(
-                f"At step {step} the reward no longer depends on quality: over the last"
-                f" {len(self._qualities)} steps {what}. Leave the narrowest formats (int2) out of"
-                " the space, or lower the learning rate, in a new --workdir. The checkpoint before"
-                " this step is kept."
-            )

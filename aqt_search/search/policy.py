@@ -36,6 +36,21 @@ def sample(key: jax.Array, log_p: jax.Array) -> jax.Array:
     return jax.random.categorical(key, log_p, axis=-1)
 
 
+def sample_many(key: jax.Array, log_p: jax.Array, count: int) -> jax.Array:
+    """`count` independent points: [count, decisions], int32."""
+    return jax.random.categorical(key, log_p, axis=-1, shape=(count, log_p.shape[0]))
+
+
+def centred(rewards: jax.Array) -> jax.Array:
+    """Advantages [n] of samples of one step: each reward minus the mean of the others.
+
+    A = (r - mean(r)) * n / (n - 1). It has no baseline that could lag behind (Kool et al. 2019,
+    "Buy 4 REINFORCE samples, get a baseline for free"). Of a single sample it is not defined.
+    """
+    count = rewards.shape[0]
+    return (rewards - jnp.mean(rewards)) * (count / (count - 1))
+
+
 def entropy(log_p: jax.Array) -> jax.Array:
     """Entropy of every decision in nats: -sum p log p, [decisions]."""
     return -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), axis=-1)

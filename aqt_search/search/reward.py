@@ -6,39 +6,59 @@ import jax
 import jax.numpy as jnp
 
 REWARDS = ("absolute", "one_sided", "soft", "hard")
+ADDITIVE_REWARDS = ("absolute", "one_sided")  # a quality minus a penalty of the costs alone
 ENTROPY_SCHEDULES = ("cosine", "linear", "constant", "step")
 
 
-def reward(name: str, quality: jax.Array, cost: jax.Array, target: float, beta: float) -> jax.Array:
-    """The reward of a point with quality Q and cost C against the cost target T.
+def reward(name: str, quality: jax.Array, ratios: jax.Array, beta: float) -> jax.Array:
+    """The reward of points with quality Q whose costs are `ratios` r of their targets.
 
-        absolute   Q - beta * |C / T - 1|            (TuNAS, arXiv 2008.06120)
-        one_sided  Q - beta * max(C / T - 1, 0)
-        soft       Q * (C / T)^(-beta)               (MnasNet, arXiv 1807.11626)
-        hard       Q * max(C / T, 1)^(-beta)
+        absolute   Q - beta * sum |r - 1|            (TuNAS, arXiv 2008.06120)
+        one_sided  Q - beta * sum max(r - 1, 0)
+        soft       Q * product r^(-beta)             (MnasNet, arXiv 1807.11626)
+        hard       Q * product max(r, 1)^(-beta)
+
+    Sums and products are over the costs that have a target.
 
     Args:
       name: one of `REWARDS`.
-      quality: non-negative (an accuracy) for "soft" and "hard", which scale it.
-      cost: positive.
-      target: positive, in the unit of the cost.
-      beta: weight of the cost, at least 0.
+      quality: [...], non-negative (an accuracy) for "soft" and "hard", which scale it.
+      ratios: [..., costs], positive.
+      beta: weight of the costs, at least 0.
+
+    Returns:
+      [...].
 
     Raises:
-      ValueError: unknown name, or a target or beta out of range.
+      ValueError: unknown name, or beta below 0.
     """
-    if target <= 0 or beta < 0:
-        raise ValueError(f"A reward needs target > 0 and beta >= 0; got {target} and {beta}.")
-    ratio = cost / target
-    if name == "absolute":
-        return quality - beta * jnp.abs(ratio - 1)
-    if name == "one_sided":
-        return quality - beta * jnp.maximum(ratio - 1, 0)
+    if name in ADDITIVE_REWARDS:
+        return quality - penalty(name, ratios, beta)
+    _check_beta(beta)
     if name == "soft":
-        return quality * ratio**-beta
+        return quality * jnp.prod(ratios**-beta, axis=-1)
     if name == "hard":
-        return quality * jnp.maximum(ratio, 1) ** -beta
+        return quality * jnp.prod(jnp.maximum(ratios, 1) ** -beta, axis=-1)
     raise ValueError(f"Unknown reward {name!r}: expected one of {', '.join(REWARDS)}.")
+
+
+def penalty(name: str, ratios: jax.Array, beta: float) -> jax.Array:
+    """What an additive reward takes off for costs that are `ratios` [..., costs] of their targets.
+
+    Raises:
+      ValueError: a reward that has no such term, or beta below 0.
+    """
+    _check_beta(beta)
+    if name == "absolute":
+        return beta * jnp.sum(jnp.abs(ratios - 1), axis=-1)
+    if name == "one_sided":
+        return beta * jnp.sum(jnp.maximum(ratios - 1, 0), axis=-1)
+    raise ValueError(f"Reward {name!r} has no penalty: {', '.join(ADDITIVE_REWARDS)} have one.")
+
+
+def _check_beta(beta: float) -> None:
+    if beta < 0:
+        raise ValueError(f"beta, the weight of the costs, is {beta}; expected at least 0.")
 
 
 def entropy_weight(

@@ -10,31 +10,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import FormatError, NumericFormat, format_name, numeric_format
+from aqt_search.formats import FormatError, NumericFormat, numeric_format
 from aqt_search.outline import outline
 from aqt_search.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.rules import FormatSpec, assign, match_rules, site_formats
-from aqt_search.sites import Site, SiteFormats
+from aqt_search.search.cost_table import CostTable
+from aqt_search.search.options import Choice, SpaceError, option_label, parsed_rule
+from aqt_search.sites import Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
 
-
-class SpaceError(ValueError):
-    """A search space that leaves nothing to choose, or a target outside of its range."""
+DECIDE = ("site", "block", "rule", "model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One thing to choose: the option taken holds for all its sites."""
+    """One thing to choose: the option taken holds for all its sites.
+
+    With a role ("weight" or "activation") it chooses the formats of these operands alone, and
+    another decision of the same group, or nothing, those of the others.
+    """
 
     name: str
     sites: tuple[str, ...]
     options: tuple[FormatSpec, ...]
+    role: str | None = None
+    group: str = ""  # decisions of one group are about the same sites
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The options' names, for tables and files."""
-        return tuple(_label(option) for option in self.options)
+        return tuple(option_label(option) for option in self.options)
+
+    def formats(self, site: Site, option: int) -> SiteFormats:
+        """What an option does to one of the sites; None for operands it is not about."""
+        spec = self.options[option]
+        return site_formats(site, spec if self.role is None else {self.role: spec})
 
 
 def _stacked(site: str, column: Sequence[NumericFormat | Quantizer | None]) -> Quantizer:
@@ -53,12 +64,9 @@ def _gather(table: NumericFormat, rows: jax.Array) -> NumericFormat:
     return jax.tree.map(lambda column: column[every, rows], table)
 
 
-def _label(option: FormatSpec) -> str:
-    if isinstance(option, Mapping):
-        return ",".join(f"{key}={value}" for key, value in sorted(option.items()))
-    if isinstance(option, NumericFormat):
-        return str(format_name(option))
-    return "none" if option is None else str(option)
+def _merged(formats: SiteFormats, over: SiteFormats) -> SiteFormats:
+    """`formats`, with what `over` says in its place."""
+    return SiteFormats(*(a if b is None else b for a, b in zip(formats, over)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Space:
 
     sites: Mapping[str, Site]
     decisions: tuple[Decision, ...]
-    fixed: Mapping[str, SiteFormats]  # the sites that no decision covers
+    fixed: Mapping[str, SiteFormats]  # of sites that no decision, or one for a role only, covers
 
     @property
     def max_options(self) -> int:
@@ -98,26 +106,31 @@ class Space:
             fmt = jax.tree.map(lambda column, i=index: column[i], gathered)
             chosen.setdefault(site, {})[side] = dataclasses.replace(q, fmt=fmt)
         return {
-            name: SiteFormats(**chosen[name]) if name in chosen else self.fixed[name]
-            for name in self.sites
-        }
+            name: self._fixed(name)._replace(**chosen.get(name, {})) for name in self.sites
+        }  # fmt: skip
 
     def concrete_assignment(self, choices: Sequence[int]) -> dict[str, SiteFormats]:
         """As `assignment`, for known choices: plain Python numbers, None where nothing is done."""
-        formats = dict(self.fixed)
+        formats = {name: self._fixed(name) for name in self.sites}
         for decision, choice in zip(self.decisions, choices, strict=True):
             for name in decision.sites:
-                formats[name] = site_formats(self.sites[name], decision.options[int(choice)])
-        return {name: formats[name] for name in self.sites}
+                chosen = decision.formats(self.sites[name], int(choice))
+                formats[name] = _merged(formats[name], chosen)
+        return formats
+
+    def _fixed(self, name: str) -> SiteFormats:
+        return self.fixed.get(name, SiteFormats())
 
     def _quantizers(self) -> tuple[list[tuple[str, str]], np.ndarray, list[Quantizer]]:
         """Searched operands, the decision of each, and their options: formats [max_options]."""
         operands, decision_of, quantizers = [], [], []
         for number, decision in enumerate(self.decisions):
             for name in decision.sites:
-                options = [site_formats(self.sites[name], option) for option in decision.options]
+                found = [
+                    decision.formats(self.sites[name], i) for i in range(len(decision.options))
+                ]
                 for side in SiteFormats._fields:
-                    column = [getattr(option, side) for option in options]
+                    column = [getattr(formats, side) for formats in found]
                     if any(spec is not None for spec in column):
                         column += [column[0]] * (self.max_options - len(column))
                         quantizers.append(_stacked(name, column))
@@ -126,111 +139,140 @@ class Space:
         return operands, np.array(decision_of), quantizers
 
     def cost_table(self, cost: Callable[[Mapping[str, Site], Any], float]) -> CostTable:
-        """Splits an additive cost, such as `cost.gbops`, into those of options and of the rest."""
-        table = np.zeros((len(self.decisions), self.max_options))
+        """Tabulates a cost that is a sum over sites, such as `cost.gbops`."""
+        groups: dict[str, list[int]] = {}
         for number, decision in enumerate(self.decisions):
-            sites = {name: self.sites[name] for name in decision.sites}
-            for option, spec in enumerate(decision.options):
-                formats = {name: site_formats(site, spec) for name, site in sites.items()}
-                table[number, option] = cost(sites, formats)
-        rest = {name: self.sites[name] for name in self.fixed}
-        return CostTable(table, float(cost(rest, self.fixed)), self.mask)
+            groups.setdefault(decision.group or decision.name, []).append(number)
+        pairs = [(members[0], members[-1]) for members in groups.values()]
+        table = np.zeros((len(pairs), self.max_options, self.max_options))
+        for group, (first, second) in enumerate(pairs):
+            for i, j in self._options_of(first, second):
+                table[group, i, j] = self._cost_of_pair(cost, (first, second), (i, j))
+        covered = {name for decision in self.decisions for name in decision.sites}
+        rest = {name: site for name, site in self.sites.items() if name not in covered}
+        fixed = float(cost(rest, {name: self._fixed(name) for name in rest}))
+        return CostTable(table, *np.array(pairs).T, fixed, self.mask)
 
+    def _options_of(self, first: int, second: int) -> Iterable[tuple[int, int]]:
+        count = [len(self.decisions[d].options) for d in (first, second)]
+        if first == second:
+            return [(i, i) for i in range(count[0])]
+        return [(i, j) for i in range(count[0]) for j in range(count[1])]
 
-@dataclasses.dataclass(frozen=True)
-class CostTable:
-    """An additive cost: `fixed + sum over decisions d of table[d, choices[d]]`."""
-
-    table: np.ndarray  # [decisions, max_options], float64
-    fixed: float
-    mask: np.ndarray  # [decisions, max_options], bool
-
-    def of(self, choices: jax.typing.ArrayLike) -> jax.Array:
-        """The cost of `choices` [decisions]; float32 scalar, may be traced."""
-        rows = jnp.asarray(self.table, jnp.float32)[np.arange(len(self.table)), choices]
-        return self.fixed + jnp.sum(rows)
-
-    def expected(self, probabilities: jax.Array) -> jax.Array:
-        """The mean cost under independent `probabilities` [decisions, max_options]."""
-        return self.fixed + jnp.sum(jnp.asarray(self.table, jnp.float32) * probabilities)
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The costs of the cheapest and the dearest point of the space."""
-        cheapest = np.where(self.mask, self.table, np.inf).min(axis=1).sum()
-        dearest = np.where(self.mask, self.table, -np.inf).max(axis=1).sum()
-        return self.fixed + float(cheapest), self.fixed + float(dearest)
-
-    def check_target(self, target: float) -> None:
-        """Raises SpaceError if no point of the space can cost `target`."""
-        low, high = self.range
-        if not low <= target <= high:
-            raise SpaceError(
-                f"The cost target {target:.6g} is outside of the space: its points cost between"
-                f" {low:.6g} and {high:.6g}."
-            )
+    def _cost_of_pair(self, cost: Callable, pair: tuple[int, int], options: tuple) -> float:
+        names = dict.fromkeys(name for d in pair for name in self.decisions[d].sites)
+        formats = {name: self._fixed(name) for name in names}
+        for number, option in zip(pair, options):
+            decision = self.decisions[number]
+            for name in decision.sites:
+                chosen = decision.formats(self.sites[name], option)
+                formats[name] = _merged(formats[name], chosen)
+        return cost({name: self.sites[name] for name in names}, formats)
 
 
 def make_space(
     sites: Mapping[str, Site],
-    rules: Iterable[tuple[str, FormatSpec | Sequence[FormatSpec]]],
+    rules: Iterable[tuple[str, Any]],
     *,
     decide: str = "site",
 ) -> Space:
     """Builds a space from ordered rules: the first that matches a site's name holds for it.
 
-    A rule's second part is either fixed formats, as in `rules.assign`, or a list or tuple of
-    options to choose from:
+    A rule's second part is either fixed formats, as in `rules.assign`, or options to choose from:
+    a list or tuple, the name of one of `NAMED_OPTIONS`, or a mapping of "weight" and "activation"
+    to such options or to a fixed format. In a mapping the two roles are decided apart.
 
         make_space(sites, [("stem|head", "int8"), (".*", ("int4", "int6", "int8", "bf16"))])
+        make_space(sites, [(".*", "fliqs_l_fp")], decide="block")
+        make_space(sites, [(".*", {"weight": ("int2", "int4"), "activation": "int8"})])
 
     Args:
       sites: as `find_sites` returns them.
       rules: pairs of pattern and formats or options. Sites that no rule matches are not quantized.
-      decide: "site" for a decision per site, "rule" for one decision for all sites of a rule.
+      decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
+        the network (the same first part of the name, where names begin alike the first that
+        differs), "rule" all sites of a rule, "model" all sites, whose rules offer the same.
 
     Raises:
       RuleError: a rule matches no site or is never reached.
       FormatError: unknown format name.
       SiteError: a rule offers a format to a site that cannot be quantized.
       SpaceError: a rule has fewer than two options or the same twice, or options that differ in
-        more than their format; no rule has options; `decide` is something else.
+        more than their format; no rule has options; options for a role that none of its sites has;
+        decide "model" with rules that offer different options; `decide` is something else.
     """
-    if decide not in ("site", "rule"):
-        raise SpaceError(f"decide is {decide!r}; expected 'site' or 'rule'.")
-    rules = [(pattern, spec) for pattern, spec in rules]
-    searched = {i: tuple(s) for i, (_, s) in enumerate(rules) if _is_choice(s)}
-    for number, options in searched.items():
-        _check_options(rules[number][0], options)
+    if decide not in DECIDE:
+        raise SpaceError(f"decide is {decide!r}; expected one of {', '.join(DECIDE)}.")
+    rules = [(pattern, parsed_rule(pattern, spec)) for pattern, spec in rules]
+    searched = {i: spec for i, (_, spec) in enumerate(rules) if isinstance(spec, Choice)}
     if not searched:
         raise SpaceError("The space has nothing to choose: give a rule a list of formats.")
     taken = match_rules(sites, [pattern for pattern, _ in rules])
+    for column in range(
+        max(len(o) for choice in searched.values() for o in choice.options.values())
+    ):
+        chosen = {i: choice.spec(column) for i, choice in searched.items()}  # checks every option
+        formats = assign(sites, [(p, chosen.get(i, s)) for i, (p, s) in enumerate(rules)])
     decisions = []
-    for number, options in searched.items():
-        pattern, members = rules[number][0], taken[number]
-        if decide == "rule":
-            decisions.append(Decision(pattern, tuple(members), options))
-        else:
-            decisions += [Decision(name, (name,), options) for name in members]
+    for group, members, number in _groups(sites, rules, taken, searched, decide):
+        decisions += _decisions(sites, rules[number][0], group, members, searched[number])
     order = {name: index for index, name in enumerate(sites)}
     decisions.sort(key=lambda decision: order[decision.sites[0]])
-    for column in range(max(map(len, searched.values()))):  # checks every option
-        chosen = {i: options[min(column, len(options) - 1)] for i, options in searched.items()}
-        formats = assign(sites, [(p, chosen.get(i, s)) for i, (p, s) in enumerate(rules)])
-    covered = {name for decision in decisions for name in decision.sites}
+    covered = {name for number in searched for name in taken[number]}
     fixed = {name: formats[name] for name in sites if name not in covered}
+    for number, choice in searched.items():
+        if choice.fixed:
+            fixed |= {name: site_formats(sites[name], choice.fixed) for name in taken[number]}
     space = Space(sites, tuple(decisions), fixed)
     space.assignment(np.zeros(len(decisions), int))  # raises where options cannot share a program
     return space
 
 
-def _is_choice(spec: Any) -> bool:
-    return isinstance(spec, (list, tuple)) and not isinstance(spec, (NumericFormat, SiteFormats))
+def _groups(sites, rules, taken, searched, decide) -> list[tuple[str, list[str], int]]:
+    """(name, sites, rule) of everything that is decided together."""
+    if decide == "model":
+        offers = {rules[i][0]: str(choice) for i, choice in searched.items()}
+        if len(set(offers.values())) > 1:
+            raise SpaceError(
+                "One decision for the model needs one list of options, but the rules"
+                f" {', '.join(map(repr, offers))} offer different ones."
+            )
+        members = {name for number in searched for name in taken[number]}
+        return [("model", [name for name in sites if name in members], next(iter(searched)))]
+    groups = []
+    for number in searched:
+        if decide == "rule":
+            groups.append((rules[number][0], taken[number], number))
+            continue
+        names = taken[number] if decide == "site" else _blocks(sites, taken[number])
+        for key in dict.fromkeys(names):
+            groups.append((key, [s for s, n in zip(taken[number], names) if n == key], number))
+    repeated = {key for key, _, _ in groups if sum(key == other for other, _, _ in groups) > 1}
+    return [(f"{k} ({rules[i][0]})" if k in repeated else k, s, i) for k, s, i in groups]
 
 
-def _check_options(pattern: str, options: Sequence[FormatSpec]) -> None:
-    labels = [_label(option) for option in options]
-    if len(labels) < 2 or len(set(labels)) < len(labels):
+def _blocks(sites: Iterable[str], members: Iterable[str]) -> list[str]:
+    """The block of every member: the first part of its name that tells the sites apart."""
+    parts = [name.split("/") for name in sites]
+    depth = 0
+    while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    return ["/".join(name.split("/")[: depth + 1]) for name in members]
+
+
+def _decisions(sites, pattern: str, group: str, members: list[str], choice: Choice) -> list:
+    """The decisions about one group: one, or one for each role its sites have."""
+    if None in choice.options:
+        return [Decision(group, tuple(members), choice.options[None], None, group)]
+    found = []
+    for role, options in choice.options.items():
+        # The product of two activations has no weight to decide about.
+        has = [n for n in members if not is_unquantized(site_formats(sites[n], {role: "int8"}))]
+        if has:
+            found.append(Decision(f"{group}:{role}", tuple(has), options, role, group))
+    if not found:
         raise SpaceError(
-            f"Rule {pattern!r} offers {labels}: a choice needs at least two different formats."
+            f"Rule {pattern!r} decides nothing for {members}: none has a"
+            f" {' or '.join(choice.options)} to quantize."
         )
+    return found

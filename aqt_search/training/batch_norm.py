@@ -37,8 +37,3 @@ def batch_statistics(from_zero: Any, momentum: Any) -> Any:
     variance are lost, and what is left of it may be negative.
     """
     return jax.tree.map(lambda new, m: new / (1 - m), from_zero, momentum)
-
-
-def running_statistics(old: Any, from_zero: Any, momentum: Any) -> Any:
-    """The running statistics after that batch: m * old + new(old=0)."""
-    return jax.tree.map(lambda o, new, m: m * o + new, old, from_zero, momentum)

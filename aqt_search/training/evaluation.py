@@ -25,13 +25,32 @@ class Evaluation(NamedTuple):
     examples: int
 
 
+def as_data(assignment: Any) -> Any:
+    """An assignment whose formats are arrays: one compiled program takes all that look alike."""
+    return jax.tree.map(jnp.asarray, assignment)
+
+
+# Programs are kept by the function they run, so that points of a sweep that differ in their formats
+# alone share them.
+@functools.lru_cache(maxsize=8)
+def _evaluation_step(qapply: Callable) -> Callable:
+    def step(variables, assignment, batch):
+        logits = qapply(assignment, variables, batch["image"], train=False)
+        mask = batch["mask"]
+        correct = (jnp.argmax(logits, -1) == batch["label"]) * mask
+        losses = cross_entropy(logits, batch["label"], 0.0) * mask
+        return jax.lax.psum((correct.sum(), losses.sum(), mask.sum()), parallel.AXIS)
+
+    return parallel.pmap_step(step, donate_state=False)
+
+
 def evaluate(
     qapply: Callable, assignment: Any, variables: Mapping[str, Any], batches: Iterable[Mapping]
 ) -> Evaluation:
     """Accuracy and loss with running BatchNorm statistics.
 
     Args:
-      qapply: `quantize(model.apply)`.
+      qapply: `quantize(model.apply)`; compiled once for all assignments that look alike.
       assignment: formats by site.
       variables: {"params": ..., "batch_stats": ...}, not replicated.
       batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them.
@@ -39,21 +58,32 @@ def evaluate(
     Raises:
       ValueError: there is no example.
     """
-
-    def step(variables, batch):
-        logits = qapply(assignment, variables, batch["image"], train=False)
-        mask = batch["mask"]
-        correct = (jnp.argmax(logits, -1) == batch["label"]) * mask
-        losses = cross_entropy(logits, batch["label"], 0.0) * mask
-        return jax.lax.psum((correct.sum(), losses.sum(), mask.sum()), parallel.AXIS)
-
-    compiled = parallel.pmap_step(step, donate_state=False)
-    variables = parallel.replicate(variables)
-    sums = [compiled(variables, parallel.shard(batch)) for batch in batches]
+    step = _evaluation_step(qapply)
+    held = parallel.replicate((variables, as_data(assignment)))
+    sums = [step(*held, parallel.shard(batch)) for batch in batches]
     if not sums:
         raise ValueError("There is nothing to evaluate: the data set has no examples.")
     correct, loss, examples = np.sum([parallel.unreplicate(s) for s in sums], axis=0, dtype=float)
     return Evaluation(float(correct / examples), float(loss / examples), round(examples))
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics_step(qapply: Callable) -> Callable:
+    def updated(params, assignment, old, batch):
+        _, updates = qapply(
+            assignment, {"params": params, "batch_stats": old}, batch["image"],
+            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        return updates["batch_stats"]
+
+    def statistics(variables, assignment, batch):
+        params, old = variables["params"], variables["batch_stats"]
+        of_batch = functools.partial(updated, params, assignment)
+        momentum = running_momentum(of_batch, old, batch)
+        own = batch_statistics(of_batch(jax.tree.map(jnp.zeros_like, old), batch), momentum)
+        return jax.lax.pmean(own, parallel.AXIS)
+
+    return parallel.pmap_step(statistics, donate_state=False)
 
 
 def reestimate_batch_stats(
@@ -73,28 +103,13 @@ def reestimate_batch_stats(
     Raises:
       ValueError: there is no batch.
     """
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    if not jax.tree_util.tree_leaves(batch_stats):
-        return batch_stats
-    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
-
-    def updated(params, old, batch):
-        _, updates = qapply(
-            assignment, {"params": params, "batch_stats": old}, batch["image"],
-            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
-        )  # fmt: skip
-        return updates["batch_stats"]
-
-    def statistics(params, batch):
-        momentum = running_momentum(functools.partial(updated, params), batch_stats, batch)
-        own = batch_statistics(updated(params, zeros, batch), momentum)
-        return jax.lax.pmean(own, parallel.AXIS)
-
-    compiled = parallel.pmap_step(statistics, donate_state=False)
-    params = parallel.replicate(params)
+    if not jax.tree_util.tree_leaves(variables["batch_stats"]):
+        return variables["batch_stats"]
+    step = _statistics_step(qapply)
+    held = parallel.replicate((variables, as_data(assignment)))
     total, count = None, 0
     for batch in batches:
-        found = parallel.unreplicate(compiled(params, parallel.shard(batch)))
+        found = parallel.unreplicate(step(*held, parallel.shard(batch)))
         total = found if total is None else jax.tree.map(np.add, total, found)
         count += 1
     if not count:
@@ -102,10 +117,33 @@ def reestimate_batch_stats(
     return jax.tree.map(lambda s: (s / count).astype(np.float32), total)
 
 
+class StaticEvaluation(NamedTuple):
+    """What `evaluate` takes to judge weights with activation scales that never change."""
+
+    apply: Callable  # apply(assignment, variables, images, train=False)
+    assignment: Any
+    variables: Mapping[str, Any]  # with the scales
+
+
+@functools.lru_cache(maxsize=8)
+def _static_programs(fun: Callable) -> tuple[Callable, Callable]:
+    """(a step that moves the scales, the function that uses them)."""
+    stateful = quantize_with_state(fun, axis_name=parallel.AXIS)
+
+    def step(scales, variables, assignment, batch):
+        return stateful.apply(assignment, scales, variables, batch["image"], train=False)[1]
+
+    def apply(assignment, variables, images, train=False):
+        scales, own = variables["scales"], variables["own"]
+        return stateful.evaluate(assignment, scales, own, images, train=train)
+
+    return parallel.pmap_step(step, donate_state=False), apply
+
+
 def static_evaluation(
     fun: Callable, assignment: Any, sites: Mapping, variables: Mapping[str, Any], batches: Iterable
-) -> Callable:
-    """A function like `quantize(fun)` in evaluation, with activation scales that never change.
+) -> StaticEvaluation:
+    """Makes `quantize(fun)` ready for evaluation with static activation scales.
 
     Bounds are averaged over `batches`, under `assignment` and the running BatchNorm statistics.
 
@@ -116,32 +154,21 @@ def static_evaluation(
       variables: {"params": ..., "batch_stats": ...}, not replicated.
       batches: training batches.
 
-    Returns:
-      `apply(assignment, variables, images, train=False)`, for the same assignment.
-
     Raises:
       ValueError: there is no batch.
     """
-    static = with_static_activations(assignment, sites)
-    stateful = quantize_with_state(fun, axis_name=parallel.AXIS)
-
-    def step(state, variables, batch):
-        return stateful.apply(static, state, variables, batch["image"], train=False)[1]
-
+    static = as_data(with_static_activations(assignment, sites))
+    step, apply = _static_programs(fun)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("Activation scales need at least one batch; got none.")
     one = jax.ShapeDtypeStruct((1, *first["image"].shape[1:]), jnp.float32)
-    state = quantize_with_state(functools.partial(fun, train=False)).init(static, variables, one)
-    if jax.tree_util.tree_leaves(state):  # none where no activation is quantized
-        compiled = parallel.pmap_step(step, donate_state=False)
-        replicated, held = parallel.replicate(variables), parallel.replicate(state)
+    scales = quantize_with_state(functools.partial(fun, train=False)).init(static, variables, one)
+    if jax.tree_util.tree_leaves(scales):  # none where no activation is quantized
+        fixed = parallel.replicate((variables, static))
+        held = parallel.replicate(scales)
         for batch in itertools.chain([first], batches):
-            held = compiled(held, replicated, parallel.shard(batch))
-        state = parallel.unreplicate(held)
-
-    def apply(_, variables, images, train=False):
-        return stateful.evaluate(static, state, variables, images, train=train)
-
-    return apply
+            held = step(held, *fixed, parallel.shard(batch))
+        scales = parallel.unreplicate(held)
+    return StaticEvaluation(apply, static, {"own": variables, "scales": scales})

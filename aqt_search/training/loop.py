@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,14 @@ import numpy as np
 from absl import logging
 
 from aqt_search.training import parallel
-from aqt_search.training.checkpoint import latest_step, restore_latest, save_checkpoint
+from aqt_search.training.checkpoint import (
+    CheckpointError,
+    latest_step,
+    restore_latest,
+    save_checkpoint,
+)
 from aqt_search.training.interrupt import Interrupt
-from aqt_search.training.metrics import MetricWriter, Progress
+from aqt_search.training.metrics import MetricsError, MetricWriter, Progress
 
 CHECKPOINT_FOLDER = "checkpoints"
 _MOST_STEPS_AHEAD = 4  # how far Python may run ahead of the device
@@ -50,6 +56,19 @@ class Schedule(NamedTuple):
     checkpoint_every: int
 
 
+class Run(NamedTuple):
+    """What one run begins with, and who looks at it on the way."""
+
+    workdir: Path  # claimed and locked by the caller
+    state: Any  # the initial state, not replicated: the template for restoring, too
+    streams: Sequence[Stream]  # one per batch argument of the step
+    inputs: Any = ()  # pytree given to every step, which may differ between runs of one program
+    # Called at each record on the state, leaves [1, ...] on the device; its numbers are added.
+    describe: Callable[[Any], Mapping[str, float]] = lambda state: {}
+    # Called with every step's metrics, in order; raises to stop the run.
+    check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+
+
 class LoopResult(NamedTuple):
     """The end of a run."""
 
@@ -57,118 +76,120 @@ class LoopResult(NamedTuple):
     seconds: float  # spent in the loop, over all starts of the run
 
 
-def run_steps(
-    step: Callable,
-    state: Any,
-    streams: Sequence[Stream],
-    schedule: Schedule,
-    workdir: Path,
-    *,
-    describe: Callable[[Any], Mapping[str, float]] = lambda state: {},
-    check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
-    description: str = "train",
-) -> LoopResult:
-    """Runs `state, metrics = step(state, *batches)` up to `schedule.total_steps`.
+def run_steps(step: Callable, run: Run, schedule: Schedule) -> LoopResult:
+    """Runs `state, metrics = step(state, inputs, *batches)` up to `schedule.total_steps`.
 
     The run goes on from the newest whole checkpoint in `<workdir>/checkpoints`, with the position
     of every stream, so that a killed run ends in the same bits as an undisturbed one.
 
     Args:
-      step: not yet compiled; takes a state and one batch per stream, runs on every replica.
-      state: the initial state, not replicated: the template for restoring, too.
-      streams: one per batch argument of `step`.
+      step: not yet compiled; takes a state, inputs and one batch per stream, on every replica.
+      run: what it begins with.
       schedule: steps in all, between records, and between checkpoints.
-      workdir: folder of the run, claimed and locked by the caller.
-      describe: called on the replicated state at each record; its numbers are added to it.
-      check: called with every step's metrics, in order; raises to stop the run.
-      description: a word for the progress line.
 
     Raises:
       DivergedError: a metric is not finite (says the step); the last checkpoint is of good weights.
       InterruptedRunError: SIGTERM or Ctrl-C; the state is saved.
       CheckpointError, MetricsError: the disk is full or what is on it is damaged.
     """
-    folder = workdir / CHECKPOINT_FOLDER
-    restored = restore_latest(folder, jax.tree.map(np.asarray, state))
-    done, seconds = 0, 0.0
-    if restored is not None:
-        state, done, seconds = restored.state, restored.step, restored.extra["seconds"]
-        for stream, position in zip(streams, restored.extra["streams"], strict=True):
-            stream.set_state(position)
-        logging.info("Going on from the checkpoint of step %d in %s.", done, folder)
+    (result,) = _run_together(step, [run], schedule, parallel.data_parallel())
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def run_side_by_side(
+    step: Callable, runs: Sequence[Run], schedule: Schedule
+) -> list[LoopResult | RuntimeError]:
+    """The same for several runs of one program, each on a device of its own.
+
+    Every run ends in the bits it would have on a machine with that device alone. One that fails
+    does not stop the others.
+
+    Args:
+      step, schedule: as for `run_steps`.
+      runs: at most one per device, whose newest checkpoints are of one step.
+
+    Returns:
+      For each run its result, or the error that stopped it.
+
+    Raises:
+      ValueError: more runs than devices, or checkpoints of different steps.
+      InterruptedRunError, CheckpointError, MetricsError: as `run_steps`, for all of them.
+    """
+    return _run_together(step, runs, schedule, parallel.side_by_side(len(runs)))
+
+
+def _run_together(
+    step: Callable, runs: Sequence[Run], schedule: Schedule, placement: parallel.Placement
+) -> list[LoopResult | RuntimeError]:
+    lanes = [_Lane(run) for run in runs]
+    done = lanes[0].done
+    if any(lane.done != done for lane in lanes):
+        told = ", ".join(f"{lane.run.workdir.name}: {lane.done}" for lane in lanes)
+        raise ValueError(f"Runs side by side must be at the same step; got {told}.")
     if done >= schedule.total_steps:
-        return LoopResult(state, seconds)
-    run = _Run(parallel.pmap_step(step), schedule, folder, describe, check, seconds)
+        return [LoopResult(lane.state, lane.seconds) for lane in lanes]
+    loop = _Loop(placement, placement.compile(step), schedule, lanes)
+    names = ", ".join(run.workdir.name for run in runs)
     with (
-        MetricWriter(workdir, done) as writer,
-        Progress(schedule.total_steps, initial=done, description=description) as progress,
+        contextlib.ExitStack() as writers,
+        Progress(schedule.total_steps, initial=done, description=names) as progress,
         Interrupt() as interrupt,
     ):
-        state = parallel.replicate(state)
+        for lane in lanes:
+            lane.writer = writers.enter_context(MetricWriter(lane.run.workdir, done))
         for number in range(done + 1, schedule.total_steps + 1):
-            state = run.advance(state, streams, number)
+            loop.advance()
             last = number == schedule.total_steps
             stopped_by = interrupt.requested  # read once: a later signal ends the next step
             saves = last or stopped_by or number % schedule.checkpoint_every == 0
-            shown = run.record(state, number, writer) if saves or run.is_due(number) else None
+            shown = loop.record(number) if saves or loop.is_due(number) else None
             progress.update(1, shown)
+            if all(lane.error for lane in lanes):
+                break
             if saves:
-                writer.flush()
-                run.save(state, streams, number)
+                loop.save(number)
             if stopped_by and not last:
                 raise InterruptedRunError(
-                    f"{stopped_by}: saved step {number} of {schedule.total_steps} in"
-                    f" {folder}. Run the same command again to go on."
+                    f"{stopped_by}: saved step {number} of {schedule.total_steps} of {names}."
+                    " Run the same command again to go on."
                 )
-    return LoopResult(parallel.unreplicate(state), run.seconds())
+    return loop.results()
 
 
-class _Run:
-    """The parts of one start of a run, and the metrics that are still on the device."""
+class _Lane:
+    """One run: where it goes on, its files, and the error that stopped it."""
 
-    def __init__(self, step, schedule, folder, describe, check, seconds):
-        self._step = step
-        self._schedule = schedule
-        self._folder = folder
-        self._describe = describe
-        self._check = check
-        self._seconds_before = seconds
-        self._started = time.monotonic()
-        self._pending: list[tuple[int, Any]] = []
+    def __init__(self, run: Run):
+        self.run = run
+        self.folder = run.workdir / CHECKPOINT_FOLDER
+        self.state, self.done, self.seconds = run.state, 0, 0.0
+        self.error: RuntimeError | None = None
+        self.writer: MetricWriter | None = None
+        restored = restore_latest(self.folder, jax.tree.map(np.asarray, run.state))
+        if restored is not None:
+            self.state, self.done = restored.state, restored.step
+            self.seconds = restored.extra["seconds"]
+            for stream, position in zip(run.streams, restored.extra["streams"], strict=True):
+                stream.set_state(position)
+            logging.info("Going on from the checkpoint of step %d in %s.", self.done, self.folder)
 
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
-
-    def is_due(self, number: int) -> bool:
-        return number % self._schedule.log_every == 0
-
-    def advance(self, state, streams, number: int):
-        batches = [parallel.shard(next(stream)) for stream in streams]
-        state, metrics = self._step(state, *batches)
-        self._pending.append((number, metrics))
-        if len(self._pending) > _MOST_STEPS_AHEAD:
-            jax.block_until_ready(self._pending[-_MOST_STEPS_AHEAD][1])
-        return state
-
-    def record(self, state, number: int, writer: MetricWriter) -> Mapping[str, float]:
-        """Checks every step since the last record, and writes the means of their metrics."""
-        fetched = [(n, parallel.unreplicate(metrics)) for n, metrics in self._pending]
-        self._pending = []
+    def record(self, fetched: Sequence[tuple[int, Mapping]], number: int, state: Any) -> Mapping:
+        """Checks every step's metrics and writes their means."""
         for at, metrics in fetched:
             self._check_finite(at, metrics)
-            self._check(at, metrics)
-        means = {
-            name: float(np.mean([metrics[name] for _, metrics in fetched]))
-            for name in fetched[0][1]
-        }
-        writer.write(number, means | dict(self._describe(state)))
+            self.run.check(at, metrics)
+        names = fetched[0][1]
+        means = {n: float(np.mean([metrics[n] for _, metrics in fetched])) for n in names}
+        self.writer.write(number, means | dict(self.run.describe(state)))
         return {name: means[name] for name in ("loss", "accuracy", "cost") if name in means}
 
     def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            kept = latest_step(self._folder)
-            where = f"the checkpoint of step {kept} in {self._folder} is good" if kept else (
+            kept = latest_step(self.folder)
+            where = f"the checkpoint of step {kept} in {self.folder} is good" if kept else (
                 "no checkpoint was saved before it"
             )  # fmt: skip
             raise DivergedError(
@@ -176,9 +197,64 @@ class _Run:
                 " learning rate, gradient clipping, or formats with more bits, in a new --workdir."
             )
 
-    def save(self, state, streams, number: int) -> None:
-        extra = {
-            "streams": [stream.get_state() for stream in streams],
-            "seconds": self.seconds(),
-        }
-        save_checkpoint(self._folder, number, parallel.unreplicate(state), extra)
+    def save(self, state: Any, number: int, seconds: float) -> None:
+        streams = [stream.get_state() for stream in self.run.streams]
+        self.writer.flush()
+        save_checkpoint(self.folder, number, state, {"streams": streams, "seconds": seconds})
+
+
+class _Loop:
+    """The runs on the devices, and the metrics that are still there."""
+
+    def __init__(self, placement, step, schedule: Schedule, lanes: Sequence[_Lane]):
+        self._placement, self._step = placement, step
+        self._schedule, self._lanes = schedule, lanes
+        self._state = placement.put([lane.state for lane in lanes])
+        self._inputs = placement.put([lane.run.inputs for lane in lanes])
+        self._started = time.monotonic()
+        self._pending: list[Any] = []  # metrics of the steps since the last record
+
+    def is_due(self, number: int) -> bool:
+        return number % self._schedule.log_every == 0
+
+    def advance(self) -> None:
+        streams = zip(*(lane.run.streams for lane in self._lanes), strict=True)
+        batches = [self._placement.shard([next(s) for s in of_runs]) for of_runs in streams]
+        self._state, metrics = self._step(self._state, self._inputs, *batches)
+        self._pending.append(metrics)
+        if len(self._pending) > _MOST_STEPS_AHEAD:
+            jax.block_until_ready(self._pending[-_MOST_STEPS_AHEAD])
+
+    def _fetch(self, tree: Any, index: int) -> Any:
+        return parallel.unreplicate(self._placement.view(tree, index))
+
+    def record(self, number: int) -> Mapping[str, float]:
+        """Writes the metrics of all runs since the last record; returns the first run's."""
+        pending, self._pending = self._pending, []
+        first = number - len(pending) + 1
+        shown: Mapping[str, float] = {}
+        for index, lane in enumerate(self._lanes):
+            if lane.error:
+                continue
+            fetched = [(at, self._fetch(m, index)) for at, m in enumerate(pending, first)]
+            try:
+                found = lane.record(fetched, number, self._placement.view(self._state, index))
+            except RuntimeError as error:  # of this run alone: its numbers, not its files
+                if isinstance(error, (CheckpointError, MetricsError)):
+                    raise
+                lane.error = error
+            else:
+                shown = shown or found
+        return shown
+
+    def save(self, number: int) -> None:
+        for index, lane in enumerate(self._lanes):
+            if not lane.error:
+                lane.state = self._fetch(self._state, index)
+                lane.save(lane.state, number, self._seconds(lane))
+
+    def _seconds(self, lane: _Lane) -> float:
+        return lane.seconds + time.monotonic() - self._started
+
+    def results(self) -> list[LoopResult | RuntimeError]:
+        return [lane.error or LoopResult(lane.state, self._seconds(lane)) for lane in self._lanes]

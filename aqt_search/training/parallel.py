@@ -1,9 +1,13 @@
-"""Data parallelism: one replica per device. The only file that knows about `jax.pmap`."""
+"""Runs on devices: one run with a replica per device, or a run per device, side by side.
+
+The only file that knows about `jax.pmap`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,8 @@ def pmap_step(step: Callable, *, donate_state: bool = True) -> Callable:
 def replicate(tree: Any) -> Any:
     """Copies every leaf [...] to every replica, as [replicas, ...]."""
     count = replica_count()
+    if not jax.tree.leaves(tree):  # which pmap refuses
+        return tree
 
     def copy(leaf):
         leaf = np.asarray(leaf)
@@ -43,6 +49,11 @@ def replicate(tree: Any) -> Any:
 def unreplicate(tree: Any) -> Any:
     """The first replica's copy of every leaf, as numpy arrays."""
     return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0))[0], tree)
+
+
+def replica_index() -> jax.Array | int:
+    """The number of this replica of its run, inside `AXIS`; 0, known, where there is but one."""
+    return 0 if jax.lax.axis_size(AXIS) == 1 else jax.lax.axis_index(AXIS)
 
 
 def shard(batch: Any) -> Any:
@@ -62,3 +73,62 @@ def shard(batch: Any) -> Any:
         return leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
 
     return jax.tree.map(split, batch)
+
+
+class Placement(NamedTuple):
+    """How one or several runs of one program lie on the devices.
+
+    Runs are in lists, one element each; what is on the devices is one tree of all of them.
+    """
+
+    compile: Callable[[Callable], Callable]  # of step(state, ...), which gives its state away
+    put: Callable[[Sequence[Any]], Any]  # trees, not replicated, onto the devices
+    shard: Callable[[Sequence[Any]], Any]  # batches [B, ...], a step's argument
+    view: Callable[[Any, int], Any]  # a run's own part, leaves [1, ...] still on its device
+
+
+def _view(tree: Any, run: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf.addressable_data(run), tree)
+
+
+def data_parallel() -> Placement:
+    """One run, whose batches are divided over all devices."""
+    return Placement(
+        compile=pmap_step,
+        put=lambda trees: replicate(trees[0]),
+        shard=lambda batches: shard(batches[0]),
+        view=_view,
+    )
+
+
+def side_by_side(count: int) -> Placement:
+    """`count` runs, each on a device of its own, in one program.
+
+    To its step a run looks as on a machine with that one device: `AXIS` has size 1.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    if not 1 <= count <= replica_count():
+        raise ValueError(f"{count} runs side by side need as many devices; got {replica_count()}.")
+
+    def stack(trees: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *trees)
+
+    def put(trees: Sequence[Any]) -> Any:
+        stacked = stack(trees)
+        if not jax.tree.leaves(stacked):  # which pmap refuses
+            return stacked
+        return _mapped(lambda leaves: jax.tree.map(jnp.array, leaves), count)(stacked)
+
+    return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
+
+
+def _mapped(step: Callable, count: int, **options: Any) -> Callable:
+    return jax.pmap(step, axis_name="runs", devices=jax.local_devices()[:count], **options)
+
+
+@functools.lru_cache(maxsize=4)  # the next runs of the same step find it compiled
+def _compiled_alone(step: Callable, count: int) -> Callable:
+    alone = jax.vmap(step, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
+    return _mapped(alone, count, donate_argnums=(0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,17 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aqt_search.training.batch_norm import running_momentum
-from aqt_search.training.parallel import AXIS
+from aqt_search.training.parallel import AXIS, replica_index
 
 Batch = Mapping[str, jax.Array]  # "image": [B, H, W, C] float32, "label": [B] int32
-
-
-class Forward(NamedTuple):
-    """What a replica's own forward pass of a training step gave."""
-
-    logits: jax.Array  # [B, classes]
-    batch_stats: Any  # running statistics updated by this replica's batch alone
 
 
 class TrainState(NamedTuple):
@@ -32,13 +25,18 @@ class TrainState(NamedTuple):
     rng: jax.Array  # [2], uint32: key data of the run; steps and replicas fold their numbers in
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_variables(model: Any, image_shape: tuple[int, ...], key: jax.Array) -> Any:
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    return model.init({"params": key, "dropout": key}, images, train=False)
+
+
 def init_train_state(
     model: Any, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
 ) -> TrainState:
     """Initialises a Flax Linen model that maps images [B, *image_shape] to logits."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(init_key)
+    variables = _initial_variables(model, tuple(image_shape), init_key)
     params = variables["params"]
     return TrainState(
         jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params),
@@ -49,7 +47,7 @@ def init_train_state(
 def step_key(state: TrainState) -> jax.Array:
     """The random key of this step on this replica."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    return jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    return jax.random.fold_in(key, replica_index())
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
@@ -68,11 +66,11 @@ def make_update(
     *,
     label_smoothing: float = 0.0,
 ) -> Callable:
-    """Returns `update(state, assignment, batch) -> (state, metrics, forward)`, inside `AXIS`.
+    """Returns `update(state, assignment, batch) -> (state, metrics, logits)`, inside `AXIS`.
 
     Gradients and new running statistics are averaged over the replicas; the metrics "loss",
-    "accuracy" and "gradient_norm", and the replica's own `Forward`, are of the weights before the
-    update.
+    "accuracy" and "gradient_norm", and the replica's own logits [B, classes], are of the weights
+    before the update.
 
     Args:
       qapply: `quantize(model.apply)`.
@@ -102,20 +100,6 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng)
-        return new, metrics, Forward(logits, own_stats)
+        return new, metrics, logits
 
     return update
-
-
-def batch_stats_momentum(apply: Callable, state: TrainState, image_shape: tuple[int, ...]) -> Any:
-    """The momentum of a model's running BatchNorm statistics; {} without BatchNorm."""
-
-    def update(batch_stats, images):
-        _, updates = apply(
-            {"params": state.params, "batch_stats": batch_stats}, images,
-            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
-        )  # fmt: skip
-        return updates.get("batch_stats", {})
-
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    return jax.jit(lambda: running_momentum(update, state.batch_stats, images))()

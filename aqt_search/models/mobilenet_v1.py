@@ -1,0 +1,192 @@
+"""MobileNetV1 in plain Flax Linen, ImageNet and CIFAR forms.
+
+Source: Howard et al. 2017 (arXiv 1704.04861), table 1; relu6 and the dropout rate after the
+authors' published code. `convolution` and `check_options` serve all MobileNets.
+
+Module names are part of the interface, as they become the names of quantization sites: `stem`,
+`block{i}/depthwise` and `block{i}/pointwise` with i from 1 to 13, `head`. The BatchNorm of a
+convolution is named after it: `stem_bn`, `depthwise_bn`, `pointwise_bn`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aqt_search.models.channels import round_channels
+from aqt_search.models.stochastic_depth import check_rate
+
+STEM_CHANNELS = 32
+BLOCK_CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+# Strides of the stem and of the thirteen blocks.
+FORM_STRIDES = {
+    "imagenet": (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
+    "cifar": (1, 1, 1, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
+}
+
+
+def convolution(
+    features: int, window: int, stride: int = 1, *, groups: int = 1, dtype: Any, name: str
+) -> nn.Conv:
+    """Convolution without bias and with (window - 1) / 2 rows of zeros on every side."""
+    return nn.Conv(
+        features,
+        (window, window),
+        strides=(stride, stride),
+        padding=(window - 1) // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+def check_options(
+    network: str, form: str, forms: Iterable[str], num_classes: int, width: float, dropout: float
+) -> None:
+    """Raises ValueError for an unknown form, or a class count, width or rate out of range."""
+    if form not in forms:
+        raise ValueError(f"unknown {network} form {form!r}; known forms: {', '.join(forms)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
+    if not (math.isfinite(width) and width > 0):
+        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
+    check_rate("dropout", dropout)
+
+
+class SeparableBlock(nn.Module):
+    """relu6(pointwise(relu6(depthwise(x)))), each convolution with its BatchNorm.
+
+    Depthwise is 3x3 with the stride and one filter a channel, pointwise is 1x1.
+    [batch, height, width, channels] to [batch, ceil(height / stride), ..., features].
+    """
+
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the block."""
+        conv = functools.partial(convolution, dtype=self.dtype)
+        channels = x.shape[-1]
+        depthwise = conv(channels, 3, self.stride, groups=channels, name="depthwise")
+        x = nn.relu6(self.norm(name="depthwise_bn")(depthwise(x)))
+        return nn.relu6(self.norm(name="pointwise_bn")(conv(self.features, 1, name="pointwise")(x)))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1; `mobilenet_v1` builds the published widths.
+
+    `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})`
+    gives `(logits, updates)`; with train=False the logits alone, and no rngs are needed.
+
+    Attributes:
+        block_channels: channels of each block.
+        strides: of the stem, and of each block.
+        stem_channels: channels of the first convolution.
+        num_classes: number of logits.
+        dropout: rate before the head.
+        dtype: type convolutions and activations are computed in. Parameters, BatchNorm
+            statistics, the mean over pixels and the head are float32 always.
+        axis_name: mapped axis over which batch statistics are averaged in training.
+        momentum: BatchNorm, r <- momentum * r + (1 - momentum) * batch statistic.
+        epsilon: BatchNorm, added to the variance.
+    """
+
+    block_channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    stem_channels: int
+    num_classes: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of images.
+
+        Args:
+            images: [batch, height, width, channels], any float dtype.
+            train: normalise with batch statistics and update the running ones; apply dropout.
+
+        Returns:
+            [batch, num_classes] float32.
+
+        Raises:
+            ValueError: images are not of rank 4.
+        """
+        if images.ndim != 4:
+            raise ValueError(
+                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
+                "Add a batch axis for a single image."
+            )
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        stem_stride, *strides = self.strides
+        stem = convolution(self.stem_channels, 3, stem_stride, dtype=self.dtype, name="stem")
+        x = nn.relu6(norm(name="stem_bn")(stem(images.astype(self.dtype))))
+        for i, (features, stride) in enumerate(zip(self.block_channels, strides, strict=True)):
+            x = SeparableBlock(features, stride, self.dtype, norm, name=f"block{i + 1}")(x)
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        features = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
+
+
+def mobilenet_v1(
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    form: Literal["imagenet", "cifar"] = "imagenet",
+    dropout: float = 0.001,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+) -> MobileNetV1:
+    """MobileNetV1 of a width.
+
+    Channels of the stem and of the blocks are multiplied by `width` and rounded with
+    `round_channels`, which changes nothing at the published widths of 0.25, 0.5, 0.75 and 1. The
+    ImageNet form shrinks the image 32 times. The CIFAR form, ours, shrinks it 8 times: its stem and
+    its second block, the first that has stride 2 in the ImageNet form, have stride 1.
+
+    Args:
+        num_classes: number of logits.
+        width: multiplier of the channels, above 0.
+        form: "imagenet" for large images, "cifar" for small ones.
+        dropout: rate before the head, in [0, 1).
+        dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV1`.
+        axis_name: mapped axis BatchNorm statistics are averaged over in training, or None.
+        momentum: BatchNorm momentum.
+        epsilon: BatchNorm epsilon.
+
+    Raises:
+        ValueError: unknown form, or a width, rate or class count out of range.
+    """
+    check_options("MobileNetV1", form, FORM_STRIDES, num_classes, width, dropout)
+    return MobileNetV1(
+        block_channels=tuple(round_channels(channels * width) for channels in BLOCK_CHANNELS),
+        strides=FORM_STRIDES[form],
+        stem_channels=round_channels(STEM_CHANNELS * width),
+        num_classes=num_classes,
+        dropout=dropout,
+        dtype=dtype,
+        axis_name=axis_name,
+        momentum=momentum,
+        epsilon=epsilon,
+    )

@@ -1,0 +1,218 @@
+"""MobileNetV2 in plain Flax Linen: ImageNet and CIFAR forms, and a tiny one.
+
+Source: Sandler et al. 2018 (arXiv 1801.04381), table 2; the dropout rate after the authors'
+published code.
+
+Module names are part of the interface, as they become the names of quantization sites: `stem`,
+`block{i}/expand`, `block{i}/depthwise` and `block{i}/project`, `last` (the 1x1 convolution after
+the blocks), `head`. Blocks count from 1 through all stages; those with an expansion of 1 have no
+`expand`. The BatchNorm of a convolution is named after it: `stem_bn`, `expand_bn`, `last_bn`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aqt_search.models.channels import round_channels
+from aqt_search.models.mobilenet_v1 import check_options, convolution
+
+
+class Stage(NamedTuple):
+    """Inverted residual blocks in a row; the first has the stride, the others stride 1."""
+
+    expansion: int
+    channels: int
+    blocks: int
+    stride: int
+
+
+class Form(NamedTuple):
+    """A network at width 1."""
+
+    stem_channels: int
+    stem_stride: int
+    stages: tuple[Stage, ...]
+
+
+IMAGENET = Form(32, 2, (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 2),
+    Stage(6, 32, 3, 2),
+    Stage(6, 64, 4, 2),
+    Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 2),
+    Stage(6, 320, 1, 1),
+))  # fmt: skip
+CIFAR = Form(32, 1, (IMAGENET.stages[0], Stage(6, 24, 2, 1), *IMAGENET.stages[2:]))
+TINY = Form(16, 1, (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 1),
+    Stage(6, 32, 2, 2),
+    Stage(6, 64, 2, 2),
+))  # fmt: skip
+FORMS = {"imagenet": IMAGENET, "cifar": CIFAR, "tiny": TINY}
+LAST_CHANNELS = 1280
+TINY_LAST_RATIO = 4  # channels of `last` to those of the last block
+
+
+class InvertedResidual(nn.Module):
+    """project(relu6(depthwise(relu6(expand(x))))), each convolution with its BatchNorm.
+
+    Expand is 1x1 to `expansion` times the channels, and absent at an expansion of 1; depthwise is
+    3x3 with the stride; project is 1x1 to `features` and linear. x is added where the block has
+    stride 1 and keeps the number of channels.
+    [batch, height, width, channels] to [batch, ceil(height / stride), ..., features].
+    """
+
+    expansion: int
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Apply the block."""
+        conv = functools.partial(convolution, dtype=self.dtype)
+        x, hidden = inputs, inputs.shape[-1] * self.expansion
+        if self.expansion > 1:
+            x = nn.relu6(self.norm(name="expand_bn")(conv(hidden, 1, name="expand")(x)))
+        depthwise = conv(hidden, 3, self.stride, groups=hidden, name="depthwise")
+        x = nn.relu6(self.norm(name="depthwise_bn")(depthwise(x)))
+        x = self.norm(name="project_bn")(conv(self.features, 1, name="project")(x))
+        keeps = self.stride == 1 and inputs.shape[-1] == self.features
+        return inputs + x if keeps else x
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2; `mobilenet_v2` builds the named forms.
+
+    `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})`
+    gives `(logits, updates)`; with train=False the logits alone, and no rngs are needed.
+
+    Attributes:
+        stages: the blocks, in order, as (expansion, channels, blocks, stride).
+        stem_channels: channels of the first convolution.
+        stem_stride: its stride.
+        last_channels: channels of the 1x1 convolution after the blocks.
+        num_classes: number of logits.
+        dropout: rate before the head.
+        dtype: type convolutions and activations are computed in. Parameters, BatchNorm
+            statistics, the mean over pixels and the head are float32 always.
+        axis_name: mapped axis over which batch statistics are averaged in training.
+        momentum: BatchNorm, r <- momentum * r + (1 - momentum) * batch statistic.
+        epsilon: BatchNorm, added to the variance.
+    """
+
+    stages: tuple[Stage, ...]
+    stem_channels: int
+    stem_stride: int
+    last_channels: int
+    num_classes: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of images.
+
+        Args:
+            images: [batch, height, width, channels], any float dtype.
+            train: normalise with batch statistics and update the running ones; apply dropout.
+
+        Returns:
+            [batch, num_classes] float32.
+
+        Raises:
+            ValueError: images are not of rank 4.
+        """
+        if images.ndim != 4:
+            raise ValueError(
+                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
+                "Add a batch axis for a single image."
+            )
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        conv = functools.partial(convolution, dtype=self.dtype)
+        x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
+        x = nn.relu6(norm(name="stem_bn")(x))
+        blocks = [
+            (expansion, channels, stride if j == 0 else 1)
+            for expansion, channels, repeats, stride in self.stages
+            for j in range(repeats)
+        ]
+        for i, block in enumerate(blocks, start=1):
+            x = InvertedResidual(*block, self.dtype, norm, name=f"block{i}")(x)
+        x = nn.relu6(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        features = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
+
+
+def mobilenet_v2(
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    form: Literal["imagenet", "cifar", "tiny"] = "imagenet",
+    dropout: float = 0.2,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+) -> MobileNetV2:
+    """MobileNetV2 of a form and width.
+
+    Channels of stem and stages are multiplied by `width` and rounded with `round_channels`. As
+    published, `last` keeps its 1280 channels at widths below 1.
+
+    - "imagenet": as published; shrinks the image 32 times.
+    - "cifar": the published stages, with stride 1 in the stem and in the second stage, as is common
+      for 32 x 32 pixels; shrinks the image 8 times.
+    - "tiny": ours, for 16 x 16 to 32 x 32 pixels on a CPU. A stem of 16 channels and seven blocks,
+      the first four published stages with two blocks at most; shrinks the image 4 times. `last` has
+      four times the channels of the last block, 256 at width 1, and follows the width.
+
+    Args:
+        num_classes: number of logits.
+        width: multiplier of the channels, above 0.
+        form: "imagenet", "cifar" or "tiny".
+        dropout: rate before the head, in [0, 1).
+        dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV2`.
+        axis_name: mapped axis BatchNorm statistics are averaged over in training, or None.
+        momentum: BatchNorm momentum.
+        epsilon: BatchNorm epsilon.
+
+    Raises:
+        ValueError: unknown form, or a width, rate or class count out of range.
+    """
+    check_options("MobileNetV2", form, FORMS, num_classes, width, dropout)
+    stem_channels, stem_stride, published = FORMS[form]
+    stages = tuple(
+        stage._replace(channels=round_channels(stage.channels * width)) for stage in published
+    )
+    last = round_channels(LAST_CHANNELS * max(1.0, width))
+    return MobileNetV2(
+        stages=stages,
+        stem_channels=round_channels(stem_channels * width),
+        stem_stride=stem_stride,
+        last_channels=TINY_LAST_RATIO * stages[-1].channels if form == "tiny" else last,
+        num_classes=num_classes,
+        dropout=dropout,
+        dtype=dtype,
+        axis_name=axis_name,
+        momentum=momentum,
+        epsilon=epsilon,
+    )

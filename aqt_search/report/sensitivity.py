@@ -1,0 +1,84 @@
+"""Reads the sensitivities of the sites, and ranks them against the bits that searches gave."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from aqt_search.report.checked_json import ReportError, number_of, read_object, value_of
+from aqt_search.report.records import Record, bits_of_format
+from aqt_search.report.table import format_order
+
+_FLOAT_BITS = 32  # of an operand that is not quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Spearman's rho between sensitivity and bits over `sites` sites; NaN if not defined."""
+
+    format: str | None  # the one whose loss increase is the sensitivity; None: no common one
+    sites: int
+    rho: float
+
+
+def load_sensitivity(workdir: str | Path) -> dict[str, Any] | None:
+    """The content of <workdir>/sensitivity.json; None if there is no such file.
+
+    Raises:
+      ReportError: it lacks formats, sites, reference_loss, or a loss per site and format.
+    """
+    path = Path(workdir) / "sensitivity.json"
+    if not path.exists():
+        return None
+    content = read_object(path)
+    formats, sites, loss = (value_of(content, k, list, path) for k in ("formats", "sites", "loss"))
+    number_of(content, "reference_loss", path)
+    shape = (len(sites), len(formats))
+    if len(loss) != shape[0] or any(not isinstance(r, list) or len(r) != shape[1] for r in loss):
+        raise ReportError(
+            f"{path}: 'loss' must have {shape[0]} rows (sites) of {shape[1]} losses (formats); "
+            "make the file again"
+        )
+    for value in (value for row in loss for value in row):
+        if not (value is None or isinstance(value, int | float)):
+            raise ReportError(f"{path}: a loss is {value!r}, expected a number or null")
+    return content
+
+
+def rank_correlation(record: Record, sensitivity: Mapping[str, Any]) -> Correlation:
+    """Spearman's rank correlation of a search's bits with the sensitivities of its sites.
+
+    The sensitivity of a site is loss - reference_loss with this site alone in the narrowest format
+    that every decision of the search has and the sensitivities cover. Its bits are the mean over
+    both operands of the format chosen. Over the sites the search decided; those with an unknown
+    loss or format are left out. NaN with fewer than three sites or where either side is constant.
+    """
+    common = set(sensitivity["formats"])
+    for decision in record.space.values():
+        common &= set(decision.options)
+    if not common:
+        return Correlation(None, 0, math.nan)
+    narrowest = min(common, key=format_order)
+    column = sensitivity["formats"].index(narrowest)
+    losses = {site: row[column] for site, row in zip(sensitivity["sites"], sensitivity["loss"])}
+    decided = {site for decision in record.space.values() for site in decision.sites}
+    pairs = []
+    for site in sorted(decided & set(losses)):
+        loss, bits = losses[site], _mean_bits(record, site)
+        if loss is not None and math.isfinite(loss) and bits is not None:
+            pairs.append((loss - sensitivity["reference_loss"], bits))
+    increases, bits = np.array(pairs).reshape(-1, 2).T
+    if len(pairs) < 3 or not (np.ptp(increases) and np.ptp(bits)):
+        return Correlation(narrowest, len(pairs), math.nan)
+    return Correlation(narrowest, len(pairs), float(spearmanr(increases, bits).statistic))
+
+
+def _mean_bits(record: Record, site: str) -> float | None:
+    """Mean bits of the site's two operands; None if the name of a format does not tell."""
+    formats = record.policy[site]
+    bits = [_FLOAT_BITS if name is None else bits_of_format(name) for name in formats]
+    return None if None in bits else sum(bits) / len(bits)

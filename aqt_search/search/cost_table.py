@@ -1,0 +1,70 @@
+"""The cost of every point of a space, tabulated, so that a search step only looks it up."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.search.options import SpaceError
+
+
+@dataclasses.dataclass(frozen=True)
+class CostTable:
+    """A cost that adds up over groups of sites with one or two decisions each.
+
+        cost(c) = fixed + sum over groups g of table[g, c[first[g]], c[second[g]]]
+
+    A group whose formats one decision chooses has first = second, and uses the diagonal alone. One
+    whose weights and activations are chosen apart has two: MACs * bits * bits is no sum over them.
+    Every decision belongs to one group.
+    """
+
+    table: np.ndarray  # [groups, max_options, max_options], float64
+    first: np.ndarray  # [groups], int: a decision
+    second: np.ndarray  # [groups], int: the other decision, or the same
+    fixed: float
+    mask: np.ndarray  # [decisions, max_options], bool
+
+    def of(self, choices: jax.typing.ArrayLike) -> jax.Array:
+        """The cost of `choices` [decisions]; float32 scalar, may be traced."""
+        choices = jnp.asarray(choices)
+        table = jnp.asarray(self.table, jnp.float32)
+        terms = table[np.arange(len(self.table)), choices[self.first], choices[self.second]]
+        return self.fixed + jnp.sum(terms)
+
+    def of_many(self, choices: np.ndarray) -> np.ndarray:
+        """The costs of `choices` [n, decisions], known numbers; float64 [n]."""
+        choices = np.asarray(choices)
+        groups = np.arange(len(self.table))
+        terms = self.table[groups, choices[:, self.first], choices[:, self.second]]
+        return self.fixed + terms.sum(axis=1)
+
+    def expected(self, probabilities: jax.Array) -> jax.Array:
+        """The mean cost under independent `probabilities` [decisions, max_options]."""
+        p, q = probabilities[self.first], probabilities[self.second]
+        options = np.arange(self.table.shape[-1])
+        diagonal = jnp.sum(p * jnp.asarray(self.table[:, options, options], jnp.float32), axis=-1)
+        apart = jnp.einsum("gi,gij,gj->g", p, jnp.asarray(self.table, jnp.float32), q)
+        return self.fixed + jnp.sum(jnp.where(self.first == self.second, diagonal, apart))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The costs of the cheapest and the dearest point of the space."""
+        usable = self.mask[self.first][:, :, None] & self.mask[self.second][:, None, :]
+        tied = (self.first == self.second)[:, None, None]
+        usable &= ~tied | np.eye(self.table.shape[-1], dtype=bool)
+        cheapest = np.where(usable, self.table, np.inf).min(axis=(1, 2)).sum()
+        dearest = np.where(usable, self.table, -np.inf).max(axis=(1, 2)).sum()
+        return self.fixed + float(cheapest), self.fixed + float(dearest)
+
+    def check_target(self, target: float) -> None:
+        """Raises SpaceError if no point of the space can cost `target`."""
+        low, high = self.range
+        if not low <= target <= high:
+            raise SpaceError(
+                f"The cost target {target:.6g} is outside of the space: its points cost between"
+                f" {low:.6g} and {high:.6g}."
+            )

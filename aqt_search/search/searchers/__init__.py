@@ -1,0 +1,40 @@
+"""Searchers over the same evaluations: each judges points of a space and returns the best.
+
+Every one is a function `search(evaluate, costs, target, evaluations, seed) -> Outcome`:
+
+  evaluate: choices [n, decisions], int, to quality [n]: higher is better, an accuracy or minus a
+    loss, of one fixed evaluation (the same weights and examples for every point). It is called
+    with as many points as a searcher has at hand; `in_batches` keeps that number fixed.
+  costs: of the space's points.
+  target: the largest cost allowed; a point may cost at most target * (1 + tolerance).
+  evaluations: the most points that may be judged.
+  seed: of everything that is drawn.
+"""
+
+from aqt_search.search.searchers.brute_force import brute_force
+from aqt_search.search.searchers.evolution import evolution
+from aqt_search.search.searchers.greedy import greedy
+from aqt_search.search.searchers.outcome import (
+    Evaluate,
+    Evaluated,
+    Outcome,
+    best_within,
+    in_batches,
+    regret,
+)
+from aqt_search.search.searchers.policy_gradient import policy_gradient
+from aqt_search.search.searchers.random_search import random_search
+
+__all__ = [
+    "Evaluate",
+    "Evaluated",
+    "Outcome",
+    "best_within",
+    "brute_force",
+    "evolution",
+    "greedy",
+    "in_batches",
+    "policy_gradient",
+    "random_search",
+    "regret",
+]

@@ -1,0 +1,21 @@
+"""CIFAR-10 averaged down to 16 x 16 with a tiny MobileNetV2: a depthwise net for two CPU cores.
+
+Unpack the images (train/<class>/*.jpg, test/<class>/*.jpg) and name their folder:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.sweep \
+        --config=configs/cifar10_16px_mobilenet_v2.py --workdir=runs/cifar16_mobilenet \
+        --config.data.name=folder:/path/to/cifar10
+
+The flag makes two devices of two cores, which run two points side by side.
+"""
+
+import ml_collections
+
+from configs import cifar10_16px_resnet8
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = cifar10_16px_resnet8.get_config(arg)
+    config.model.name = "mobilenet_v2"
+    config.model.form = "tiny"
+    return config
