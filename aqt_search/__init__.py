@@ -94,6 +94,7 @@ __all__ = [
     "quantize_tensor",
     "quantize_with_state",
     "quantizer",
+    "roofline",
     "round_to_format",
     "running_max",
     "serve",

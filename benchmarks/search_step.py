@@ -31,8 +31,9 @@ from aqt_search.search.one_shot import (
 )
 from aqt_search.search.space import make_space
 from aqt_search.training import parallel
+from aqt_search.training.evaluation import as_data
 from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.train_step import batch_stats_momentum, init_train_state, make_update
+from aqt_search.training.train_step import init_train_state, make_update
 from benchmarks import timing
 
 TWO = ("int4", "int8")
@@ -50,6 +51,7 @@ class Program(NamedTuple):
     name: str
     step: Callable
     state: Any
+    inputs: Any
     batches: tuple[Any, ...]
 
 
@@ -60,7 +62,7 @@ def random_batch(rng: np.random.Generator, size: int, image_size: int) -> dict[s
 
 
 def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]:
-    """The float step and search steps over 2, 4 and 16 formats, each with its own state."""
+    """The float step, int8 ones and search steps over 2, 16 and 4 formats."""
     rng = np.random.default_rng(0)
     batch = random_batch(rng, batch_size, image_size)
     held_out = random_batch(rng, HELD_OUT, image_size)
@@ -72,39 +74,48 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     sites = aqs.find_sites(model.apply, variables, image, train=False)
     qapply = aqs.quantize(model.apply)
     update = make_update(qapply, optimizer)
-    momentum = batch_stats_momentum(model.apply, train, batch["image"].shape[1:])
     static = aqs.assign(sites, [(".*", "int8")])
+
+    def train_step(state, assignment, batch):
+        return update(state, assignment, batch)[:2]
+
     programs = [
-        Program("float32 training", lambda s, b: update(s, {}, b)[:2], train, (batch,)),
-        Program("int8 training (static)", lambda s, b: update(s, static, b)[:2], train, (batch,)),
+        Program("float32 training", train_step, train, {}, (batch,)),
+        Program(
+            "int8, known formats", lambda s, _, b: train_step(s, static, b), train, (), (batch,)
+        ),
+        Program("int8 training", train_step, train, as_data(static), (batch,)),
     ]
-    for formats in (TWO, FOUR, SIXTEEN):
+    target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
+    for formats, samples in ((TWO, 1), (SIXTEEN, 1), (FOUR, 1), (FOUR, 2)):
         space = make_space(sites, [(".*", formats)])
-        target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
-        options = SearchOptions(total_steps=1000, target=target, delay=0.0)
-        costs = space.cost_table(aqs.cost.gbops)
-        step = make_search_step(qapply, update, space, costs, options, momentum)
+        one = {} if samples > 1 else {"samples": 1, "advantage": "baseline"}
+        options = SearchOptions(total_steps=1000, delay=0.0, **one)
+        costs = {"gbops": space.cost_table(aqs.cost.gbops)}
+        step = make_search_step(qapply, update, space, costs, options)
         state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
-        programs.append(Program(f"search, {len(formats)} formats", step, state, (batch, held_out)))
+        name = f"search, {len(formats)} formats, {samples} judged"
+        inputs = {"gbops": np.float32(target)}
+        programs.append(Program(name, step, state, inputs, (batch, held_out)))
     return programs
 
 
 def build(program: Program) -> timing.Build:
     """Builds a program's step from nothing."""
-    state = parallel.replicate(program.state)
+    state, inputs = parallel.replicate((program.state, program.inputs))
     batches = [parallel.shard(b) for b in program.batches]
-    return timing.build(parallel.pmap_step(program.step), state, *batches)
+    return timing.build(parallel.pmap_step(program.step), state, inputs, *batches)
 
 
 def runner(program: Program) -> Callable[[], Any]:
     """Runs the program's next step at every call."""
     step = parallel.pmap_step(program.step)
     batches = [parallel.shard(b) for b in program.batches]
-    state = parallel.replicate(program.state)
+    state, inputs = parallel.replicate((program.state, program.inputs))
 
     def run():
         nonlocal state
-        state, metrics = step(state, *batches)
+        state, metrics = step(state, inputs, *batches)
         return state, metrics
 
     return run
@@ -113,9 +124,9 @@ def runner(program: Program) -> Callable[[], Any]:
 def count_compilations(program: Program, steps: int) -> int:
     """Compilations in `steps` search steps after the first, each with another sample of formats."""
     step = parallel.pmap_step(program.step)
-    state = parallel.replicate(program.state)
+    state, inputs = parallel.replicate((program.state, program.inputs))
     batches = [parallel.shard(b) for b in program.batches]
-    state, _ = step(state, *batches)
+    state, _ = step(state, inputs, *batches)
     events: list[str] = []
 
     def listen(name: str, _seconds: float, **_: Any) -> None:
@@ -124,7 +135,7 @@ def count_compilations(program: Program, steps: int) -> int:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     for _ in range(steps):
-        state, metrics = step(state, *batches)
+        state, metrics = step(state, inputs, *batches)
         jax.block_until_ready(metrics)
     return len(events)
 
@@ -146,7 +157,7 @@ def main() -> None:
     print(f"ResNet-{size[0]}, batch {size[1]}, {size[2]} x {size[2]} x 3, on", end=" ")
     print(f"{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(
-        f"{'program':24} {'ms':>7} {'ratio':>6} {'build s':>8} {'ratio':>6} {'MB':>6} {'ratio':>6}"
+        f"{'program':28} {'ms':>7} {'ratio':>6} {'build s':>8} {'ratio':>6} {'MB':>6} {'ratio':>6}"
     )
     for program in programs:
         name = program.name
@@ -154,13 +165,14 @@ def main() -> None:
         base_built = [b.seconds for b in builds[base]]
         memory, base_memory = (builds[n][0].temporary_bytes for n in (name, base))
         print(
-            f"{name:24} {1e3 * statistics.median(seconds[name]):7.1f}"
+            f"{name:28} {1e3 * statistics.median(seconds[name]):7.1f}"
             f" {timing.median_ratio(seconds[name], seconds[base]):6.3f}"
             f" {statistics.median(built):8.2f} {timing.median_ratio(built, base_built):6.3f}"
             f" {memory / 1e6:6.1f} {memory / base_memory:6.3f}"
         )
-    two, sixteen = programs[2].name, programs[-1].name
+    int8, two, sixteen, _, both = (program.name for program in programs[2:])
     print(f"16 formats / 2 formats: {timing.median_ratio(seconds[sixteen], seconds[two]):.3f}")
+    print(f"search / int8 training: {timing.median_ratio(seconds[both], seconds[int8]):.3f}")
     print(f"compilations in 50 more search steps: {count_compilations(programs[-1], 50)}")
 
 

@@ -65,6 +65,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.sensitivity.split = "reward"  # or "train"; never the test split
     config.sensitivity.chunk = 16  # assignments in one call
 
+    # experiments.compare_searchers: other searchers on the weights of a finished search.
+    config.searchers = ml_collections.ConfigDict()
+    config.searchers.checkpoint = ""  # the workdir of the search
+    config.searchers.names = ("random", "greedy", "evolution", "policy_gradient")  # "brute_force"
+    config.searchers.evaluations = 100  # points that each may judge
+    config.searchers.images = 1000  # held-out images: half to judge, half to report
+
     config.search = ml_collections.ConfigDict()
     # Ordered rules: fixed formats; a tuple of formats to choose from, or the name of such a tuple
     # ("fliqs_s_int", "fliqs_l_fp", ...: aqt_search.search.options); or a mapping of "weight" and
@@ -76,6 +83,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.target = 1.1  # cost target ...
     config.search.relative_to = "int4"  # ... as a multiple of this format's cost; "" for units
     config.search.further_costs = ()  # with targets of their own: (cost, target, relative_to), ...
+    # The answer is the most probable point whose cost is this near its target; with 0 the most
+    # probable one, wherever it is.
+    config.search.tolerance = 0.02
     config.search.reward = "absolute"  # "absolute", "one_sided", "soft", "hard"
     config.search.beta = 1.0
     config.search.quality = "held_out"  # on held-out examples, or "train" on the training batch
@@ -84,6 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.samples = 2  # points judged in a step
     config.search.advantage = "centred"  # over the samples of a step, or a moving "baseline"
     config.search.cost_samples = 256  # points whose cost alone is judged; 0: those of `samples`
+    config.search.penalty = "annealed"  # from that of the expected cost to the expected; "sampled"
     config.search.delay = 0.25  # share of the run before the policy moves
     config.search.learning_rate = 0.05
     config.search.baseline_momentum = 0.95

@@ -137,6 +137,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 f"{key} {flat[key]} cannot be divided over {replica_count()} devices: choose a"
                 " multiple of their number."
             )
+    if not config.search.tolerance >= 0:
+        raise ConfigError(f"search.tolerance is {config.search.tolerance}; expected at least 0.")
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {config.label_smoothing}; expected 0 to below 1.")
 

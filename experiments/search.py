@@ -20,11 +20,11 @@ import numpy as np
 
 import aqt_search as aqs
 from aqt_search.search import policy as policies
+from aqt_search.search.answer import most_probable, most_probable_on_target
 from aqt_search.search.guard import QualityGuard
 from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,
-    best_choices,
     check_targets,
     make_search_step,
     policy_optimizer,
@@ -80,7 +80,7 @@ def cost_targets(
 
 
 _OUTSIDE = ("space", "decide", "cost", "target", "relative_to", "further_costs",
-            "held_out_batch_size")  # fmt: skip
+            "held_out_batch_size", "tolerance")  # fmt: skip
 
 
 def search_options(config: ml_collections.ConfigDict, total_steps: int) -> SearchOptions:
@@ -169,7 +169,7 @@ def finish_search(
     choices = (
         best_of_random(config, images, parts, space, options, targets, variables)
         if random
-        else best_choices(logits, space.mask)
+        else answer(config, space, options, targets, np.asarray(log_p))
     )
     formats = space.concrete_assignment(choices)
     return results.finish(
@@ -188,6 +188,23 @@ def finish_search(
             "without_retraining": True,
         },
     )  # fmt: skip
+
+
+def answer(
+    config: ml_collections.ConfigDict,
+    space: Space,
+    options: SearchOptions,
+    targets: Mapping[str, float],
+    log_p: np.ndarray,
+) -> np.ndarray:
+    """The most probable point, within `search.tolerance` of the targets if there is one."""
+    if not config.search.tolerance:
+        return most_probable(log_p)
+    costs = {name: space.cost_table(cost) for name, cost in cost_functions(config).items()}
+    one_sided = options.reward in ("one_sided", "hard")
+    return most_probable_on_target(
+        log_p, costs, targets, config.search.tolerance, one_sided=one_sided
+    )
 
 
 def held_out_accuracy(

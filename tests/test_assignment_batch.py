@@ -72,14 +72,20 @@ def one_by_one(train):
 
 # A replica of a data-parallel model holds half a batch in training, but the whole one here.
 @pytest.mark.parametrize(
-    "batch_stats, axis_name, chunk",
-    [("batch", AXIS, 3), ("running", AXIS, 3), ("batch", None, 100), ("running", None, 1)],
+    "batch_stats, axis_name, chunk, vectorized",
+    [
+        ("batch", AXIS, 3, None),
+        ("batch", AXIS, 4, True),
+        ("running", AXIS, 3, True),
+        ("running", None, 100, None),
+    ],
 )
-def test_equals_one_evaluation_after_another(batch_stats, axis_name, chunk):
+def test_equals_one_evaluation_after_another(batch_stats, axis_name, chunk, vectorized):
     qapply = aqs.quantize(Net(axis_name).apply, axis_name=axis_name)
     found = evaluate_assignments(
-        qapply, assignments(), VARIABLES, BATCHES, chunk=chunk, batch_stats=batch_stats
-    )
+        qapply, assignments(), VARIABLES, BATCHES,
+        chunk=chunk, batch_stats=batch_stats, vectorized=vectorized,
+    )  # fmt: skip
     accuracy, loss = one_by_one(batch_stats == "batch")
     assert jax.local_device_count() == 2
     assert found.examples == 17

@@ -67,6 +67,7 @@ def configured(data_dir, **changes):
             "log_every": 5,
             "checkpoint_every": 10,
             "search.learning_rate": 0.3,
+            "search.tolerance": 0.0,
         }
         | changes
     )

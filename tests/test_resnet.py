@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.extend import core as jex_core
 
-from aqt_search.models import ResNet, resnet
-from aqt_search.models.resnet import ResidualBlock
+from aqt_search.models import MODELS, build
+from aqt_search.models.resnet import ResidualBlock, ResNet, resnet
 
 
 def abstract_variables(model, size):
@@ -206,8 +206,8 @@ def test_statistics_are_those_of_the_whole_batch_under_an_axis_name():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: resnet(18, 10), ["18", "8, 20, 32, 56", "18, 34, 50, 101, 152"]),
-        (lambda: resnet(20, 10, form="imagenet"), ["20", "18, 34, 50, 101, 152"]),
+        (lambda: resnet(18, 10), ["18", "8, 20, 32, 56", "18, 29, 34, 50, 101, 152, 200"]),
+        (lambda: resnet(20, 10, form="imagenet"), ["20", "18, 29, 34, 50, 101, 152, 200"]),
         (lambda: resnet(20, 10, form="cifar10"), ["cifar10", "cifar, imagenet"]),
         (lambda: resnet(20, 10, width=0.0), ["width", "0.0"]),
         (lambda: resnet(20, 10, width=float("nan")), ["width", "nan"]),
@@ -222,3 +222,32 @@ def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# --- The zoo by name ------------------------------------------------------------------------------
+
+FORMS = {"inception_v3": "imagenet", "vit_tiny": "cifar", "deit_tiny": "cifar"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_name_builds_a_network_of_the_width_asked_for(name):
+    depth = name.removeprefix("resnet")
+    form = "cifar" if depth in ("8", "20", "32", "56") else FORMS.get(name, "imagenet")
+    model = build(name, 7, form=form, width=0.5, dtype=jnp.bfloat16, axis_name="batch")
+    assert model.num_classes == 7
+    assert model.dtype == jnp.bfloat16
+    assert getattr(model, "axis_name", "batch") == "batch"  # transformers have no such statistics
+    assert model != build(name, 7, form=form, width=1.0, dtype=jnp.bfloat16, axis_name="batch")
+
+
+def test_the_resnet_of_the_pareto_paper():
+    """29 layers: a stem, nine bottlenecks of three, and the classifier (arXiv 2105.03536)."""
+    assert sum(resnet(29, 10, form="imagenet").stage_sizes) * 3 + 2 == 29
+    assert sum(resnet(200, 10, form="imagenet").stage_sizes) * 3 + 2 == 200
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match=r"'resnet9'.*resnet8.*mobilenet_v2.*deit_s"):
+        build("resnet9", 10)
+    with pytest.raises(TypeError, match="depth"):
+        build("mobilenet_v2", 10, depth=3)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from aqt_search.models import resnet
+from aqt_search.models.resnet import resnet
 from aqt_search.training.schedules import learning_rate, weight_decay_mask
 
 TOTAL, WARMUP, PEAK = 250, 5, 0.4

@@ -106,7 +106,7 @@ def _draw(
 
 def _increase_text(value: float) -> str:
     """Three significant digits above 1, three decimals below."""
-    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.3f}"
+    return f"{value:.3g}" if abs(value) >= 1 else f"{round(value, 3) + 0.0:.3f}"  # no "-0.000"
 
 
 def _write_numbers(axes: Axes, values: np.ndarray, text: Any, size: float) -> None:

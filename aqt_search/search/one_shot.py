@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from aqt_search.search import policy as policies
@@ -36,6 +35,7 @@ SEARCHERS = ("policy_gradient", "random")
 QUALITIES = ("held_out", "train")
 MEASURES = ("accuracy", "loss")
 ADVANTAGES = ("baseline", "centred")
+PENALTIES = ("annealed", "sampled")
 
 
 class SearchState(NamedTuple):
@@ -59,6 +59,7 @@ class SearchOptions:
     samples: int = 2  # points judged in a step; weights are trained under the first
     advantage: str = "centred"  # over the samples of a step, or against a moving "baseline"
     cost_samples: int = 256  # points whose cost alone is judged; 0: those of `samples`
+    penalty: str = "annealed"  # from that of the expected cost to the expected one; or "sampled"
     learning_rate: float = 0.05  # Adam's, for the policy
     baseline_momentum: float = 0.95
     entropy_weight: float = 0.1  # at the end
@@ -73,6 +74,7 @@ class SearchOptions:
             (self.quality, QUALITIES, "quality"),
             (self.measure, MEASURES, "measure"),
             (self.advantage, ADVANTAGES, "advantage"),
+            (self.penalty, PENALTIES, "penalty"),
             (self.entropy_schedule, ENTROPY_SCHEDULES, "entropy schedule"),
             (self.log_probability, ("sum", "mean"), "log_probability"),
         ):
@@ -111,7 +113,13 @@ class SearchOptions:
         if self.reward not in ADDITIVE_REWARDS and (self.cost_samples or self.measure == "loss"):
             raise ValueError(
                 f"Reward {self.reward!r} multiplies quality and cost: set cost_samples to 0 (is"
-                f" {self.cost_samples}) and measure to 'accuracy' (is {self.measure!r})."
+                f" {self.cost_samples}), penalty to 'sampled' and measure to 'accuracy' (is"
+                f" {self.measure!r})."
+            )
+        if self.penalty == "annealed" and not self.cost_samples:
+            raise ValueError(
+                "penalty 'annealed' moves from the expected cost to that of points of its own: set"
+                " cost_samples to 2 or more, or penalty to 'sampled'."
             )
 
     @property
@@ -144,8 +152,12 @@ def make_search_step(
         centred    A_i = r_i - mean of the other r_j
         baseline   A_i = r_i - b;   b <- momentum * b + (1 - momentum) * mean r   (b starts at r)
 
-    With `options.cost_samples`, r is Q alone and the gradient of the expected penalty comes from
-    that many points of its own, always centred: the objective is the same, its noise is not.
+    With `options.cost_samples`, r is Q alone and the gradient of the expected penalty E[P(C)] comes
+    from that many points of its own, always centred: the objective is the same, its noise is not.
+    E[P(C)] punishes whatever leaves the cost open, and so decides by cost before quality has been
+    seen. With penalty "annealed" it is s E[P(C)] + (1 - s) P(E[C]), where s goes from 0 at the
+    delay's end to 1 at the last step: first the expected cost is led to its target, then the
+    sampled ones.
 
     Each replica has its own samples; gradients of weights and policy are averaged over replicas.
 
@@ -181,11 +193,22 @@ def make_search_step(
         ratios = _ratios(costs, targets, samples)
         rewards = reward(options.reward, judged["quality"], ratios, options.beta)
         groups = [(samples, judged["quality"] if options.cost_samples else rewards)]
+        annealed = 1.0
         if options.cost_samples:
             points = policies.sample_many(cost_key, log_p, options.cost_samples)
-            ratios_of_points = _ratios(costs, targets, points)
-            groups.append((points, -penalty(options.reward, ratios_of_points, options.beta)))
-        new_policy, told = _policy_step(policy, groups, train.step, adam, mask, options)
+            if options.penalty == "annealed":
+                steps = options.total_steps - options.start
+                annealed = jnp.clip((train.step - options.start) / steps, 0.0, 1.0)
+            penalties = penalty(options.reward, _ratios(costs, targets, points), options.beta)
+            groups.append((points, -annealed * penalties))
+
+        def penalty_of_expected(logits):
+            p = jnp.exp(policies.log_probabilities(logits, mask, options.temperature))
+            ratios = [table.expected(p) / targets[name] for name, table in costs.items()]
+            return (1 - annealed) * penalty(options.reward, jnp.stack(ratios), options.beta)
+
+        further = penalty_of_expected if options.penalty == "annealed" else None
+        new_policy, told = _policy_step(policy, groups, further, train.step, adam, mask, options)
         new_policy = jax.tree.map(
             lambda new, old: jnp.where(searching, new, old), new_policy, policy
         )
@@ -243,7 +266,7 @@ def accuracy_and_agreement(logits: jax.Array, labels: jax.Array) -> tuple[jax.Ar
     return jnp.mean(predictions == labels), jnp.max(counts) / len(predictions)
 
 
-def _policy_step(policy, groups, step, adam, mask, options: SearchOptions):
+def _policy_step(policy, groups, further, step, adam, mask, options: SearchOptions):
     """One update by groups of (choices [n, decisions], rewards [n]); the first has the baseline."""
     mean = jax.lax.pmean(jnp.mean(groups[0][1]), AXIS)
     baseline = jnp.where(policy.updates == 0, mean, policy.baseline)
@@ -253,7 +276,7 @@ def _policy_step(policy, groups, step, adam, mask, options: SearchOptions):
     )  # fmt: skip
 
     def loss(logits):
-        total = 0.0
+        total = 0.0 if further is None else further(logits)
         for number, (choices, rewards) in enumerate(groups):
             compared = number > 0 or options.advantage == "centred"
             advantages = policies.centred(rewards) if compared else rewards - baseline
@@ -275,8 +298,3 @@ def _policy_step(policy, groups, step, adam, mask, options: SearchOptions):
     new_baseline = momentum * baseline + (1 - momentum) * mean
     told = {"entropy_weight": weight, "advantage": mean - baseline}
     return PolicyState(logits, opt_state, new_baseline, policy.updates + 1), told
-
-
-def best_choices(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The most probable option of every decision: the search's answer, [decisions], int."""
-    return np.argmax(np.where(mask, logits, -np.inf), axis=-1)

@@ -78,9 +78,9 @@ def sensitivity(
         SQNR = -10 log10(sum over the site's operands in the format of N(x)) dB
         N(x) = sum (x - fake_quant(x))^2 / sum x^2
 
-    which is the ratio in the site's output if the errors of the two operands, of mean zero, are
-    independent. It is not defined (NaN) where nothing is lost or the operands are all zero, for a
-    lookup and inside a while loop.
+    which is about the ratio in the site's output, if the errors are uncorrelated, and so are the
+    terms that the product adds up. It is not defined (NaN) where nothing is lost or the operands
+    are all zero, for a lookup and inside a while loop.
 
     Args:
       fun: `model.apply` of a Linen model, not quantized.

@@ -82,15 +82,14 @@ def evaluate_assignments(
     *,
     chunk: int = 16,
     batch_stats: str = "batch",
+    vectorized: bool | None = None,
 ) -> AssignmentQuality:
     """Accuracy and loss of one set of weights under n assignments.
 
     `chunk` assignments go to the devices at once, divided over them, with the whole batch on each:
-    the result does not depend on the number of devices. A device evaluates its part of them
-    vectorized, or, where that is slower (on CPU), one after another. The last chunk is filled up,
-    and one program serves all chunks, batches and later calls of equal shapes. A batch goes to the
-    devices once, and the sums of all assignments come back once for each; they are added up in
-    float64.
+    the result does not depend on the number of devices. The last chunk is filled up; one program
+    serves all chunks, batches and later calls of equal shapes. A batch goes to the devices once,
+    and the sums of all assignments come back once for each; they are added up in float64.
 
     Args:
       qapply: `quantize(model.apply)`; scales and statistics it shares over `parallel.AXIS` are
@@ -103,6 +102,8 @@ def evaluate_assignments(
       batch_stats: what BatchNorm normalises by. "batch", the batch's own statistics, fit every
         assignment; padding counts in them, so batches should have little of it. "running" takes
         those of `variables`, which fit the assignment that they were gathered under.
+      vectorized: whether a device evaluates its part of a chunk under vmap, or one after another
+        in a loop; None: vectorized, but not on CPU, where it is slower.
 
     Raises:
       ValueError: no assignment or no example; format fields of unequal length; `chunk` is below 1;
@@ -116,7 +117,9 @@ def evaluate_assignments(
     rows = np.minimum(np.arange(math.ceil(count / size) * size), count - 1).reshape(-1, size)
     host = jax.tree.map(np.asarray, assignments)
     chunks = [parallel.shard(jax.tree.map(lambda leaf, r=r: leaf[r], host)) for r in rows]
-    step = _program(qapply, batch_stats, jax.default_backend() != "cpu")
+    if vectorized is None:
+        vectorized = jax.default_backend() != "cpu"
+    step = _program(qapply, batch_stats, vectorized)
     held = parallel.replicate(variables)
     sums, examples = np.zeros((2, count)), 0.0
     for batch in batches:

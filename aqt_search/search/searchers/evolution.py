@@ -24,12 +24,13 @@ from aqt_search.search.searchers.outcome import (
     judge,
 )
 from aqt_search.search.searchers.points import (
+    distinct,
     option_costs,
     sample_points,
     tilted_log_probabilities,
 )
 
-_IDLE_GENERATIONS = 20  # generations without a point not judged before: the space is exhausted
+_IDLE_GENERATIONS = 8  # generations in a row without a point not judged before
 
 
 def evolution(
@@ -42,17 +43,22 @@ def evolution(
     tolerance: float = 0.02,
     population: int | None = None,
 ) -> Outcome:
-    """NSGA-II (Deb et al. 2002) with the objectives -quality and cost, as in BatchQuant.
+    """NSGA-II (Deb et al. 2002) over -quality and cost, the cost constrained to what is allowed.
+
+    The searcher of BatchQuant (arXiv 2105.08952), with a constraint: a point that costs too much
+    loses against any that does not, and is never judged, as its cost is known. The points judged
+    thus hold a front up to the target.
 
     A gene is a decision; its value is the rank of the option by cost, from 0 to the options it has
     less one, so that near values are near formats. Simulated binary crossover and polynomial
-    mutation (eta 3), rounded. The first generation is the cheapest point and points drawn from
-    `tilted_log_probabilities`. A point met again is not judged again and counts once. A quality
-    that is not finite counts as the lowest so far.
+    mutation, both with eta 3 and rounded. The first generation is the cheapest point and points
+    drawn from `tilted_log_probabilities`. A point met again is neither judged nor counted again. A
+    quality that is not finite counts as the lowest so far. The search ends early where generations
+    bring nothing new.
 
     Args:
       evaluate, costs, target, evaluations, seed, tolerance: as of every searcher.
-      population: points of a generation; by default about the square root of `evaluations`.
+      population: points of a generation; by default a fifth of `evaluations`.
 
     Raises:
       SpaceError: the target is outside of the space.
@@ -61,7 +67,7 @@ def evolution(
     """
     limit = cost_limit(costs, target, tolerance)
     check_evaluations(evaluations, 4, "evolution")
-    size = max(4, round(evaluations**0.5)) if population is None else population
+    size = max(4, evaluations // 5) if population is None else population
     if not 4 <= size <= evaluations:
         raise ValueError(f"population is {size}; expected 4 to {evaluations}, the evaluations.")
     order = np.argsort(np.where(costs.mask, option_costs(costs), np.inf), axis=1)  # by rank
@@ -71,25 +77,35 @@ def evolution(
     )  # fmt: skip
     algorithm = _nsga2(_first_generation(costs, order, target, size, seed), size)
     algorithm.setup(problem, termination=NoTermination(), seed=seed)
+    return best_within(_evolved(algorithm, order, evaluate, costs, limit, evaluations), limit)
+
+
+def _evolved(algorithm, order, evaluate, costs, limit: float, evaluations: int) -> Evaluated:
+    """Runs the algorithm until the evaluations or the new points are used up."""
     parts: list[Evaluated] = []
     known: dict[bytes, float] = {}  # qualities of the points judged
     idle = 0
     while idle < _IDLE_GENERATIONS and (generation := algorithm.ask()) is not None:
         points = _options_of(order, generation.get("X"))
-        excess = costs.of_many(points) - limit
-        new = {p.tobytes(): p for p in points[excess <= 0] if p.tobytes() not in known}
-        new = dict(list(new.items())[: evaluations - len(known)])
+        generation_costs = costs.of_many(points)
+        allowed = distinct(points[generation_costs <= limit])
+        new = [point for point in allowed if point.tobytes() not in known]
+        new = new[: evaluations - len(known)]
         if new:
-            parts.append(judge(evaluate, costs, np.array(list(new.values()))))
-            known |= dict(zip(new, parts[-1].qualities))
+            parts.append(judge(evaluate, costs, np.array(new)))
+            known |= {p.tobytes(): q for p, q in zip(new, parts[-1].qualities)}
         if len(known) == evaluations:
             break
         idle = 0 if new else idle + 1
-        objectives = np.stack([-_finite(points, known), costs.of_many(points)], axis=1)
-        static = StaticProblem(problem, F=objectives, G=excess[:, None])
+        objectives = np.stack([-_finite(points, known), generation_costs], axis=1)
+        static = StaticProblem(
+            algorithm.problem, F=objectives, G=(generation_costs - limit)[:, None]
+        )
         Evaluator().eval(static, generation)
         algorithm.tell(generation)
-    return best_within(joined(parts), limit)
+    if not parts:
+        raise ValueError(f"No generation held a point that costs at most {limit:.6g}: raise it.")
+    return joined(parts)
 
 
 def _nsga2(first: np.ndarray, size: int) -> NSGA2:
@@ -117,7 +133,7 @@ def _options_of(order: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def _finite(points: np.ndarray, known: dict[bytes, float]) -> np.ndarray:
-    """Qualities of judged points; the lowest known one where a quality is not finite."""
+    """Qualities of points; the lowest known one where it is not finite, or was not judged."""
     lowest = min((q for q in known.values() if np.isfinite(q)), default=0.0)
     qualities = np.array([known.get(p.tobytes(), lowest) for p in points])
     return np.where(np.isfinite(qualities), qualities, lowest)

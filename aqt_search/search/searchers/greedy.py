@@ -17,6 +17,8 @@ from aqt_search.search.searchers.outcome import (
 )
 from aqt_search.search.searchers.points import dearest_point, single_changes
 
+_COST_RESOLUTION = 1e-9  # float64 sums of the same costs differ in their last digits
+
 
 def greedy(
     evaluate: Evaluate,
@@ -89,7 +91,7 @@ def _descend(costs, sensitivity, point: np.ndarray, limit: float) -> np.ndarray:
     """Down by least loss per cost saved, until the cost is at most `limit`."""
     while costs.of_many(point[None])[0] > limit:
         points, added, gained = _moves(costs, sensitivity, point)
-        down = added < 0
+        down = added < -_COST_RESOLUTION * limit
         if not down.any():
             raise ValueError(
                 f"The options that have a finite quality alone cost at least"

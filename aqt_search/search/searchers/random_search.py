@@ -45,12 +45,13 @@ def random_search(
     check_evaluations(evaluations, 1, "random search")
     if not 0 <= spread <= 1:
         raise ValueError(f"spread is {spread}; expected a share of the target, 0 to 1.")
+    low = (1 - spread) * target
     log_p = tilted_log_probabilities(costs, target)
-    choices = _window(costs, log_p, (1 - spread) * target, limit, evaluations, seed)
+    choices = _window(costs, log_p, low, limit, evaluations, seed)
     if not len(choices):
         raise ValueError(
-            f"None of {_IDLE_ROUNDS * _DRAWS} points drawn costs between {(1 - spread) * target:.6g}"
-            f" and {limit:.6g}: raise spread (it is {spread})."
+            f"None of {_IDLE_ROUNDS * _DRAWS} points drawn costs between {low:.6g} and {limit:.6g}:"
+            f" raise spread (it is {spread})."
         )
     return best_within(judge(evaluate, costs, choices), limit)
 

@@ -1,0 +1,160 @@
+"""Lets several searchers choose formats for one set of weights, by the same evaluations.
+
+    python -m experiments.compare_searchers --config=configs/digits_resnet8.py \
+        --workdir=runs/searchers --config.searchers.checkpoint=runs/search
+
+The weights are those of a finished run of experiments.search (with search.searcher="random" they
+belong to no point more than to another), and are not trained further. Points are judged on one half
+of the held-out images and reported on the other: the best of many judged points looks better than
+it is. Writes searchers.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+import aqt_search as aqs
+from aqt_search import data
+from aqt_search.search.searchers import (
+    Outcome,
+    brute_force,
+    evolution,
+    greedy,
+    policy_gradient,
+    random_search,
+    regret,
+)
+from aqt_search.search.space import Space, make_space
+from aqt_search.training.assignment_batch import evaluate_assignments
+from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
+from experiments import finished_run, from_config, search
+from experiments.command_line import run_job
+
+SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
+    "random": random_search,
+    "greedy": greedy,
+    "evolution": evolution,
+    "policy_gradient": policy_gradient,
+    "brute_force": brute_force,
+}
+SEARCHERS_FILE = "searchers.json"
+_SEED_OFFSET = 5_000_011  # the order of the images is its own
+
+
+def check_options(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for values of `config.searchers` that cannot be."""
+    options = config.searchers
+    if odd := sorted(set(options.names) - set(SEARCHERS)):
+        raise from_config.ConfigError(
+            f"Unknown searchers {', '.join(odd)}: expected some of {', '.join(SEARCHERS)}."
+        )
+    if options.evaluations < 1 or options.images < 2:
+        raise from_config.ConfigError(
+            f"searchers.evaluations is {options.evaluations}, expected at least 1; searchers.images"
+            f" is {options.images}, expected at least 2."
+        )
+
+
+def judges(
+    config: ml_collections.ConfigDict,
+    images: from_config.Images,
+    model: Any,
+    space: Space,
+    variables: Mapping[str, Any],
+) -> tuple[Callable, Callable]:
+    """Judges of points, [n, decisions] -> accuracies [n], by either half of held-out images."""
+    source = images.splits.reward
+    count = min(config.searchers.images, len(source))
+    if count < 2:
+        raise from_config.ConfigError(
+            "There are no held-out images to judge by: the run was trained with data.held_out=0."
+        )
+    stream = data.train_batches(
+        source, batch_size=count // 2, seed=config.seed + _SEED_OFFSET,
+        mean=images.mean, std=images.std,
+    )  # fmt: skip
+    halves = [next(stream), next(stream)]  # of one order of the images: none is in both
+    qapply = aqs.quantize(model.apply)
+    assignments_of = jax.jit(jax.vmap(space.assignment))
+
+    def judge_by(half: Mapping[str, np.ndarray]) -> Callable:
+        batch = {**half, "mask": np.ones(len(half["label"]), np.float32)}
+
+        def judge(choices: np.ndarray) -> np.ndarray:
+            found = evaluate_assignments(qapply, assignments_of(choices), variables, [batch])
+            return found.accuracy
+
+        return judge
+
+    return judge_by(halves[0]), judge_by(halves[1])
+
+
+def compare(
+    config: ml_collections.ConfigDict, images: from_config.Images | None = None
+) -> dict[str, Any]:
+    """What each searcher found; `images` saves loading them again."""
+    check_options(config)
+    run = finished_run.load(config, Path(config.searchers.checkpoint), images)
+    space = make_space(run.parts.sites, run.config.search.space, decide=run.config.search.decide)
+    (name, target), *_ = search.cost_targets(run.config, run.parts.sites).items()
+    costs = space.cost_table(from_config.cost_function(name))
+    judge, report = judges(config, run.parts.images, run.parts.model, space, run.variables)
+    outcomes = {
+        searcher: SEARCHERS[searcher](
+            judge, costs, target, config.searchers.evaluations, config.seed
+        )
+        for searcher in config.searchers.names
+    }
+    best = max(outcomes.values(), key=lambda outcome: outcome.quality)
+    return {
+        "cost": name,
+        "target": target,
+        "images": config.searchers.images,
+        "points": float(np.prod([len(d.options) for d in space.decisions], dtype=float)),
+        "searchers": {
+            searcher: {
+                "accuracy": outcome.quality,
+                "regret": regret(outcome, best),
+                "accuracy_other_half": float(report(outcome.choices[None])[0]),
+                "cost": outcome.cost,
+                "evaluations": len(outcome.evaluated.costs),
+                "formats": {d.name: d.labels[c] for d, c in zip(space.decisions, outcome.choices)},
+            }
+            for searcher, outcome in outcomes.items()
+        },
+    }
+
+
+def format_outcomes(found: Mapping[str, Any]) -> str:
+    """A table for the terminal."""
+    lines = [
+        f"{'searcher':<16} {'judged %':>9} {'regret':>7} {'other half %':>13} {'cost/target':>12}"
+        f" {'evaluations':>12}"
+    ]
+    for name, row in found["searchers"].items():
+        lines.append(
+            f"{name:<16} {100 * row['accuracy']:>9.2f} {100 * row['regret']:>7.2f}"
+            f" {100 * row['accuracy_other_half']:>13.2f} {row['cost'] / found['target']:>12.3f}"
+            f" {row['evaluations']:>12}"
+        )
+    lines.append(f"{found['points']:.4g} points in the space; regret against the best of these")
+    return "\n".join(lines)
+
+
+def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs the job of the command line."""
+    with lock_workdir(workdir):
+        found = compare(config)
+        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+        write_json(workdir / SEARCHERS_FILE, found)
+    print(format_outcomes(found))
+
+
+if __name__ == "__main__":
+    run_job(main)

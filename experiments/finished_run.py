@@ -1,0 +1,107 @@
+"""The weights of a finished run, for jobs that train nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from aqt_search.search import policy as policies
+from aqt_search.search.one_shot import SearchState, policy_optimizer
+from aqt_search.search.space import make_space
+from aqt_search.training.checkpoint import restore_latest
+from aqt_search.training.loop import CHECKPOINT_FOLDER
+from aqt_search.training.train_step import init_train_state
+from aqt_search.training.workdir import CONFIG_FILE, read_json
+from experiments import from_config, results
+from experiments.search import search_options
+
+
+class FinishedRun(NamedTuple):
+    """A run that has ended."""
+
+    config: ml_collections.ConfigDict
+    parts: from_config.Parts
+    variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}
+
+
+def load(
+    config: ml_collections.ConfigDict, folder: Path, images: from_config.Images | None = None
+) -> FinishedRun:
+    """The run in `folder`, which `config` describes; `images` saves loading them again.
+
+    Raises:
+      ConfigError: there is no finished run, or one of another model, data set or seed.
+      CheckpointError: its checkpoint is not whole.
+    """
+    trained = run_config(config, folder)
+    images = images or from_config.load_images(config)
+    parts = from_config.build_parts(trained, images, axis_name=None)
+    return FinishedRun(trained, parts, trained_variables(trained, folder, parts))
+
+
+def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
+    """The configuration of the run in `folder`.
+
+    Raises:
+      ConfigError: there is no finished run, or one of another model, data set or seed: its held-out
+        images would be others.
+    """
+    if not (folder / results.RESULT_FILE).exists() or not (folder / CONFIG_FILE).exists():
+        raise from_config.ConfigError(
+            f"{folder} holds no finished run: it has no"
+            f" {results.RESULT_FILE} and {CONFIG_FILE}. Give the --workdir of a run that has ended."
+        )
+    there = read_json(folder / CONFIG_FILE)
+    now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)
+    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if differing:
+        listing = "; ".join(f"{k}: there {then.get(k)}, now {now.get(k)}" for k in differing)
+        raise from_config.ConfigError(
+            f"The run in {folder} is of another model or data ({listing}). Give its own --config"
+            " and changes of it."
+        )
+    return ml_collections.ConfigDict(there)
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to agree for weights to fit and for held-out images to be held out."""
+    found = {"seed": config["seed"]}
+    for section in ("model", "data"):
+        found |= {f"{section}.{k}": v for k, v in config[section].items() if k != "data_dir"}
+    return found
+
+
+def trained_variables(
+    config: ml_collections.ConfigDict, folder: Path, parts: from_config.Parts
+) -> Mapping[str, Any]:
+    """The weights and BatchNorm statistics at the end of the run in `folder`.
+
+    Raises:
+      CheckpointError: there is no whole checkpoint, or one of another model.
+      ConfigError: there is no checkpoint at all.
+    """
+    searched = read_json(folder / results.RESULT_FILE).get("kind") in ("search", "random")
+
+    def initial():
+        shape = parts.images.splits.image_shape
+        train = init_train_state(parts.model, parts.optimizer, shape, config.seed)
+        if not searched:
+            return train
+        space = make_space(parts.sites, config.search.space, decide=config.search.decide)
+        adam = policy_optimizer(search_options(config, parts.schedule.total_steps))
+        return SearchState(train, policies.init_policy(space.mask, adam))
+
+    template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
+    restored = restore_latest(folder / CHECKPOINT_FOLDER, template)
+    if restored is None:
+        raise from_config.ConfigError(
+            f"{folder} has no checkpoint in {CHECKPOINT_FOLDER}. Give another run, or run it again."
+        )
+    train = restored.state.train if searched else restored.state
+    return {"params": train.params, "batch_stats": train.batch_stats}
