@@ -1,8 +1,10 @@
 """Depthwise convolution as a sum of shifted products, in floating point on CPU.
 
 Without a sum over input features it is elementwise work: for every tap of the kernel, a shifted
-slice of the images times that tap. XLA:CPU runs it as a convolution of many groups instead: a
-gradient takes 3 to 20 times as long (`python -m benchmarks.depthwise`).
+slice of the images times that tap. XLA:CPU runs it as a convolution of many groups instead. On
+two busy cores of a 2.5 GHz Xeon with jax 0.10.2 (`python -m benchmarks.depthwise`) shifted products
+took 0.02 to 0.12 times as long forward, and 0.03 to 0.36 times with gradients. With gradients they
+take 0.2 to 1 s longer to compile for a 3 x 3 kernel, 4 s for 7 x 7.
 """
 
 from __future__ import annotations

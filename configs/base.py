@@ -115,6 +115,8 @@ def get_config() -> ml_collections.ConfigDict:
     # `search` says. Such as ("fp", {"search.space": ..., "search.relative_to": "e2m1"}).
     config.sweep.spaces = ()
     config.sweep.retrain = False  # also train each search's formats from scratch, to compare
+    # A baseline, on whose weights the sensitivity of every layer is measured; "" for none.
+    config.sweep.sensitivity = ""
     # Runs points that share a program side by side, one on each device, instead of each over all.
     config.sweep.side_by_side = False
     return config

@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 1e-4
     config.evaluation.train_images = 10_000
     config.search.space = ((".*", ("int4", "int8", "bf16")),)  # no ends apart in the baselines
-    config.sweep.baselines = ("bf16", "int8", "int4", ("int4, 8-bit ends", INT4_WITH_INT8_ENDS))
+    config.sweep.baselines = ("bf16", "int8", "int4", ("int4-8bit-ends", INT4_WITH_INT8_ENDS))
     config.sweep.targets = ()
     config.sweep.side_by_side = True
     return config

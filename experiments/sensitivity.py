@@ -127,6 +127,17 @@ def sensitivity_table(found: Sensitivity) -> str:
     )
 
 
+def write(found: Sensitivity, folder: Path) -> None:
+    """Writes sensitivity.json and sensitivity.png."""
+    content = found.to_json()
+    write_json(folder / SENSITIVITY_FILE, content)
+    from aqt_search.report.sensitivity_plot import sensitivity_figure  # matplotlib takes long
+
+    temporary = folder / f".{FIGURE_FILE}.tmp"
+    temporary.write_bytes(sensitivity_figure(content))
+    os.replace(temporary, folder / FIGURE_FILE)
+
+
 def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Sensitivity:
@@ -137,13 +148,7 @@ def run(
         claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
-        content = found.to_json()
-        write_json(workdir / SENSITIVITY_FILE, content)
-        from aqt_search.report.sensitivity_plot import sensitivity_figure  # matplotlib takes long
-
-        temporary = workdir / f".{FIGURE_FILE}.tmp"
-        temporary.write_bytes(sensitivity_figure(content))
-        os.replace(temporary, workdir / FIGURE_FILE)
+        write(found, workdir)
         return found
 
 

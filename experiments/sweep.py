@@ -5,7 +5,7 @@
 Every point is a run in <workdir>/points/<name>. The same command goes on where an interrupted sweep
 stopped: finished points are kept, failed ones are tried again. With `sweep.side_by_side` points
 that share a program run at the same time, one on each device. At the end <workdir> holds
-front.json, front.png and report.html.
+front.json, front.png and report.html, and with `sweep.sensitivity` sensitivity.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
 from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
-from experiments import from_config, results, search, train
+from experiments import from_config, results, search, sensitivity, train
 from experiments.command_line import run_job
 from experiments.job import Job, Prepare, locked, run_alone, run_together
 
@@ -208,7 +208,31 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
                 f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
             )
             print(f"[{number}/{len(points)}] {point.name}: {told}", flush=True)
+        measure_sensitivity(config, points, workdir, images_of)
         return write_report(workdir)
+
+
+def measure_sensitivity(
+    config: ml_collections.ConfigDict,
+    points: Sequence[Point],
+    workdir: Path,
+    images_of: Callable[[Point], from_config.Images],
+) -> None:
+    """Sensitivity of every site, on the weights of the first point of `sweep.sensitivity`."""
+    if not config.sweep.sensitivity or (workdir / sensitivity.SENSITIVITY_FILE).exists():
+        return
+    named = [point for point in points if point.config.series == config.sweep.sensitivity]
+    if not named:
+        raise from_config.ConfigError(
+            f"sweep.sensitivity is {config.sweep.sensitivity!r}, which is none of the baselines"
+            f" {[str(b) for b in config.sweep.baselines]}."
+        )
+    if finished(workdir / "points" / named[0].name) is None:
+        logging.error("Point %s failed: its sensitivity is not measured.", named[0].name)
+        return
+    own = named[0].config.copy_and_resolve_references()
+    own.sensitivity.checkpoint = str(workdir / "points" / named[0].name)
+    sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
 
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:

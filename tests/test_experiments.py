@@ -17,7 +17,7 @@ from aqt_search.report.records import bits_of_format
 from aqt_search.training import parallel
 from aqt_search.training.metrics import read_metrics
 from configs import digits_resnet8
-from experiments import from_config, search, sweep, train
+from experiments import compare_searchers, from_config, search, sweep, train
 
 ROOT = Path(__file__).parent.parent
 SEARCHED = ("e2m1", "int4", "e4m3")
@@ -233,6 +233,29 @@ def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
         assert point[key] == alone[key], key
 
 
+def test_other_searchers_on_the_weights_of_a_search(swept, images):
+    config, workdir = swept
+    folder = workdir / "points" / "search_1.5"
+    point = next(p for p in sweep.sweep_points(config, workdir) if p.name == "search_1.5")
+    names = ("random", "greedy", "evolution", "policy_gradient")
+    values = {"checkpoint": str(folder), "evaluations": 24, "images": 100, "names": names}
+    point.config.searchers.update(values)
+    found = compare_searchers.compare(point.config, images)
+    assert found["target"] == pytest.approx(read(folder / "result.json")["target_gbops"])
+    assert found["points"] == 3**8
+    assert tuple(found["searchers"]) == names
+    assert min(row["regret"] for row in found["searchers"].values()) == 0
+    for row in found["searchers"].values():
+        assert row["cost"] <= 1.02 * found["target"]
+        assert row["evaluations"] <= 24
+        assert set(row["formats"]) == set(read(folder / "space.json"))
+        assert 0 <= row["accuracy_other_half"] <= 1
+    assert len(compare_searchers.format_outcomes(found).splitlines()) == 6
+    point.config.searchers.names = ("grid",)
+    with pytest.raises(from_config.ConfigError, match=r"grid: expected some of random"):
+        compare_searchers.compare(point.config, images)
+
+
 # --- Points side by side --------------------------------------------------------------------------
 
 
@@ -251,6 +274,9 @@ def test_a_sweep_side_by_side_with_a_grid_of_sizes_and_spaces(data_dir, tmp_path
             ),
             "sweep.targets": (1.5, 1.8, 99.0),
             "sweep.retrain": False,
+            "sweep.sensitivity": "int8",
+            "sensitivity.formats": ("int2", "int4"),
+            "sensitivity.images": 50,
         },
     )
     points = sweep.run(config, tmp_path).parent / "points"
@@ -273,6 +299,9 @@ def test_a_sweep_side_by_side_with_a_grid_of_sizes_and_spaces(data_dir, tmp_path
         failed = read(points / f"{place}{kind}_99" / "result.json")
         assert "outside of the space" in failed["error"]
     assert len(load_records(tmp_path)) == 9
+    alone = read(tmp_path / "sensitivity.json")
+    assert len(alone["sites"]) == len(alone["loss"]) == 10
+    assert "Sensitivity" in (tmp_path / "report.html").read_text()
 
 
 def test_runs_side_by_side_compile_once():

@@ -67,7 +67,7 @@ def _program(qapply: Callable, batch_stats: str, vectorized: bool) -> Callable:
         def of_one(assignment):
             return on_one_replica(functools.partial(sums, variables, batch, assignment))
 
-        # XLA:CPU runs the convolutions that vmap makes as grouped ones, 2 to 6 times slower
+        # XLA:CPU runs the convolutions that vmap makes as grouped ones, 1.2 to 4.8 times slower
         # (benchmarks/vmapped_evaluation.py).
         return jax.vmap(of_one)(assignments) if vectorized else jax.lax.map(of_one, assignments)
 

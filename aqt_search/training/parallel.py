@@ -40,10 +40,14 @@ def replicate(tree: Any) -> Any:
         leaf = np.asarray(leaf)
         return np.broadcast_to(leaf[None], (count, *leaf.shape))
 
-    # The identity under pmap places each slice on its device, in buffers that a step may donate.
-    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name=AXIS)(
-        jax.tree.map(copy, tree)
-    )
+    return _placed(count)(jax.tree.map(copy, tree))
+
+
+@functools.lru_cache(maxsize=4)
+def _placed(count: int) -> Callable:
+    """Puts slice i of every leaf on device i of `count`, in buffers that a step may donate."""
+    devices = jax.local_devices()[:count]
+    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), devices=devices)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -119,16 +123,13 @@ def side_by_side(count: int) -> Placement:
         stacked = stack(trees)
         if not jax.tree.leaves(stacked):  # which pmap refuses
             return stacked
-        return _mapped(lambda leaves: jax.tree.map(jnp.array, leaves), count)(stacked)
+        return _placed(count)(stacked)
 
     return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
-
-
-def _mapped(step: Callable, count: int, **options: Any) -> Callable:
-    return jax.pmap(step, axis_name="runs", devices=jax.local_devices()[:count], **options)
 
 
 @functools.lru_cache(maxsize=4)  # the next runs of the same step find it compiled
 def _compiled_alone(step: Callable, count: int) -> Callable:
     alone = jax.vmap(step, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
-    return _mapped(alone, count, donate_argnums=(0,))
+    devices = jax.local_devices()[:count]
+    return jax.pmap(alone, axis_name="runs", devices=devices, donate_argnums=(0,))
