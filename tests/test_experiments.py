@@ -260,45 +260,42 @@ def test_other_searchers_on_the_weights_of_a_search(swept, images):
 
 
 def test_a_sweep_side_by_side_with_a_grid_of_sizes_and_spaces(data_dir, tmp_path):
-    """Two devices: three baselines of one program, two searches of another, a third alone."""
+    """Two devices: two baselines of one program, and two kinds of search alone."""
     config = configured(
         data_dir,
         **{
             "search.space": (("stem|head", "int8"), (".*", ("int4", "int6", "int8"))),
             "sweep.side_by_side": True,
             "sweep.grid": (("model.name", ("resnet8",)), ("model.width", (0.25,))),
-            "sweep.baselines": ("int4", "int8", ("mine", ((".*", "int6"),))),
+            "sweep.baselines": ("int4", ("mine", ((".*", "int6"),))),
             "sweep.spaces": (
                 ("sites", {"search.further_costs": (("weight_bytes", 1.5, "int4"),)}),
                 ("random", {"search.searcher": "random"}),
             ),
-            "sweep.targets": (1.5, 1.8, 99.0),
+            "sweep.targets": (1.5, 99.0),
             "sweep.retrain": False,
-            "sweep.sensitivity": "int8",
+            "sweep.sensitivity": "mine",
             "sensitivity.formats": ("int2", "int4"),
             "sensitivity.images": 50,
         },
     )
     points = sweep.run(config, tmp_path).parent / "points"
     place = "resnet8_width0.25_"
-    for name, bits in {"int4": 4, "int8": 8, "mine": 6}.items():
+    for name, bits in {"int4": 4, "mine": 6}.items():
         found = check_run(points / f"{place}{name}", "uniform")
         assert (found["series"], found["width"]) == (name, 0.25)
         assert read(points / f"{place}{name}" / "policy.json")["stage1_block1/conv1/kernel"] == {
             "lhs": f"int{bits}", "rhs": f"int{bits}",
         }  # fmt: skip
-    for target in ("1.5", "1.8"):
-        found, _, _ = check_search(
-            points / f"{place}search_sites_{target}", ("int4", "int6", "int8")
-        )
-        assert found["series"] == "search sites"
-        assert set(found["targets"]) == set(found["costs"]) == {"gbops", "weight_bytes"}
-        drawn = check_run(points / f"{place}random_random_{target}", "random")
-        assert 0.9 * drawn["target_gbops"] <= drawn["gbops"] <= 1.02 * drawn["target_gbops"]
+    found, _, _ = check_search(points / f"{place}search_sites_1.5", ("int4", "int6", "int8"))
+    assert found["series"] == "search sites"
+    assert set(found["targets"]) == set(found["costs"]) == {"gbops", "weight_bytes"}
+    drawn = check_run(points / f"{place}random_random_1.5", "random")
+    assert 0.9 * drawn["target_gbops"] <= drawn["gbops"] <= 1.02 * drawn["target_gbops"]
     for kind in ("search_sites", "random_random"):
         failed = read(points / f"{place}{kind}_99" / "result.json")
         assert "outside of the space" in failed["error"]
-    assert len(load_records(tmp_path)) == 9
+    assert len(load_records(tmp_path)) == 6
     alone = read(tmp_path / "sensitivity.json")
     assert len(alone["sites"]) == len(alone["loss"]) == 10
     assert "Sensitivity" in (tmp_path / "report.html").read_text()
@@ -317,8 +314,9 @@ def test_runs_side_by_side_compile_once():
         state = placement.put([np.float32(0), np.float32(1)])
         factors = placement.put([np.float32(2), np.float32(3)])
         batch = placement.shard([{"x": np.ones(2, np.float32)}] * 2)
-        state, _ = placement.compile(step)(state, factors, batch)
-    assert np.asarray(state).tolist() == [4.0, 7.0]
+        for _ in range(2):  # what a step returned is as good as what was put there
+            state, _ = placement.compile(step)(state, factors, batch)
+    assert np.asarray(state).tolist() == [8.0, 13.0]
     assert len(traces) == 1
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 AXIS = "batch"  # the mapped axis that shards a batch over the replicas
+_RUNS = "runs"  # the mapped axis over runs side by side
 
 
 class BatchShapeError(ValueError):
@@ -40,14 +41,17 @@ def replicate(tree: Any) -> Any:
         leaf = np.asarray(leaf)
         return np.broadcast_to(leaf[None], (count, *leaf.shape))
 
-    return _placed(count)(jax.tree.map(copy, tree))
+    return _placed(count, AXIS)(jax.tree.map(copy, tree))
 
 
 @functools.lru_cache(maxsize=4)
-def _placed(count: int) -> Callable:
-    """Puts slice i of every leaf on device i of `count`, in buffers that a step may donate."""
+def _placed(count: int, axis_name: str) -> Callable:
+    """Puts slice i of every leaf on device i of `count`, in buffers that a step may donate.
+
+    Under the axis name of the step, which would be compiled again for what came from another.
+    """
     devices = jax.local_devices()[:count]
-    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), devices=devices)
+    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, devices=devices)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -123,7 +127,7 @@ def side_by_side(count: int) -> Placement:
         stacked = stack(trees)
         if not jax.tree.leaves(stacked):  # which pmap refuses
             return stacked
-        return _placed(count)(stacked)
+        return _placed(count, _RUNS)(stacked)
 
     return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
 
@@ -132,4 +136,4 @@ def side_by_side(count: int) -> Placement:
 def _compiled_alone(step: Callable, count: int) -> Callable:
     alone = jax.vmap(step, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
     devices = jax.local_devices()[:count]
-    return jax.pmap(alone, axis_name="runs", devices=devices, donate_argnums=(0,))
+    return jax.pmap(alone, _RUNS, devices=devices, donate_argnums=(0,))
