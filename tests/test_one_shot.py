@@ -21,6 +21,7 @@ from aqt_search.search.one_shot import (
     SearchState,
     accuracy_and_agreement,
     check_targets,
+    cost_terms,
     make_search_step,
     policy_optimizer,
 )
@@ -334,6 +335,27 @@ def test_quality_on_the_training_batch():
     for metrics in found.metrics:
         assert metrics["quality"][0] == metrics["accuracy"][0]
     assert np.abs(found.policies[-1].logits).max() > 0
+
+
+@pytest.mark.parametrize(
+    "penalty, step, share",
+    [("annealed", 25, 0.0), ("annealed", 70, 0.6), ("annealed", 100, 1.0), ("sampled", 30, 1.0)],
+)
+def test_the_penalty_moves_from_the_expected_cost_to_that_of_points(penalty, step, share):
+    setting = problem(spy=False, total_steps=100)
+    options = SearchOptions(total_steps=100, penalty=penalty, beta=2.0, cost_samples=50)
+    costs, mask = {"gbops": setting.costs}, setting.space.mask
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=mask.shape), jnp.float32)
+    log_p = policies.log_probabilities(logits, mask)
+    (points, rewards), of_expected = cost_terms(
+        costs, setting.targets, log_p, jax.random.key(0), jnp.int32(step), mask, options
+    )
+    target = float(setting.targets["gbops"])
+    off = np.abs(setting.costs.of_many(np.asarray(points)) / target - 1)
+    np.testing.assert_allclose(rewards, -share * 2 * off, rtol=1e-4, atol=1e-6)
+    expected = abs(float(setting.costs.expected(jnp.exp(log_p))) / target - 1)
+    assert float(of_expected(logits)) == pytest.approx((1 - share) * 2 * expected, rel=1e-5)
+    assert len({tuple(p) for p in np.asarray(points)}) > 10
 
 
 def test_the_first_of_several_costs_is_the_one_told():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from aqt_search.search import policy as policies
@@ -193,21 +194,10 @@ def make_search_step(
         ratios = _ratios(costs, targets, samples)
         rewards = reward(options.reward, judged["quality"], ratios, options.beta)
         groups = [(samples, judged["quality"] if options.cost_samples else rewards)]
-        annealed = 1.0
+        further = None
         if options.cost_samples:
-            points = policies.sample_many(cost_key, log_p, options.cost_samples)
-            if options.penalty == "annealed":
-                steps = options.total_steps - options.start
-                annealed = jnp.clip((train.step - options.start) / steps, 0.0, 1.0)
-            penalties = penalty(options.reward, _ratios(costs, targets, points), options.beta)
-            groups.append((points, -annealed * penalties))
-
-        def penalty_of_expected(logits):
-            p = jnp.exp(policies.log_probabilities(logits, mask, options.temperature))
-            ratios = [table.expected(p) / targets[name] for name, table in costs.items()]
-            return (1 - annealed) * penalty(options.reward, jnp.stack(ratios), options.beta)
-
-        further = penalty_of_expected if options.penalty == "annealed" else None
+            own, further = cost_terms(costs, targets, log_p, cost_key, train.step, mask, options)
+            groups.append(own)
         new_policy, told = _policy_step(policy, groups, further, train.step, adam, mask, options)
         new_policy = jax.tree.map(
             lambda new, old: jnp.where(searching, new, old), new_policy, policy
@@ -237,6 +227,36 @@ def _ratios(costs, targets, choices: jax.Array) -> jax.Array:
     """Cost over target of `choices` [n, decisions]: [n, costs]."""
     ratios = [jax.vmap(table.of)(choices) / targets[name] for name, table in costs.items()]
     return jnp.stack(ratios, axis=-1)
+
+
+def cost_terms(
+    costs: Mapping[str, CostTable],
+    targets: Mapping[str, jax.Array],
+    log_p: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    mask: np.ndarray,
+    options: SearchOptions,
+) -> tuple[tuple[jax.Array, jax.Array], Callable[[jax.Array], jax.Array]]:
+    """The penalty's two parts at `step`: of sampled points, and of the expected cost.
+
+    Returns:
+      (points [cost_samples, decisions] drawn from `log_p`, their rewards -s P(C)), and a function
+      of the logits, (1 - s) P(E[C]). See `make_search_step`; s is 1 with penalty "sampled".
+    """
+    annealed = 1.0
+    if options.penalty == "annealed":
+        steps = options.total_steps - options.start
+        annealed = jnp.clip((step - options.start) / steps, 0.0, 1.0)
+    points = policies.sample_many(key, log_p, options.cost_samples)
+    penalties = penalty(options.reward, _ratios(costs, targets, points), options.beta)
+
+    def of_expected(logits: jax.Array) -> jax.Array:
+        p = jnp.exp(policies.log_probabilities(logits, mask, options.temperature))
+        ratios = [table.expected(p) / targets[name] for name, table in costs.items()]
+        return (1 - annealed) * penalty(options.reward, jnp.stack(ratios), options.beta)
+
+    return (points, -annealed * penalties), of_expected
 
 
 def _logits(qapply, space: Space, train: TrainState, choices, batch: Batch, key) -> jax.Array:
