@@ -6,7 +6,9 @@ Unpack the images (train/<class>/*.jpg, test/<class>/*.jpg) and name their folde
         --config=configs/cifar10_16px_mobilenet_v2.py --workdir=runs/cifar16_mobilenet \
         --config.data.name=folder:/path/to/cifar10
 
-The flag makes two devices of two cores, which run two points side by side.
+The flag makes two devices of two cores, which run two points side by side. Not run to its end yet: a
+step of this network takes 0.4 s on two cores though its depthwise
+convolutions run as shifted products (2.4 s without).
 """
 
 import ml_collections
@@ -18,4 +20,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10_16px_resnet8.get_config(arg)
     config.model.name = "mobilenet_v2"
     config.model.form = "tiny"
+    config.model.width = 0.5
     return config
