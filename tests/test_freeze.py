@@ -274,7 +274,9 @@ def test_serving_gives_the_logits_of_the_training_graph(name, formats):
     model, sites = built(name)
     assignment = assigned(sites, formats)
     expected, frozen = trained_and_frozen(model, assignment)
-    assert_equal_sums(served(model, frozen), expected)
+    # XLA adds up the 1-D convolution of the NNX net in another order on some CPUs.
+    compare = assert_equal_sums if name == "nnx" else assert_equal
+    compare(served(model, frozen), expected)
     # All weights are quantized here, so none stays in floating point.
     dropped = [leaf for leaf in jax.tree.leaves(frozen.params, is_leaf=is_dropped) if
                is_dropped(leaf)]  # fmt: skip
