@@ -12,7 +12,7 @@ from aqt_search.search.policy import (
     log_probabilities,
     log_probability,
     reinforce_loss,
-    sample,
+    sample_many,
 )
 
 # Three decisions of 4, 2 and 3 options.
@@ -57,8 +57,7 @@ def test_a_decided_policy_has_no_entropy():
 def test_samples_follow_the_probabilities_and_never_the_mask():
     count = 20_000
     log_p = log_probabilities(LOGITS, MASK)
-    keys = jax.random.split(jax.random.key(1), count)
-    drawn = np.asarray(jax.vmap(sample, (0, None))(keys, log_p))
+    drawn = np.asarray(sample_many(jax.random.key(1), log_p, count))
     assert drawn.shape == (count, 3)
     seen = np.stack([np.bincount(column, minlength=4) for column in drawn.T])
     assert not seen[~MASK].any()

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.convolution import convolution
 from aqt_search.models.stochastic_depth import StochasticDepth, check_rate
 
 
@@ -64,23 +65,6 @@ LAST_CHANNELS = 1280
 SQUEEZE_RATIO = 0.25
 
 
-def _convolution(
-    features: int, window: int, stride: int = 1, *, groups: int = 1, dtype: Any, name: str
-) -> nn.Conv:
-    """Convolution without bias and with (window - 1) / 2 rows of zeros on every side."""
-    return nn.Conv(
-        features,
-        (window, window),
-        strides=(stride, stride),
-        padding=(window - 1) // 2,
-        feature_group_count=groups,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
-        name=name,
-    )
-
-
 class InvertedResidual(nn.Module):
     """Inverted residual block with squeeze and excitation, "MBConv".
 
@@ -100,7 +84,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
         """Apply the block."""
-        conv = functools.partial(_convolution, dtype=self.dtype)
+        conv = functools.partial(convolution, dtype=self.dtype)
         x, channels = inputs, inputs.shape[-1]
         hidden = channels * self.stage.expansion
         if self.stage.expansion > 1:
@@ -184,7 +168,7 @@ class EfficientNet(nn.Module):
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        conv = functools.partial(_convolution, dtype=self.dtype)
+        conv = functools.partial(convolution, dtype=self.dtype)
         x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
         x = nn.swish(norm(name="stem_bn")(x))
         blocks = [

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.convolution import convolution
 from aqt_search.models.stochastic_depth import check_rate
 
 STEM_CHANNELS = 32
@@ -27,23 +28,6 @@ FORM_STRIDES = {
     "imagenet": (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
     "cifar": (1, 1, 1, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
 }
-
-
-def convolution(
-    features: int, window: int, stride: int = 1, *, groups: int = 1, dtype: Any, name: str
-) -> nn.Conv:
-    """Convolution without bias and with (window - 1) / 2 rows of zeros on every side."""
-    return nn.Conv(
-        features,
-        (window, window),
-        strides=(stride, stride),
-        padding=(window - 1) // 2,
-        feature_group_count=groups,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
-        name=name,
-    )
 
 
 def check_options(

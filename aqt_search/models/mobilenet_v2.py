@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
-from aqt_search.models.mobilenet_v1 import check_options, convolution
+from aqt_search.models.convolution import convolution
+from aqt_search.models.mobilenet_v1 import check_options
 
 
 class Stage(NamedTuple):

@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aqt_search.models.convolution import convolution
+
 # depth -> residual blocks in each stage
 CIFAR_STAGES = {8: (1, 1, 1), 20: (3, 3, 3), 32: (5, 5, 5), 56: (9, 9, 9)}
 IMAGENET_STAGES = {
@@ -32,20 +34,6 @@ BOTTLENECK_DEPTHS = (29, 50, 101, 152, 200)
 BOTTLENECK_EXPANSION = 4
 CIFAR_FILTERS = 16
 IMAGENET_FILTERS = 64
-
-
-def _convolution(features: int, window: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
-    """Convolution without bias and with (window - 1) / 2 rows of zeros on every side."""
-    return nn.Conv(
-        features,
-        (window, window),
-        strides=(stride, stride),
-        padding=(window - 1) // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
-        name=name,
-    )
 
 
 class ResidualBlock(nn.Module):
@@ -75,12 +63,12 @@ class ResidualBlock(nn.Module):
         for k, (features, window, stride) in enumerate(layers, start=1):
             last = k == len(layers)
             scale_init = nn.initializers.zeros if last else nn.initializers.ones
-            conv = _convolution(features, window, stride, dtype=self.dtype, name=f"conv{k}")
+            conv = convolution(features, window, stride, dtype=self.dtype, name=f"conv{k}")
             residual = self.norm(name=f"bn{k}", scale_init=scale_init)(conv(residual))
             residual = residual if last else nn.relu(residual)
         shortcut = inputs
         if inputs.shape != residual.shape:
-            conv = _convolution(out, 1, self.stride, dtype=self.dtype, name="shortcut")
+            conv = convolution(out, 1, self.stride, dtype=self.dtype, name="shortcut")
             shortcut = self.norm(name="shortcut_bn")(conv(inputs))
         return nn.relu(residual + shortcut)
 
@@ -157,7 +145,7 @@ class ResNet(nn.Module):
     def _stem(self, images: jax.Array, norm: Callable[..., nn.Module]) -> jax.Array:
         """First convolution, its BatchNorm and relu, and the max pool of the ImageNet form."""
         window, stride = (7, 2) if self.imagenet_stem else (3, 1)
-        conv = _convolution(self.stem_filters, window, stride, dtype=self.dtype, name="stem")
+        conv = convolution(self.stem_filters, window, stride, dtype=self.dtype, name="stem")
         x = nn.relu(norm(name="stem_bn")(conv(images)))
         if self.imagenet_stem:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

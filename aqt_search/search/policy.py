@@ -31,11 +31,6 @@ def log_probabilities(logits: jax.Array, mask: np.ndarray, temperature: float = 
     return jax.nn.log_softmax(jnp.where(mask, logits / temperature, -jnp.inf), axis=-1)
 
 
-def sample(key: jax.Array, log_p: jax.Array) -> jax.Array:
-    """One choice per decision: [decisions], int32."""
-    return jax.random.categorical(key, log_p, axis=-1)
-
-
 def sample_many(key: jax.Array, log_p: jax.Array, count: int) -> jax.Array:
     """`count` independent points: [count, decisions], int32."""
     return jax.random.categorical(key, log_p, axis=-1, shape=(count, log_p.shape[0]))
