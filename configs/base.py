@@ -89,7 +89,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.reward = "absolute"  # "absolute", "one_sided", "soft", "hard"
     config.search.beta = 1.0
     config.search.quality = "held_out"  # on held-out examples, or "train" on the training batch
-    config.search.measure = "accuracy"  # or "loss"
+    # "loss" or "accuracy". On 32 images the formats explain 9 % of the differences in loss between
+    # two points, and 1 % of those in accuracy (ResNet-8, CIFAR-10 at 16 x 16, half-trained).
+    config.search.measure = "loss"
     config.search.held_out_batch_size = 32
     config.search.samples = 2  # points judged in a step
     config.search.advantage = "centred"  # over the samples of a step, or a moving "baseline"

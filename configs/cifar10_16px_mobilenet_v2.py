@@ -18,6 +18,10 @@ from configs import cifar10_16px_resnet8
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10_16px_resnet8.get_config(arg)
+    if not arg:
+        config.sweep.baselines = ("int4", "int8")
+        config.sweep.spaces = (("int", {}),)
+        config.sweep.sensitivity = "int4"
     config.model.name = "mobilenet_v2"
     config.model.form = "tiny"
     config.model.width = 0.5

@@ -103,8 +103,11 @@ class Problem(NamedTuple):
     recorder: Recorder
 
 
-# As FLIQS has it: one sample a step, against a moving baseline.
-CLASSIC = {"samples": 1, "advantage": "baseline", "cost_samples": 0, "penalty": "sampled"}
+# As FLIQS has it: one sample a step, judged by accuracy against a moving baseline.
+CLASSIC = {
+    "samples": 1, "advantage": "baseline", "cost_samples": 0, "penalty": "sampled",
+    "measure": "accuracy",
+}  # fmt: skip
 
 
 def problem(spy=True, rules=((".*", OPTIONS),), **options):
@@ -167,7 +170,7 @@ def short():
 @pytest.fixture(scope="module")
 def several():
     """Two samples a step, centred, and 64 points whose cost alone is judged."""
-    return search(30, delay=0.5, samples=2, cost_samples=64, log_probability="sum")
+    return search(30, delay=0.5, samples=2, cost_samples=64, measure="accuracy")
 
 
 def test_the_policy_rests_until_the_delay_is_over(short):
@@ -266,7 +269,7 @@ def test_quality_is_the_held_out_accuracy_of_the_weights_before_the_step(short, 
 
 
 def test_quality_may_be_the_loss():
-    found = search(4, measure="loss", delay=0.5, **CLASSIC)
+    found = search(4, delay=0.5, **CLASSIC | {"measure": "loss"})
     for at, metrics in enumerate(found.metrics):
         _, losses, _ = judged_by_hand(found, at, place=1)
         assert float(metrics["quality"][0]) == pytest.approx(-np.mean(losses), rel=1e-4)

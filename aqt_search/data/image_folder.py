@@ -134,10 +134,19 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
     listing: FolderListing | None = dataclasses.field(default=None, repr=False)
 
 
-def folder_config(listing: FolderListing) -> ImageFolderConfig:
-    """The builder configuration for a listed folder."""
+def folder_builder(listing: FolderListing) -> type["ImageFolder"]:
+    """The builder class of a listed folder, its only configuration."""
     folder_name = re.sub(r"[^A-Za-z0-9_-]", "_", listing.root.name)
-    return ImageFolderConfig(name=f"{folder_name}-{listing.fingerprint}", listing=listing)
+
+    # TFDS logs a warning at each configuration that its builder class does not list.
+    class Builder(ImageFolder, skip_registration=True):
+        name = ImageFolder.name
+        code_path = None
+        BUILDER_CONFIGS = [
+            ImageFolderConfig(name=f"{folder_name}-{listing.fingerprint}", listing=listing)
+        ]
+
+    return Builder
 
 
 class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

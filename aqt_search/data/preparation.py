@@ -14,7 +14,6 @@ def prepare(
     builder_class: type[tfds.core.GeneratorBasedBuilder],
     *,
     data_dir: str | os.PathLike | None,
-    config: tfds.core.BuilderConfig | None = None,
 ) -> tfds.core.DatasetBuilder:
     """Returns the builder with its data on disk, as array_record files, preparing them if need be.
 
@@ -24,17 +23,16 @@ def prepare(
     global random state: two processes with equal seeds would write into one folder.)
 
     Args:
-        builder_class: the builder.
+        builder_class: the builder; of several configurations its first is prepared.
         data_dir: where prepared data sets lie; None is TFDS's default.
-        config: the builder's configuration.
     """
-    builder = builder_class(data_dir=data_dir, config=config)
+    builder = builder_class(data_dir=data_dir)
     if _is_whole(builder):
         return builder
     target = Path(builder.data_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as staging:
-        staged = builder_class(data_dir=staging, config=config)
+        staged = builder_class(data_dir=staging)
         print(f"Preparing data set {builder.name} in {target}.", file=sys.stderr)
         # TFDS announces a download and the temporary folder, and draws a bar per shard.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -45,7 +43,7 @@ def prepare(
         except OSError:
             if not _is_whole(builder):  # else another process was first
                 raise
-    return builder_class(data_dir=data_dir, config=config)
+    return builder_class(data_dir=data_dir)
 
 
 def _is_whole(builder: tfds.core.DatasetBuilder) -> bool:

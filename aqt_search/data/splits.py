@@ -111,8 +111,7 @@ def _open_builder(name: str, data_dir: str | os.PathLike | None):
         from aqt_search.data.preparation import prepare
 
         listing = image_folder.list_folder(name.removeprefix("folder:"))
-        config = image_folder.folder_config(listing)
-        return prepare(image_folder.ImageFolder, data_dir=data_dir, config=config)
+        return prepare(image_folder.folder_builder(listing), data_dir=data_dir)
     return _open_tfds(name, data_dir)
 
 

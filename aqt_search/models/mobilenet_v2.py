@@ -49,11 +49,11 @@ IMAGENET = Form(32, 2, (
     Stage(6, 320, 1, 1),
 ))  # fmt: skip
 CIFAR = Form(32, 1, (IMAGENET.stages[0], Stage(6, 24, 2, 1), *IMAGENET.stages[2:]))
-TINY = Form(16, 1, (
+TINY = Form(16, 2, (
     Stage(1, 16, 1, 1),
     Stage(6, 24, 2, 1),
     Stage(6, 32, 2, 2),
-    Stage(6, 64, 2, 2),
+    Stage(6, 64, 2, 1),
 ))  # fmt: skip
 FORMS = {"imagenet": IMAGENET, "cifar": CIFAR, "tiny": TINY}
 LAST_CHANNELS = 1280

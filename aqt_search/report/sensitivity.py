@@ -29,24 +29,35 @@ def load_sensitivity(workdir: str | Path) -> dict[str, Any] | None:
     """The content of <workdir>/sensitivity.json; None if there is no such file.
 
     Raises:
-      ReportError: it lacks formats, sites, reference_loss, or a loss per site and format.
+      ReportError: it lacks something that the figure shows, or a table is of another size.
     """
     path = Path(workdir) / "sensitivity.json"
     if not path.exists():
         return None
     content = read_object(path)
-    formats, sites, loss = (value_of(content, k, list, path) for k in ("formats", "sites", "loss"))
-    number_of(content, "reference_loss", path)
-    shape = (len(sites), len(formats))
-    if len(loss) != shape[0] or any(not isinstance(r, list) or len(r) != shape[1] for r in loss):
+    names = {key: value_of(content, key, list, path) for key in ("sites", "formats")}
+    for key, values in names.items():
+        if not all(isinstance(value, str) for value in values):
+            raise ReportError(f"{path}: {key!r} is {values!r}, expected names")
+    value_of(content, "reference", str, path)
+    for key in ("reference_loss", "reference_accuracy", "images"):
+        number_of(content, key, path)
+    shape = (len(names["sites"]), len(names["formats"]))
+    for key in ("loss", "sqnr_db"):
+        _check_table(value_of(content, key, list, path), shape, f"{path}: {key!r}")
+    return content
+
+
+def _check_table(rows: list[Any], shape: tuple[int, int], name: str) -> None:
+    """Raises ReportError unless `rows` holds shape[0] rows of shape[1] numbers or nulls."""
+    if len(rows) != shape[0] or any(not isinstance(r, list) or len(r) != shape[1] for r in rows):
         raise ReportError(
-            f"{path}: 'loss' must have {shape[0]} rows (sites) of {shape[1]} losses (formats); "
+            f"{name} must have {shape[0]} rows (sites) of {shape[1]} numbers (formats); "
             "make the file again"
         )
-    for value in (value for row in loss for value in row):
+    for value in (value for row in rows for value in row):
         if not (value is None or isinstance(value, int | float)):
-            raise ReportError(f"{path}: a loss is {value!r}, expected a number or null")
-    return content
+            raise ReportError(f"{name} has {value!r}, expected a number or null")
 
 
 def rank_correlation(record: Record, sensitivity: Mapping[str, Any]) -> Correlation:

@@ -61,9 +61,10 @@ class CostTable:
         return self.fixed + float(cheapest), self.fixed + float(dearest)
 
     def check_target(self, target: float) -> None:
-        """Raises SpaceError if no point of the space can cost `target`."""
+        """Raises SpaceError if no point of the space can cost `target`, up to rounding."""
         low, high = self.range
-        if not low <= target <= high:
+        slack = 1e-9 * high  # a target computed as a sum in another order than the range
+        if not low - slack <= target <= high + slack:
             raise SpaceError(
                 f"The cost target {target:.6g} is outside of the space: its points cost between"
                 f" {low:.6g} and {high:.6g}."

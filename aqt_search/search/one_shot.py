@@ -56,7 +56,8 @@ class SearchOptions:
     reward: str = "absolute"
     beta: float = 1.0  # weight of the cost
     quality: str = "held_out"  # on held-out examples, or on the training batch ("train")
-    measure: str = "accuracy"  # or "loss": minus the cross-entropy, in nats
+    # Minus the cross-entropy in nats, or "accuracy" (the papers'), which needs many more images.
+    measure: str = "loss"
     samples: int = 2  # points judged in a step; weights are trained under the first
     advantage: str = "centred"  # over the samples of a step, or against a moving "baseline"
     cost_samples: int = 256  # points whose cost alone is judged; 0: those of `samples`
