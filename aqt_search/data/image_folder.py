@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -142,7 +142,7 @@ def folder_builder(listing: FolderListing) -> type["ImageFolder"]:
     class Builder(ImageFolder, skip_registration=True):
         name = ImageFolder.name
         code_path = None
-        BUILDER_CONFIGS = [
+        BUILDER_CONFIGS: ClassVar = [
             ImageFolderConfig(name=f"{folder_name}-{listing.fingerprint}", listing=listing)
         ]
 

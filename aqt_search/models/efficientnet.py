@@ -19,6 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.classifier import (
+    batch_norm,
+    check_images,
+    check_options,
+    head,
+    pixel_mean,
+)
 from aqt_search.models.convolution import convolution
 from aqt_search.models.stochastic_depth import StochasticDepth, check_rate
 
@@ -155,19 +162,8 @@ class EfficientNet(nn.Module):
         Raises:
             ValueError: images are not of rank 4.
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
+        check_images(images)
+        norm = batch_norm(self, train)
         conv = functools.partial(convolution, dtype=self.dtype)
         x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
         x = nn.swish(norm(name="stem_bn")(x))
@@ -180,9 +176,7 @@ class EfficientNet(nn.Module):
             rate = self.stochastic_depth * i / len(blocks)
             x = InvertedResidual(stage, rate, self.dtype, norm, name=f"block{i + 1}")(x, train)
         x = nn.swish(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
+        return head(pixel_mean(x), self.num_classes, dropout=self.dropout, train=train)
 
 
 def efficientnet(
@@ -223,17 +217,10 @@ def efficientnet(
     if variant not in VARIANTS:
         known = ", ".join(VARIANTS)
         raise ValueError(f"unknown EfficientNet variant {variant!r}; known variants: {known}")
-    if form not in FORM_STRIDES:
-        known = ", ".join(FORM_STRIDES)
-        raise ValueError(f"unknown EfficientNet form {form!r}; known forms: {known}")
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
     scale = VARIANTS[variant]
     dropout = scale.dropout if dropout is None else dropout
+    check_options("EfficientNet", form, FORM_STRIDES, num_classes, width, dropout)
     check_rate("stochastic_depth", stochastic_depth)
-    check_rate("dropout", dropout)
     stem_stride, *strides = FORM_STRIDES[form]
     stages = tuple(
         stage._replace(

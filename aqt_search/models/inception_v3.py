@@ -9,7 +9,6 @@ Where a branch of the last two blocks forks, the convolutions of its fork are `c
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.classifier import batch_norm, check_images, check_options, pixel_mean
 
 SMALLEST_IMAGE = 75  # pixels a side; of smaller ones the last blocks have no pixel left
 
@@ -196,31 +196,20 @@ class InceptionV3(nn.Module):
         Raises:
             ValueError: images are not of rank 4 or too small.
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
+        check_images(images)
         if min(images.shape[1:3]) < SMALLEST_IMAGE:
             raise ValueError(
                 f"images have shape {images.shape}; Inception v3 needs at least {SMALLEST_IMAGE} "
                 "pixels a side. Enlarge them, or use a model with a CIFAR form."
             )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
+        norm = batch_norm(self, train)
         x = images.astype(self.dtype)
         for name, layer in STEM.items():
             x = _apply_layer(x, layer, self.width, self.dtype, norm, name)
             x = _max_pool(x) if name in POOL_AFTER else x
         for i, branches in enumerate(MIXED, start=1):
             x = Mixed(branches, self.width, self.dtype, norm, name=f"mixed{i}")(x)
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        features = pixel_mean(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
 
 
@@ -253,8 +242,5 @@ def inception_v3(
             f"unknown Inception v3 form {form!r}; known forms: imagenet. For small images use"
             " resnet, efficientnet or vit in the cifar form."
         )
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
+    check_options("Inception v3", form, ("imagenet",), num_classes, width)
     return InceptionV3(num_classes, width, dtype, axis_name, momentum, epsilon)

@@ -1,7 +1,7 @@
 """MobileNetV1 in plain Flax Linen, ImageNet and CIFAR forms.
 
 Source: Howard et al. 2017 (arXiv 1704.04861), table 1; relu6 and the dropout rate after the
-authors' published code. `convolution` and `check_options` serve all MobileNets.
+authors' published code.
 
 Module names are part of the interface, as they become the names of quantization sites: `stem`,
 `block{i}/depthwise` and `block{i}/pointwise` with i from 1 to 13, `head`. The BatchNorm of a
@@ -9,8 +9,7 @@ convolution is named after it: `stem_bn`, `depthwise_bn`, `pointwise_bn`.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,8 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.classifier import (
+    batch_norm,
+    check_images,
+    check_options,
+    head,
+    pixel_mean,
+)
 from aqt_search.models.convolution import convolution
-from aqt_search.models.stochastic_depth import check_rate
 
 STEM_CHANNELS = 32
 BLOCK_CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
@@ -28,19 +33,6 @@ FORM_STRIDES = {
     "imagenet": (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
     "cifar": (1, 1, 1, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1),
 }
-
-
-def check_options(
-    network: str, form: str, forms: Iterable[str], num_classes: int, width: float, dropout: float
-) -> None:
-    """Raises ValueError for an unknown form, or a class count, width or rate out of range."""
-    if form not in forms:
-        raise ValueError(f"unknown {network} form {form!r}; known forms: {', '.join(forms)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
-    check_rate("dropout", dropout)
 
 
 class SeparableBlock(nn.Module):
@@ -108,27 +100,14 @@ class MobileNetV1(nn.Module):
         Raises:
             ValueError: images are not of rank 4.
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
+        check_images(images)
+        norm = batch_norm(self, train)
         stem_stride, *strides = self.strides
         stem = convolution(self.stem_channels, 3, stem_stride, dtype=self.dtype, name="stem")
         x = nn.relu6(norm(name="stem_bn")(stem(images.astype(self.dtype))))
         for i, (features, stride) in enumerate(zip(self.block_channels, strides, strict=True)):
             x = SeparableBlock(features, stride, self.dtype, norm, name=f"block{i + 1}")(x)
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
+        return head(pixel_mean(x), self.num_classes, dropout=self.dropout, train=train)
 
 
 def mobilenet_v1(

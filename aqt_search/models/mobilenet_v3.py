@@ -19,8 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
+from aqt_search.models.classifier import (
+    batch_norm,
+    check_images,
+    check_options,
+    head,
+    pixel_mean,
+)
 from aqt_search.models.convolution import convolution
-from aqt_search.models.mobilenet_v1 import check_options
 
 
 class Block(NamedTuple):
@@ -166,30 +172,18 @@ class MobileNetV3(nn.Module):
         Raises:
             ValueError: images are not of rank 4.
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
+        check_images(images)
+        norm = batch_norm(self, train)
         conv = functools.partial(convolution, dtype=self.dtype)
         x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
         x = nn.hard_swish(norm(name="stem_bn")(x))
         for i, block in enumerate(self.blocks, start=1):
             x = InvertedResidual(block, self.dtype, norm, name=f"block{i}")(x)
         x = nn.hard_swish(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        features = pixel_mean(x)
         hidden = nn.Dense(self.hidden_channels, dtype=self.dtype, name="hidden")
         features = nn.hard_swish(hidden(features))
-        features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
+        return head(features, self.num_classes, dropout=self.dropout, train=train)
 
 
 def _scaled_blocks(blocks: tuple[Block, ...], width: float, form: str) -> tuple[Block, ...]:

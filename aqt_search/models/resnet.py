@@ -8,8 +8,6 @@ Module names are part of the interface, as they become the names of quantization
 BatchNorm is `stem_bn`, `bn{k}` or `shortcut_bn`. Stages, blocks and convolutions count from 1.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aqt_search.models.classifier import batch_norm, check_images, check_options, pixel_mean
 from aqt_search.models.convolution import convolution
 
 # depth -> residual blocks in each stage
@@ -119,19 +118,8 @@ class ResNet(nn.Module):
         Raises:
             ValueError: images are not of rank 4.
         """
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
+        check_images(images)
+        norm = batch_norm(self, train)
         x = self._stem(images.astype(self.dtype), norm)
         for i, (blocks, filters) in enumerate(zip(self.stage_sizes, self.stage_filters), start=1):
             for j in range(1, blocks + 1):
@@ -139,7 +127,7 @@ class ResNet(nn.Module):
                 name = f"stage{i}_block{j}"
                 block = ResidualBlock(filters, stride, self.bottleneck, self.dtype, norm, name=name)
                 x = block(x)
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        features = pixel_mean(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(features)
 
     def _stem(self, images: jax.Array, norm: Callable[..., nn.Module]) -> jax.Array:
@@ -184,15 +172,10 @@ def resnet(
         ValueError: unknown depth or form, or a width or class count that is not above 0.
     """
     stages = {"cifar": CIFAR_STAGES, "imagenet": IMAGENET_STAGES}
-    if form not in stages:
-        raise ValueError(f"unknown ResNet form {form!r}; known forms: {', '.join(stages)}")
+    check_options("ResNet", form, stages, num_classes, width)
     if depth not in stages[form]:
         known = "; ".join(f"{f}: {', '.join(map(str, sizes))}" for f, sizes in stages.items())
         raise ValueError(f"no ResNet of depth {depth!r} in the {form} form; known depths: {known}")
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
     imagenet = form == "imagenet"
     sizes = stages[form][depth]
     first = IMAGENET_FILTERS if imagenet else CIFAR_FILTERS

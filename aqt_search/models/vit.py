@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aqt_search.models.classifier import check_images, check_options
 from aqt_search.models.stochastic_depth import StochasticDepth, check_rate
 
 
@@ -167,11 +168,7 @@ class ViT(nn.Module):
         return tokens + position.astype(self.dtype)
 
     def _check_images(self, images: jax.Array) -> None:
-        if images.ndim != 4:
-            raise ValueError(
-                f"images have shape {images.shape}; expected [batch, height, width, channels]. "
-                "Add a batch axis for a single image."
-            )
+        check_images(images)
         height, width = images.shape[1:3]
         if not (height and width) or height % self.patch or width % self.patch:
             raise ValueError(
@@ -222,22 +219,16 @@ def vit(
     Raises:
         ValueError: unknown size or form, or a width, patch, rate or class count out of range.
     """
-    if form not in FORM_SIZES:
-        raise ValueError(f"unknown ViT form {form!r}; known forms: {', '.join(FORM_SIZES)}")
+    check_options("ViT", form, FORM_SIZES, num_classes, width, dropout)
     if size not in FORM_SIZES[form]:
         known = "; ".join(f"{f}: {', '.join(sizes)}" for f, sizes in FORM_SIZES.items())
         raise ValueError(
             f"no ViT of size {size!r} in the {form} form; known sizes: {known} (DeiT-Ti is ti)"
         )
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width is {width!r}; expected a number above 0, such as 0.5 or 1.0")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}; expected at least 1")
     patch = FORM_PATCHES[form] if patch is None else patch
     if patch < 1:
         raise ValueError(f"patch is {patch!r}; expected at least 1 pixel, such as 4 or 16")
     check_rate("stochastic_depth", stochastic_depth)
-    check_rate("dropout", dropout)
     heads = max(1, round(SIZES[size].heads * width))
     return ViT(
         channels=heads * SIZES[size].head_channels,
