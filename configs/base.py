@@ -40,6 +40,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 5e-4
     config.optimizer.gradient_clip = 0.0  # largest global norm; 0 for none
 
+    # Ordered (pattern, loss) rules: "l_inf", "margin", "soft_min_max", "kurtosis", or None. The
+    # range loss of the weights is added to the loss, times `weight` (aqt_search.range_loss).
+    config.range_loss = ml_collections.ConfigDict()
+    config.range_loss.rules = ()
+    config.range_loss.weight = 0.01
+
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.batch_size = 250
     # Training batches that give BatchNorm statistics and activation scales under the final formats;

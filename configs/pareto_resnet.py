@@ -47,7 +47,7 @@ def _cifar10_16px(config: ml_collections.ConfigDict) -> None:
     config.data.image_size = 16
     config.data.flip = True
     config.batch_size = 128
-    config.epochs = 8.0
+    config.epochs = 4.0
     config.log_every = 20
     config.checkpoint_every = 500
     config.sweep.grid = (("model.width", (0.375, 0.75, 1.5)),)

@@ -16,7 +16,6 @@ from aqt_search.search.one_shot import SearchState, policy_optimizer
 from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
-from aqt_search.training.train_step import init_train_state
 from aqt_search.training.workdir import CONFIG_FILE, read_json
 from experiments import from_config, results
 from experiments.search import search_options
@@ -89,8 +88,7 @@ def trained_variables(
     searched = read_json(folder / results.RESULT_FILE).get("kind") in ("search", "random")
 
     def initial():
-        shape = parts.images.splits.image_shape
-        train = init_train_state(parts.model, parts.optimizer, shape, config.seed)
+        train = from_config.initial_state(config, parts)
         if not searched:
             return train
         space = make_space(parts.sites, config.search.space, decide=config.search.decide)

@@ -17,10 +17,13 @@ import optax
 
 import aqt_search as aqs
 from aqt_search import data, models
+from aqt_search.range_loss import ModelRangeLoss, range_loss
+from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.parallel import AXIS, replica_count
 from aqt_search.training.schedules import learning_rate
+from aqt_search.training.train_step import TrainState, init_train_state
 
 # Streams of one run draw from the same seed; these keep their orders apart.
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
@@ -62,6 +65,7 @@ class Parts(NamedTuple):
     sites: dict[str, aqs.Site]
     optimizer: optax.GradientTransformation
     schedule: Schedule
+    range_loss: ModelRangeLoss | None
 
 
 def load_images(config: ml_collections.ConfigDict) -> Images:
@@ -139,6 +143,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             )
     if not config.search.tolerance >= 0:
         raise ConfigError(f"search.tolerance is {config.search.tolerance}; expected at least 0.")
+    if not config.range_loss.weight >= 0:
+        raise ConfigError(f"range_loss.weight is {config.range_loss.weight}; expected at least 0.")
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"label_smoothing is {config.label_smoothing}; expected 0 to below 1.")
 
@@ -168,7 +174,31 @@ def build_parts(
         )
     sites = model_sites(model, images.splits.image_shape)
     schedule = Schedule(total, config.log_every, config.checkpoint_every)
-    return Parts(images, model, sites, optimizer, schedule)
+    rules = config.range_loss.rules
+    with checked_values("range_loss"):
+        loss = range_loss(sites, rules) if rules else None
+    return Parts(images, model, sites, optimizer, schedule, loss)
+
+
+def initial_state(config: ml_collections.ConfigDict, parts: Parts) -> TrainState:
+    """The state that training starts from."""
+    shape = parts.images.splits.image_shape
+    auxiliary = {} if parts.range_loss is None else {"init_auxiliary": parts.range_loss.init}
+    return init_train_state(parts.model, parts.optimizer, shape, config.seed, **auxiliary)
+
+
+def make_update(config: ml_collections.ConfigDict, parts: Parts, qapply: Callable) -> Callable:
+    """The update of the weights: `train_step.make_update` with the configured losses."""
+
+    def auxiliary_loss(params, state):
+        return config.range_loss.weight * parts.range_loss.apply(params, state)
+
+    return train_step.make_update(
+        qapply,
+        parts.optimizer,
+        label_smoothing=config.label_smoothing,
+        auxiliary_loss=None if parts.range_loss is None else auxiliary_loss,
+    )
 
 
 def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offset: int = 0) -> Any:

@@ -36,7 +36,6 @@ from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import unreplicate
-from aqt_search.training.train_step import init_train_state, make_update
 from aqt_search.training.workdir import claim_workdir, write_json, write_text
 from experiments import from_config, results
 from experiments.command_line import run_job
@@ -126,12 +125,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     targets = cost_targets(config, parts.sites)
     check_targets(costs, targets)
     qapply = aqs.quantize(parts.model.apply)
-    update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
+    update = from_config.make_update(config, parts, qapply)
     held_out = options.quality == "held_out"
     streams = [from_config.training_stream(config, images)]
     streams += [from_config.reward_stream(config, images)] if held_out else []
     state = SearchState(
-        init_train_state(parts.model, parts.optimizer, images.splits.image_shape, config.seed),
+        from_config.initial_state(config, parts),
         policies.init_policy(space.mask, policy_optimizer(options)),
     )
     examples = config.search.held_out_batch_size if held_out else config.batch_size

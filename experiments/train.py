@@ -20,7 +20,7 @@ from aqt_search.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.loop import LoopResult, Run
-from aqt_search.training.train_step import TrainState, init_train_state, make_update
+from aqt_search.training.train_step import TrainState
 from aqt_search.training.workdir import claim_workdir, read_json
 from experiments import from_config, results
 from experiments.command_line import run_job
@@ -79,7 +79,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     parts = from_config.build_parts(config, images)
     assignment = configured_assignment(config, parts.sites)
     qapply = aqs.quantize(parts.model.apply, axis_name=parallel.AXIS)
-    update = make_update(qapply, parts.optimizer, label_smoothing=config.label_smoothing)
+    update = from_config.make_update(config, parts, qapply)
 
     def step(state: TrainState, formats, batch):
         return update(state, formats, batch)[:2]
@@ -96,8 +96,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
             config, workdir, images, parts.model, parts.sites, assignment, variables, facts
         )
 
-    shape = images.splits.image_shape
-    state = init_train_state(parts.model, parts.optimizer, shape, config.seed)
+    state = from_config.initial_state(config, parts)
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
     claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))

@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # pytree of float32: running BatchNorm statistics, {} without BatchNorm
     opt_state: Any  # optax state
     rng: jax.Array  # [2], uint32: key data of the run; steps and replicas fold their numbers in
+    auxiliary: Any = ()  # what is learned beside the parameters: a range loss's margins
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -32,15 +33,23 @@ def _initial_variables(model: Any, image_shape: tuple[int, ...], key: jax.Array)
 
 
 def init_train_state(
-    model: Any, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
+    init_auxiliary: Callable[[Any], Any] = lambda params: (),
 ) -> TrainState:
-    """Initialises a Flax Linen model that maps images [B, *image_shape] to logits."""
+    """Initialises a Flax Linen model that maps images [B, *image_shape] to logits.
+
+    `init_auxiliary(params)` makes what is learned beside the parameters, by the same optimizer.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = _initial_variables(model, tuple(image_shape), init_key)
     params = variables["params"]
+    auxiliary = init_auxiliary(params)
     return TrainState(
-        jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params),
-        jax.random.key_data(run_key),
+        jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init((params, auxiliary)),
+        jax.random.key_data(run_key), auxiliary,
     )  # fmt: skip
 
 
@@ -65,21 +74,24 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
+    auxiliary_loss: Callable[[Any, Any], jax.Array] | None = None,
 ) -> Callable:
     """Returns `update(state, assignment, batch) -> (state, metrics, logits)`, inside `AXIS`.
 
     Gradients and new running statistics are averaged over the replicas; the metrics "loss",
-    "accuracy" and "gradient_norm", and the replica's own logits [B, classes], are of the weights
-    before the update.
+    "accuracy" and "gradient_norm" (with `auxiliary_loss` that too), and the replica's own logits
+    [B, classes], are of the weights before the update; "loss" is the cross-entropy alone.
 
     Args:
       qapply: `quantize(model.apply)`.
       optimizer: applied to the averaged gradients.
       label_smoothing: share of the target spread over all classes, in [0, 1).
+      auxiliary_loss: of `state.params` and `state.auxiliary`, added to the loss.
     """
 
     def update(state: TrainState, assignment: Any, batch: Batch):
-        def loss_of(params):
+        def loss_of(trained):
+            params, auxiliary = trained
             logits, updates = qapply(
                 assignment,
                 {"params": params, "batch_stats": state.batch_stats},
@@ -89,17 +101,20 @@ def make_update(
                 rngs={"dropout": step_key(state)},
             )
             loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
-            return loss, (logits, updates.get("batch_stats", {}))
+            accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+            told = {"loss": loss, "accuracy": accuracy}
+            if auxiliary_loss is not None:
+                told["auxiliary_loss"] = auxiliary_loss(params, auxiliary)
+                loss += told["auxiliary_loss"]
+            return loss, (logits, updates.get("batch_stats", {}), told)
 
-        (loss, (logits, own_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
-        grads, batch_stats, means = jax.lax.pmean(
-            (grads, own_stats, {"loss": loss, "accuracy": accuracy}), AXIS
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = (state.params, state.auxiliary)
+        grads, (logits, own_stats, told) = jax.grad(loss_of, has_aux=True)(trained)
+        grads, batch_stats, means = jax.lax.pmean((grads, own_stats, told), AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params, auxiliary = optax.apply_updates(trained, updates)
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng)
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng, auxiliary)
         return new, metrics, logits
 
     return update
