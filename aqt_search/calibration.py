@@ -6,7 +6,7 @@ is the quantizer's business (`aqt_search.quantizer`).
 
     calibration = moving_average(absmax(), 0.9)
     state = calibration.init(scale_shape)
-    bounds, state = calibration.apply(state, x, over, error)
+    bounds, state = calibration.apply(state, x, over, grid, error)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import leading_power
+from aqt_search.formats import Grid, as_grid, leading_power, numeric_format
 
 
 class Bounds(NamedTuple):
@@ -63,20 +63,24 @@ class Over(NamedTuple):
 class Calibration(NamedTuple):
     """How bounds are chosen. States are pytrees of arrays; () for a calibration without one.
 
-    `apply(state, x, over, error) -> (bounds, state)`: x is the tensor, float32 or float64, and
-    `error(bounds)` the squared error of quantizing it under other bounds, shared as the bounds are.
+    `apply(state, x, over, grid, error) -> (bounds, state)`: x is the tensor, float32 or float64;
+    `grid` the format that the bounds are for, and `error(bounds)` the squared error of quantizing x
+    under other bounds, shared as the bounds are.
     """
 
     init: Callable[[tuple[int, ...]], Any]  # from the shape of the bounds
-    apply: Callable[[Any, jax.Array, Over, Callable[[Bounds], jax.Array]], tuple[Bounds, Any]]
-    read: Callable[[Any], Bounds] | None = None  # bounds from the state alone; None: it has none
+    apply: Callable[[Any, jax.Array, Over, Grid, Callable[[Bounds], jax.Array]], tuple[Bounds, Any]]
+    # Bounds for a grid from the state alone; None: it has no state.
+    read: Callable[[Any, Grid], Bounds] | None = None
     covers: bool = False  # whether the bounds hold all of x, so that nothing is ever clipped
     counts: bool = False  # whether zeros that fill up a short block would change the bounds
+    # Bounds with a gradient: "lsq" or "pact" (`fake_quant.straight_through`); None: without one.
+    derivative: str | None = None
 
 
 def _stateless(bounds: Callable, covers: bool = False, counts: bool = False) -> Calibration:
-    def apply(state, *args):
-        return bounds(*args), ()
+    def apply(state, x, over, grid, error):
+        return bounds(x, over, error), ()
 
     return Calibration(lambda shape: (), apply, None, covers, counts)
 
@@ -205,7 +209,8 @@ def is_asymmetric(calibration: Calibration) -> bool:
 
     def low():
         x, state = jnp.ones(()), calibration.init(())
-        return calibration.apply(state, x, Over(()), lambda b: b.high)[0].low
+        grid = as_grid(numeric_format("int8"), np.dtype(np.float32))
+        return calibration.apply(state, x, Over(()), grid, lambda b: b.high)[0].low
 
     return jax.eval_shape(low) is not None
 
@@ -237,11 +242,11 @@ def _with_history(
 ) -> Calibration:
     """A calibration whose bounds are `combine(earlier bounds, today's, tensors before)`."""
 
-    def read(state: History) -> Bounds:
+    def read(state: History, grid: Grid | None = None) -> Bounds:
         return Bounds(state.high, state.low)
 
-    def live(state: History, x, over, error):
-        today, inner_state = inner.apply(state.inner, x, over, error)
+    def live(state: History, x, *context):
+        today, inner_state = inner.apply(state.inner, x, *context)
         today = _in_dtype(today, jnp.float32)
         combined = _map(
             lambda new, first: jnp.where(state.updates == 0, first, new),
@@ -252,13 +257,13 @@ def _with_history(
         kept = _map(lambda new, old: jnp.where(counts, new, old), combined, read(state))
         return kept, History(*kept, state.updates + counts, inner_state)
 
-    def apply(state: History, x, over, error):
+    def apply(state: History, x, *context):
         if keep_after is None:
-            bounds, state = live(state, x, over, error)
+            bounds, state = live(state, x, *context)
         else:
             bounds, state = jax.lax.cond(
                 state.updates < keep_after,
-                lambda state, x: live(state, x, over, error),
+                lambda state, x: live(state, x, *context),
                 lambda state, x: (read(state), state),
                 state, x,
             )  # fmt: skip
@@ -320,12 +325,12 @@ def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
     def init(shape):
         return _zeros((tensors, *shape), calibration)._replace(inner=calibration.init(shape))
 
-    def read(state: History) -> Bounds:
+    def read(state: History, grid: Grid | None = None) -> Bounds:
         low = None if state.low is None else jnp.min(state.low, 0)
         return Bounds(jnp.max(state.high, 0), low)
 
-    def apply(state: History, x, over, error):
-        today, inner = calibration.apply(state.inner, x, over, error)
+    def apply(state: History, x, *context):
+        today, inner = calibration.apply(state.inner, x, *context)
         today = _in_dtype(today, jnp.float32)
         counts = _counts(calibration, state.inner, inner, today)
 
@@ -336,7 +341,7 @@ def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
         # Only the first branch waits for a reduction over x, and it is taken once.
         bounds = jax.lax.cond(
             state.updates == 0,
-            lambda x: _in_dtype(calibration.apply(state.inner, x, over, error)[0], jnp.float32),
+            lambda x: _in_dtype(calibration.apply(state.inner, x, *context)[0], jnp.float32),
             lambda x: read(state),
             x,
         )

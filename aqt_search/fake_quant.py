@@ -119,18 +119,54 @@ def fake_quant_packed(
     return quantize_dequantize(x, grids, row, bounds, key, how)[0]
 
 
-@jax.custom_jvp
-def straight_through(x: jax.Array, values: jax.Array, inside: jax.Array | None) -> jax.Array:
-    """`values`, with the derivative of x inside and none outside: to every order."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def straight_through(
+    x: jax.Array,
+    bounds: Bounds | None,
+    values: jax.Array,
+    inside: jax.Array | None,
+    unscaled: jax.Array,
+    how: Recipe,
+) -> jax.Array:
+    """`values`, the result of quantizing x, with the derivative that stands for that of rounding.
+
+        d values = dx inside of the bounds, and none outside: to every order
+
+    Learned bounds add to it, where the format has a scale,
+
+        (values - x) d(high - low) / (high - low) inside ("lsq"; nothing with "pact")
+        d high above them, d low below
+
+    the derivative of clip(x / scale + zero) * scale under a rounding of derivative 1 (LSQ: Esser et
+    al. 2020, arXiv 1902.08153, equation 3; PACT: Choi et al. 2018, arXiv 1805.06085, equation 4).
+    """
     return values
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    inside, tangent = primals[2], tangents[0]
+def _straight_through_jvp(how, primals, tangents):
+    x, bounds, values, inside, unscaled = primals
+    tangent = tangents[0]
     if inside is not None:
         tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
-    return straight_through(*primals), tangent
+    if how.calibration.derivative is not None and bounds is not None:
+        slope = _slope_of_bounds(x, bounds, values, inside, tangents[1], how)
+        tangent = tangent + jnp.where(unscaled > 0, 0, slope).astype(tangent.dtype)
+    return straight_through(*primals, how), tangent
+
+
+def _slope_of_bounds(x, bounds: Bounds, values, inside, tangents: Bounds, how: Recipe):
+    """What a change of the bounds does to the values."""
+    shape = x.shape
+    x, values, inside = (split_blocks(v, how.granularity) for v in (x, values, inside))
+    high, d_high = bounds.high, tangents.high
+    low, d_low = (-high, -d_high) if bounds.low is None else (bounds.low, tangents.low)
+    width = jnp.maximum(high - low, jnp.finfo(high.dtype).tiny)
+    residual = (values - x) * ((d_high - d_low) / width)
+    if how.calibration.derivative == "pact":
+        residual = jnp.zeros_like(residual)
+    slope = jnp.where(inside, residual, jnp.where(x > high, d_high, d_low))
+    return join_blocks(slope, how.granularity, shape)
 
 
 @fake_quant_packed.defjvp
@@ -138,10 +174,14 @@ def _fake_quant_jvp(how, primals, tangents):
     if how.calibration.covers:
         # Nothing is clipped, so the gradient is the identity and saves nothing.
         return fake_quant_packed(*primals, how), tangents[0]
-    x = primals[0]
+    x, grids, row, bounds, _ = primals
     values, inside = quantize_dequantize(jax.lax.stop_gradient(x), *primals[1:], how)
-    tangent = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
-    return straight_through(x, values, inside), tangent
+    unscaled = unpack_grid(grids, row).unscaled
+
+    def through(x, bounds):
+        return straight_through(x, bounds, values, inside, unscaled, how)
+
+    return jax.jvp(through, (x, bounds), (tangents[0], tangents[3]))
 
 
 def check_key(q: Quantizer) -> None:
@@ -274,6 +314,6 @@ def bounds_of(
     if how.calibration.read is None:
         return None, state
     if not update:
-        bounds = how.calibration.read(state)
+        bounds = how.calibration.read(state, unpack_grid(grids, row))
         return jax.tree.map(lambda b: b.astype(grids.dtype), bounds), state
     return next_bounds(x, grids, row, how, state)

@@ -16,12 +16,11 @@ import numpy as np
 
 from aqt_search import depthwise
 from aqt_search.carriers import Work, carriers_of, check_execution, fastest
-from aqt_search.fake_quant import quantize_dequantize, straight_through
+from aqt_search.fake_quant import quantize_dequantize, straight_through, unpack_grid
 from aqt_search.formats import NumericFormat
 from aqt_search.layout import Layout
 from aqt_search.native import Bind, Forward, block_place, native_forward, refusal
 from aqt_search.operands import Operand, Quantized, abstract, values_of
-from aqt_search.outline import where
 from aqt_search.qtensor import QTensor
 
 # Quantizers of the gradient in the products that give the gradients of lhs and of rhs: `Quantized`
@@ -29,18 +28,30 @@ from aqt_search.qtensor import QTensor
 Gradients = tuple[Quantized | None, Quantized | None]
 
 
-def _masked(tangent: jax.Array, inside: jax.Array | None) -> jax.Array:
-    return tangent if inside is None else where(inside, tangent, jnp.zeros_like(tangent))
+def _through(operand: Operand, value: jax.Array, inside: jax.Array | None) -> jax.Array:
+    """The operand's value, with the derivative of its quantization."""
+    if not isinstance(operand, Quantized):
+        return value if isinstance(operand, QTensor) else operand
+    o = operand
+    unscaled = unpack_grid(o.grids, o.row).unscaled
+    return straight_through(o.x, o.bounds, value, inside, unscaled, o.how)
 
 
-def _x(operand: Operand) -> jax.Array | None:
-    """What a gradient is with respect to; also serves tangents of operands."""
-    return None if isinstance(operand, QTensor) else getattr(operand, "x", operand)
+def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Quantized:
+    """The gradient of a quantized operand, and of its bounds, from that of its value."""
+
+    def through(x, bounds):
+        return _through(dataclasses.replace(operand, x=x, bounds=bounds), value, inside)
+
+    _, pull = jax.vjp(through, operand.x, operand.bounds)
+    x, bounds = pull(gradient)
+    return Quantized(x, None, None, bounds, None, operand.how)
 
 
 def _stopped(operand: Operand) -> Operand:
     if isinstance(operand, Quantized):
-        return dataclasses.replace(operand, x=jax.lax.stop_gradient(operand.x))
+        x, bounds = jax.lax.stop_gradient((operand.x, operand.bounds))
+        return dataclasses.replace(operand, x=x, bounds=bounds)
     return operand
 
 
@@ -67,7 +78,7 @@ def _with_forward_derivative(forward: Callable, bind: Bind) -> Callable:
     def run(lhs, rhs):
         found = forward((_stopped(lhs), _stopped(rhs)))
         values = (
-            value if isinstance(operand, QTensor) else straight_through(_x(operand), value, inside)
+            _through(operand, value, inside)
             for operand, value, inside in zip((lhs, rhs), found.values, found.inside)
         )
         return differentiable(found.result, *values)
@@ -99,9 +110,8 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
                 return bind(*(x if s == side else v for s, v in enumerate(values)), None)
 
             (back,) = jax.linear_transpose(of_side, values[side])(incoming)
-            back = _masked(back, inside[side])
             if isinstance(operand, Quantized):
-                back = Quantized(back, None, None, None, None, operand.how)
+                back = _back_through(operand, values[side], inside[side], back)
             found.append(back)
         return (*found, None)
 

@@ -314,7 +314,7 @@ def calibrate(x: jax.Array, grid: Grid, how: Recipe, state: Any) -> tuple[Bounds
     def error(bounds: Bounds) -> jax.Array:
         return over.sum(jnp.square(_encode(x, bounds, grid, nearest, None).values() - x))
 
-    return how.calibration.apply(state, x, over, error)
+    return how.calibration.apply(state, x, over, grid, error)
 
 
 def encode(

@@ -24,7 +24,7 @@ def sample(*shape, seed=0):
 
 def bounds_of(calibration, x, axes):
     """Bounds by a calibration that asks for no errors."""
-    return calibration.apply((), jnp.asarray(x), Over(axes), None)[0]
+    return calibration.apply((), jnp.asarray(x), Over(axes), None, None)[0]
 
 
 # --- Without state --------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_bounds_grow_with_the_tensor(name):
 def follow(calibration, tensors):
     """High bounds applied at each step, and the states after it."""
     state, highs, states = calibration.init((1,)), [], []
-    apply = jit(lambda state, x: calibration.apply(state, x, Over((0,)), None))
+    apply = jit(lambda state, x: calibration.apply(state, x, Over((0,)), None, None))
     for x in tensors:
         bounds, state = apply(state, x)
         highs.append(float(bounds.high[0]))

@@ -164,7 +164,7 @@ def _meter(formats: Sequence[NumericFormat]) -> Calibration:
     def init(shape):
         return _Power(jnp.zeros(shape), jnp.float32(0), jnp.zeros(len(formats)))
 
-    def apply(state, x, over, error):
+    def apply(state, x, over, grid, error):
         channels = [axis for axis in range(x.ndim) if axis not in over.axes]
 
         def noise(fmt):
@@ -174,7 +174,7 @@ def _meter(formats: Sequence[NumericFormat]) -> Calibration:
         lost = jax.lax.map(noise, jax.tree.map(jnp.asarray, table))
         return Bounds(bound), _Power(bound, jnp.sum(x * x), lost)
 
-    return Calibration(init, apply, read=lambda state: Bounds(state.bound), covers=True)
+    return Calibration(init, apply, read=lambda state, grid: Bounds(state.bound), covers=True)
 
 
 def _metered(operand: Operand, reference: Any, formats: Sequence[str]) -> Quantizer:
