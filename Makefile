@@ -10,7 +10,7 @@ search: $(INSTALLED)
 	$(RUN) -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits_resnet8
 
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
 # The random operations of the tests, ten times as many.
 fuzz: $(INSTALLED)

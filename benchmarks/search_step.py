@@ -22,12 +22,11 @@ import numpy as np
 
 import aqt_search as aqs
 from aqt_search.models.resnet import resnet
-from aqt_search.search import policy as policies
 from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,
+    init_policy,
     make_search_step,
-    policy_optimizer,
 )
 from aqt_search.search.space import make_space
 from aqt_search.training import parallel
@@ -89,11 +88,12 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
     for formats, samples in ((TWO, 1), (SIXTEEN, 1), (FOUR, 1), (FOUR, 2)):
         space = make_space(sites, [(".*", formats)])
-        one = {} if samples > 1 else {"samples": 1, "advantage": "baseline"}
+        one = {"searcher": "policy_gradient", "samples": 1, "advantage": "baseline"}
+        one = {} if samples > 1 else one
         options = SearchOptions(total_steps=1000, delay=0.0, **one)
         costs = {"gbops": space.cost_table(aqs.cost.gbops)}
         step = make_search_step(qapply, update, space, costs, options)
-        state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
+        state = SearchState(train, init_policy(space, options))
         name = f"search, {len(formats)} formats, {samples} judged"
         inputs = {"gbops": np.float32(target)}
         programs.append(Program(name, step, state, inputs, (batch, held_out)))

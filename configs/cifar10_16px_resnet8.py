@@ -21,10 +21,20 @@ import ml_collections
 
 from configs import base
 
-FLOATS = {
-    "search.space": (("stem|head", "int8"), (".*", ("e2m1", "e2m2", "e3m2", "e4m3"))),
-    "search.relative_to": "e2m1",
-}
+INT = ("int3", "int4", "int8")
+FLOAT = ("e2m1", "e2m2", "e3m2", "e4m3")
+
+
+def space_of(formats: tuple[str, ...]) -> tuple:
+    """8-bit ends; elsewhere formats of weights and of activations, decided apart.
+
+    Tied, a layer costs 2.8 times more in int8 than in int4 and 44 % less in int3: no point within
+    2 % of 1.1 times int4's cost is as good as int4 with its two smallest layers in int8, at 1.05.
+    """
+    return (("stem|head", "int8"), (".*", {"weight": formats, "activation": formats}))
+
+
+FLOATS = {"search.space": space_of(FLOAT), "search.relative_to": "e2m1"}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -40,7 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.warmup_epochs = 0.5
     config.log_every = 20
     config.checkpoint_every = 500
-    config.search.space = (("stem|head", "int8"), (".*", ("int3", "int4", "int8")))
+    config.search.space = space_of(INT)
     config.search.target = 1.1
     config.sweep.seeds = (0, 1, 2)
     config.sweep.baselines = ("int3", "int4", "int8", "e2m1")

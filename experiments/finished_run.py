@@ -11,8 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from aqt_search.search import policy as policies
-from aqt_search.search.one_shot import SearchState, policy_optimizer
+from aqt_search.search.one_shot import SearchState, init_policy
 from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
@@ -92,8 +91,8 @@ def trained_variables(
         if not searched:
             return train
         space = make_space(parts.sites, config.search.space, decide=config.search.decide)
-        adam = policy_optimizer(search_options(config, parts.schedule.total_steps))
-        return SearchState(train, policies.init_policy(space.mask, adam))
+        options = search_options(config, parts.schedule.total_steps)
+        return SearchState(train, init_policy(space, options))
 
     template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
     restored = restore_latest(folder / CHECKPOINT_FOLDER, template)

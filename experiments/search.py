@@ -26,8 +26,8 @@ from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,
     check_targets,
+    init_policy,
     make_search_step,
-    policy_optimizer,
 )
 from aqt_search.search.options import Choice, parsed_rule
 from aqt_search.search.searchers import random_search
@@ -79,7 +79,7 @@ def cost_targets(
 
 
 _OUTSIDE = ("space", "decide", "cost", "target", "relative_to", "further_costs",
-            "held_out_batch_size", "tolerance")  # fmt: skip
+            "held_out_batch_size")  # fmt: skip
 
 
 def search_options(config: ml_collections.ConfigDict, total_steps: int) -> SearchOptions:
@@ -131,7 +131,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     streams += [from_config.reward_stream(config, images)] if held_out else []
     state = SearchState(
         from_config.initial_state(config, parts),
-        policies.init_policy(space.mask, policy_optimizer(options)),
+        init_policy(space, options),
     )
     examples = config.search.held_out_batch_size if held_out else config.batch_size
 
@@ -196,14 +196,16 @@ def answer(
     targets: Mapping[str, float],
     log_p: np.ndarray,
 ) -> np.ndarray:
-    """The most probable point, within `search.tolerance` of the targets if there is one."""
-    if not config.search.tolerance:
-        return most_probable(log_p)
+    """The most probable point, within `tolerance` of the targets if there is one.
+
+    A critic has settled on it before the end.
+    """
+    if options.searcher == "critic" or not options.tolerance:
+        return np.asarray(most_probable(log_p))
     costs = {name: space.cost_table(cost) for name, cost in cost_functions(config).items()}
     one_sided = options.reward in ("one_sided", "hard")
-    return most_probable_on_target(
-        log_p, costs, targets, config.search.tolerance, one_sided=one_sided
-    )
+    found = most_probable_on_target(log_p, costs, targets, options.tolerance, one_sided=one_sided)
+    return np.asarray(found)
 
 
 def held_out_accuracy(

@@ -53,7 +53,7 @@ def test_only_uncertain_decisions_give_way_and_options_that_do_not_exist_are_nev
     log_p[0] = [-np.inf, 0.0, -np.inf]  # one option only
     log_p[1] = [np.log(0.49), np.log(0.51), -np.inf]
     costs = {"cost": table_of(np.tile([1.0, 2.0, 4.0], (20, 1)))}
-    best = most_probable(log_p)
+    best = np.array(most_probable(log_p))
     at_best = float(costs["cost"].of_many(best[None])[0])
     found = most_probable_on_target(log_p, costs, {"cost": at_best - 1}, 1e-6)
     expected = best.copy()

@@ -22,8 +22,8 @@ from aqt_search.search.one_shot import (
     accuracy_and_agreement,
     check_targets,
     cost_terms,
+    init_policy,
     make_search_step,
-    policy_optimizer,
 )
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import make_space
@@ -106,7 +106,7 @@ class Problem(NamedTuple):
 # As FLIQS has it: one sample a step, judged by accuracy against a moving baseline.
 CLASSIC = {
     "samples": 1, "advantage": "baseline", "cost_samples": 0, "penalty": "sampled",
-    "measure": "accuracy",
+    "searcher": "policy_gradient", "measure": "accuracy",
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def problem(spy=True, rules=((".*", OPTIONS),), **options):
     used = recorder.spying_space(space) if spy else space
     update = make_update(qapply, optimizer)
     step = make_search_step(qapply, update, used, {"gbops": costs}, options)
-    state = SearchState(train, policies.init_policy(space.mask, policy_optimizer(options)))
+    state = SearchState(train, init_policy(space, options))
     targets = {"gbops": np.float32(1.5 * costs.range[0])}
     return Problem(step, state, targets, space, costs, recorder)
 
@@ -170,7 +170,8 @@ def short():
 @pytest.fixture(scope="module")
 def several():
     """Two samples a step, centred, and 64 points whose cost alone is judged."""
-    return search(30, delay=0.5, samples=2, cost_samples=64, measure="accuracy")
+    controls = {"searcher": "policy_gradient", "cost_samples": 64, "measure": "accuracy"}
+    return search(30, delay=0.5, **controls)
 
 
 def test_the_policy_rests_until_the_delay_is_over(short):
@@ -222,8 +223,13 @@ def test_no_sample_compiles_anything(short):
     assert short.traces[0] == short.traces[-1]
 
 
-def test_metrics_alone_come_back_to_python():
-    setting = problem(spy=False, total_steps=10)
+@pytest.mark.parametrize(
+    "searcher, own",
+    [("policy_gradient", {"advantage", "entropy_weight"}),
+     ("critic", {"temperature", "quality_noise"})],
+)  # fmt: skip
+def test_metrics_alone_come_back_to_python(searcher, own):
+    setting = problem(spy=False, total_steps=10, searcher=searcher)
     batch = parallel.shard(next(batches(1)))
     step = jax.pmap(setting.step, axis_name=parallel.AXIS)
     state, targets = parallel.replicate(setting.state), parallel.replicate(setting.targets)
@@ -234,7 +240,7 @@ def test_metrics_alone_come_back_to_python():
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     assert set(metrics) == {
         "loss", "accuracy", "gradient_norm", "reward", "quality", "sample_accuracy",
-        "prediction_agreement", "cost", "advantage", "entropy_weight", "entropy", "expected_cost",
+        "prediction_agreement", "cost", "entropy", "expected_cost", *own,
     }  # fmt: skip
     assert {leaf.shape for leaf in metrics.values()} == {(2,)}
 
@@ -389,7 +395,9 @@ def test_random_search_leaves_the_policy_alone():
     assert len({tuple(c) for c in drawn.reshape(-1, 4)}) > 30  # of 40 draws from 256 points
 
 
-@pytest.mark.parametrize("controls", [CLASSIC, {"samples": 2, "cost_samples": 64}])
+@pytest.mark.parametrize(
+    "controls", [CLASSIC, {"searcher": "policy_gradient", "cost_samples": 64}, {}]
+)
 def test_a_search_ends_at_its_target_decided(controls):
     """With a heavy cost term the search must find one of the many points near the target.
 
@@ -438,6 +446,8 @@ def test_a_target_outside_of_the_space():
         ({"samples": 0}, ["samples is 0"]),
         ({"cost_samples": 1}, ["cost_samples is 1"]),
         ({"samples": 1}, ["centred", "samples to 2"]),
+        ({"samples": 1, "advantage": "baseline"}, ["'critic'", "2 or more"]),
+        ({"reward": "hard", "cost_samples": 0, "measure": "accuracy"}, ["'critic'", "'hard'"]),
         ({"quality": "train"}, ["samples is 2", "'held_out'"]),
         ({"penalty": "none"}, ["penalty", "'none'", "annealed"]),
         ({"cost_samples": 0}, ["'annealed'", "cost_samples to 2"]),

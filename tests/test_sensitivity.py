@@ -13,8 +13,7 @@ from matplotlib.image import imread
 import aqt_search as aqs
 from aqt_search.report.sensitivity import load_sensitivity
 from aqt_search.report.sensitivity_plot import sensitivity_figure
-from aqt_search.search import policy as policies
-from aqt_search.search.one_shot import SearchState, policy_optimizer
+from aqt_search.search.one_shot import SearchState, init_policy
 from aqt_search.search.sensitivity import sensitivity
 from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import CheckpointError, save_checkpoint
@@ -251,8 +250,8 @@ def leave_run(folder, images, name, kind):
         if kind != "search":
             return state
         space = make_space(parts.sites, config.search.space)
-        adam = policy_optimizer(search_options(config, parts.schedule.total_steps))
-        return SearchState(state, policies.init_policy(space.mask, adam))
+        options = search_options(config, parts.schedule.total_steps)
+        return SearchState(state, init_policy(space, options))
 
     state = jax.tree.map(
         lambda s: (9 * RNG.normal(size=s.shape)).astype(s.dtype), jax.eval_shape(initial)

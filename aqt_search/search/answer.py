@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.search.cost_table import CostTable
 
-_OPEN_DECISIONS = 12  # 2^12 points are looked at
+_POINTS = 2**13  # looked at, at most twice
 
 
-def most_probable(log_p: np.ndarray) -> np.ndarray:
+def most_probable(log_p: jax.Array) -> jax.Array:
     """The most probable option of every decision; int [decisions].
 
     Args:
       log_p: [decisions, max_options], -inf where there is no option.
     """
-    return np.argmax(log_p, axis=-1)
+    return jnp.argmax(log_p, axis=-1)
+
+
+def _ranks(decisions: int, options: int) -> np.ndarray:
+    """[points, decisions], int: which of its options, best first, each decision takes."""
+    found = []
+    for count in (2, options):
+        is_open = min(decisions, int(math.log(_POINTS, count) + 1e-9)) if count > 1 else 0
+        ranks = np.zeros((count**is_open, decisions), int)
+        ranks[:, :is_open] = list(itertools.product(range(count), repeat=is_open))
+        found.append(ranks)
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def most_probable_on_target(
-    log_p: np.ndarray,
+    log_p: jax.Array,
     costs: Mapping[str, CostTable],
-    targets: Mapping[str, float],
+    targets: Mapping[str, jax.typing.ArrayLike],
     tolerance: float,
     *,
     one_sided: bool = False,
-) -> np.ndarray:
+) -> jax.Array:
     """The most probable point whose costs are all within `tolerance` of their targets.
 
     A policy that ends decided may still end a few per cent off its target, where a decision that
-    was nearly even fell to the other side. Looked at are the points in which the 12 decisions that
-    are least certain take one of their two best options, and all others their best. Where none of
-    these is within the tolerance, the answer is the most probable of those that are nearest, by the
-    largest |C / T - 1|.
+    was nearly even fell to the other side. Looked at are the points in which the decisions that are
+    least certain take one of their two best options (13 decisions), or any of their options (as
+    many as make 2^13 points: 8 of 3 options), and all others their best. Where none of these is
+    within the tolerance, the answer is the most probable of those that are nearest, by the largest
+    |C / T - 1|.
 
     Args:
       log_p: [decisions, max_options], -inf where there is no option.
@@ -47,18 +62,19 @@ def most_probable_on_target(
     Returns:
       int [decisions].
     """
-    order = np.argsort(-log_p, axis=-1, kind="stable")
-    best = np.take_along_axis(log_p, order, axis=-1)
-    margins = best[:, 0] - best[:, 1]
-    least_certain = np.argsort(margins, kind="stable")[:_OPEN_DECISIONS]
-    least_certain = least_certain[np.isfinite(margins[least_certain])]
-    flips = np.array(list(itertools.product((0, 1), repeat=len(least_certain))), int)
-    ranks = np.zeros((len(flips), len(log_p)), int)
-    ranks[:, least_certain] = flips
-    points = order[np.arange(len(log_p)), ranks]
-    excess = [table.of_many(points) / targets[name] - 1 for name, table in costs.items()]
-    off = np.max(np.maximum(excess, 0) if one_sided else np.abs(excess), axis=0)
-    # A hair of slack keeps sums in another order from telling equal costs apart.
-    fits = off <= max(tolerance, off.min()) * (1 + 1e-9)
-    lost = flips @ margins[least_certain]
-    return points[np.argmin(np.where(fits, lost, np.inf))]
+    log_p = jnp.asarray(log_p)
+    decisions = log_p.shape[0]
+    best, order = jax.lax.top_k(log_p, log_p.shape[1])
+    least_certain = jnp.argsort(best[:, 0] - best[:, 1])
+    alternatives = _ranks(*log_p.shape)  # of the least certain first
+    ranks = jnp.zeros(alternatives.shape, int).at[:, least_certain].set(alternatives)
+    rows = np.arange(decisions)[None]
+    points = order[rows, ranks]
+    lost = jnp.sum((best[:, :1] - best)[rows, ranks], axis=1)
+    ratios = [jax.vmap(table.of)(points) / targets[name] for name, table in costs.items()]
+    excess = jnp.stack(ratios) - 1
+    off = jnp.max(jnp.maximum(excess, 0) if one_sided else jnp.abs(excess), axis=0)
+    off = jnp.where(jnp.isfinite(lost), off, jnp.inf)  # a second option that does not exist
+    # Costs are float32: a hair of slack keeps sums in another order from telling equal ones apart.
+    fits = off <= jnp.maximum(tolerance, off.min()) + 1e-6
+    return points[jnp.argmin(jnp.where(fits, lost, jnp.inf))]

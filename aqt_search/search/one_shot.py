@@ -1,8 +1,9 @@
 """One-shot search: weights and policy learn together in one step (FLIQS, arXiv 2308.03290).
 
 Every replica samples formats for all decisions, takes a weight step under them, measures their
-quality on held-out examples, and moves the policy by REINFORCE towards points of high quality near
-the cost target. Nothing but metrics leaves the device, and no sample compiles anything.
+quality on held-out examples, and moves the policy towards points of high quality near the cost
+target: by REINFORCE, as FLIQS does, or with a critic (`aqt_search.search.critic`). Nothing but
+metrics leaves the device, and no sample compiles anything.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from aqt_search.search import critic
 from aqt_search.search import policy as policies
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import SpaceError
@@ -32,11 +34,12 @@ from aqt_search.search.space import Space
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.train_step import Batch, TrainState, cross_entropy, step_key
 
-SEARCHERS = ("policy_gradient", "random")
+SEARCHERS = ("critic", "policy_gradient", "random")
 QUALITIES = ("held_out", "train")
 MEASURES = ("accuracy", "loss")
 ADVANTAGES = ("baseline", "centred")
 PENALTIES = ("annealed", "sampled")
+_MEMORY = 0.5  # of the critic, as a share of the run: the weights it judged are not today's
 
 
 class SearchState(NamedTuple):
@@ -51,13 +54,18 @@ class SearchOptions:
     """The controls of a search; defaults as in the project's configs."""
 
     total_steps: int
-    searcher: str = "policy_gradient"  # "random": formats are sampled uniformly to the end
+    # "policy_gradient" is FLIQS's; "critic" takes reward's sides of the target alone, none of beta
+    # to log_probability below; with "random" formats are sampled uniformly to the end.
+    searcher: str = "critic"
     delay: float = 0.25  # share of the steps in which formats are sampled uniformly
     reward: str = "absolute"
     beta: float = 1.0  # weight of the cost
     quality: str = "held_out"  # on held-out examples, or on the training batch ("train")
     # Minus the cross-entropy in nats, or "accuracy" (the papers'), which needs many more images.
     measure: str = "loss"
+    # The answer is the most probable point whose cost is this near its target; with 0 the most
+    # probable, wherever it is.
+    tolerance: float = 0.02
     samples: int = 2  # points judged in a step; weights are trained under the first
     advantage: str = "centred"  # over the samples of a step, or against a moving "baseline"
     cost_samples: int = 256  # points whose cost alone is judged; 0: those of `samples`
@@ -118,6 +126,11 @@ class SearchOptions:
                 f" {self.cost_samples}), penalty to 'sampled' and measure to 'accuracy' (is"
                 f" {self.measure!r})."
             )
+        if self.searcher == "critic" and (self.samples < 2 or self.reward not in ADDITIVE_REWARDS):
+            raise ValueError(
+                f"searcher 'critic' compares the samples of a step: it needs 2 or more (samples is"
+                f" {self.samples}) and reward 'absolute' or 'one_sided' (is {self.reward!r})."
+            )
         if self.penalty == "annealed" and not self.cost_samples:
             raise ValueError(
                 "penalty 'annealed' moves from the expected cost to that of points of its own: set"
@@ -135,6 +148,13 @@ def policy_optimizer(options: SearchOptions) -> optax.GradientTransformation:
     return optax.adam(options.learning_rate)
 
 
+def init_policy(space: Space, options: SearchOptions) -> PolicyState:
+    """The policy that a search starts from: uniform."""
+    if options.searcher == "critic":
+        return critic.init_policy(space.mask)
+    return policies.init_policy(space.mask, policy_optimizer(options))
+
+
 def make_search_step(
     qapply: Callable,
     update: Callable,
@@ -149,7 +169,9 @@ def make_search_step(
     Q of each is measured with the weights of s on one held-out batch, normalised by that batch's
     own statistics, as the running ones fit none of the samples. With quality "train" it is that of
     the training batch, and the step takes no second one. The rewards r, of Q and of the costs
-    relative to `targets`, move the policy with the advantages
+    relative to `targets`, move the policy. With searcher "critic" it follows from the qualities
+    as `critic.critic_step` says, and beta, the penalty and the entropy weight have no part in it.
+    With "policy_gradient" it is moved by REINFORCE with the advantages
 
         centred    A_i = r_i - mean of the other r_j
         baseline   A_i = r_i - b;   b <- momentum * b + (1 - momentum) * mean r   (b starts at r)
@@ -173,13 +195,12 @@ def make_search_step(
     The step's `targets` are {name: []} in the units of `costs`; they may differ between runs.
     """
     mask = space.mask
-    adam = policy_optimizer(options)
+    move = (_by_critic if options.searcher == "critic" else _by_gradient)(space, costs, options)
 
     def step(state: SearchState, targets, batch: Batch, held_out: Batch | None = None):
         train, policy = state
-        searching = (train.step >= options.start) & (options.searcher == "policy_gradient")
         log_p = policies.log_probabilities(
-            jnp.where(searching, policy.logits, 0.0), mask, options.temperature
+            jnp.where(train.step >= options.start, policy.logits, 0.0), mask, options.temperature
         )
         sample_key, cost_key, dropout_key = jax.random.split(
             jax.random.fold_in(step_key(train), 1), 3
@@ -194,14 +215,8 @@ def make_search_step(
         judged = jax.tree.map(lambda *values: jnp.stack(values), *judged)
         ratios = _ratios(costs, targets, samples)
         rewards = reward(options.reward, judged["quality"], ratios, options.beta)
-        groups = [(samples, judged["quality"] if options.cost_samples else rewards)]
-        further = None
-        if options.cost_samples:
-            own, further = cost_terms(costs, targets, log_p, cost_key, train.step, mask, options)
-            groups.append(own)
-        new_policy, told = _policy_step(policy, groups, further, train.step, adam, mask, options)
-        new_policy = jax.tree.map(
-            lambda new, old: jnp.where(searching, new, old), new_policy, policy
+        new_policy, told = move(
+            policy, train.step, log_p, samples, judged["quality"], rewards, targets, cost_key
         )
         cost = ratios[:, 0] * targets[next(iter(costs))]
         own = judged | {"reward": rewards, "cost": cost}
@@ -213,6 +228,38 @@ def make_search_step(
         return SearchState(new_train, new_policy), metrics
 
     return step
+
+
+def _by_critic(space: Space, costs: Mapping[str, CostTable], options: SearchOptions) -> Callable:
+    """How a step's samples move the policy of a critic."""
+    alike = critic.groups_of([(d.role, d.labels) for d in space.decisions])
+    period = critic.Period(options.start, options.total_steps)
+
+    def move(policy, step, log_p, samples, quality, rewards, targets, key):
+        return critic.critic_step(
+            policy, samples, quality, costs, targets, step, period, alike, space.mask,
+            keep=1 - 1 / (_MEMORY * options.total_steps),
+            tolerance=options.tolerance, one_sided=options.reward == "one_sided",
+        )  # fmt: skip
+
+    return move
+
+
+def _by_gradient(space: Space, costs: Mapping[str, CostTable], options: SearchOptions) -> Callable:
+    """How a step's samples move the policy by REINFORCE; not at all in a random search."""
+    adam = policy_optimizer(options)
+
+    def move(policy, step, log_p, samples, quality, rewards, targets, key):
+        groups = [(samples, quality if options.cost_samples else rewards)]
+        further = None
+        if options.cost_samples:
+            own, further = cost_terms(costs, targets, log_p, key, step, space.mask, options)
+            groups.append(own)
+        moved, told = _policy_step(policy, groups, further, step, adam, space.mask, options)
+        searching = (step >= options.start) & (options.searcher != "random")
+        return jax.tree.map(lambda new, old: jnp.where(searching, new, old), moved, policy), told
+
+    return move
 
 
 def check_targets(costs: Mapping[str, CostTable], targets: Mapping[str, float]) -> None:
