@@ -212,14 +212,16 @@ def test_products_on_codes_have_the_gradients_of_emulated_ones(calibration, grad
     found = []
     for execution in ("emulated", "int8"):
         qnet = aqs.quantize_with_state(net, execution=execution)
-        _, state = qnet.apply(assignment, qnet.init(assignment, PARAMS, X), PARAMS, X)
+        start = qnet.init(assignment, PARAMS, X)
+        _, state = jax.jit(qnet.apply)(assignment, start, PARAMS, X)
         learned, rest = split_learned(jax.tree.map(lambda s: 0.7 * s, state))
 
         def loss(params, learned, qnet=qnet, rest=rest):
             y, _ = qnet.apply(assignment, merge_learned(learned, rest), params, X)
             return jnp.sum(jnp.square(y))
 
-        found.append(jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(PARAMS, learned)))
+        slope = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        found.append(jax.tree.leaves(slope(PARAMS, learned)))
     assert len(found[0]) == 2 + 4
     for emulated, native in zip(*found):
         np.testing.assert_allclose(native, emulated, rtol=1e-3, atol=1e-4 * np.abs(emulated).max())

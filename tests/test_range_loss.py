@@ -222,7 +222,7 @@ def test_a_training_step_adds_it_and_learns_its_state():
         update = make_update(qapply, optimizer, auxiliary_loss=auxiliary_loss)
         run = jax.vmap(lambda _: update(state, aqs.assign(sites, []), batch)[:2],
                        axis_name=AXIS, axis_size=1)  # fmt: skip
-        return jax.tree.map(lambda leaf: leaf[0], run(jnp.zeros(1)))
+        return jax.tree.map(lambda leaf: leaf[0], jax.jit(run)(jnp.zeros(1)))
 
     plain, _ = step(None)
     new, metrics = step(lambda p, s: 0.1 * loss.apply(p, s))
