@@ -84,8 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
     # "activation" to either, which are then decided apart.
     config.search.space = ((".*", ("int4", "int8", "bf16")),)
     config.search.decide = "site"  # what shares a decision: a "site", "block", "rule", the "model"
-    # "critic" (aqt_search.search.critic), "policy_gradient" (FLIQS: what is from beta to
-    # log_probability below is for it alone), or "random", to compare with.
+    # "critic" (aqt_search.search.critic), "policy_gradient" (FLIQS: beta, advantage, and what
+    # stands from cost_samples on, but for the delay, are its own), or "random", to compare with.
     config.search.searcher = "critic"
     config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.roofline)
     config.search.target = 1.1  # cost target ...

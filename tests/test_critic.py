@@ -224,6 +224,15 @@ def test_a_target_that_does_not_bind(one_sided):
     assert cost == pytest.approx(plain if one_sided else target, rel=1e-3)
 
 
+def test_of_two_one_sided_targets_only_the_tight_one_binds():
+    scores = np.tile(np.float32([0.0, 0.0, 5.0]), (6, 1))  # dear in one cost, cheap in the other
+    log_p = policies.log_probabilities(jnp.zeros(MASK.shape), MASK)
+    logits = on_target(scores, log_p, True, sum=9.0, falling=12.0)
+    p = jnp.exp(policies.log_probabilities(logits, MASK))
+    assert float(TABLES["sum"].expected(p)) == pytest.approx(9.0, rel=1e-3)
+    assert float(TABLES["falling"].expected(p)) < 12.0
+
+
 def test_two_targets_are_met_together():
     a, b = TABLES["sum"], TABLES["falling"]
     wanted = policies.log_probabilities(

@@ -447,6 +447,7 @@ def test_a_target_outside_of_the_space():
         ({"cost_samples": 1}, ["cost_samples is 1"]),
         ({"samples": 1}, ["centred", "samples to 2"]),
         ({"samples": 1, "advantage": "baseline"}, ["'critic'", "2 or more"]),
+        ({"temperature": 2.0}, ["'critic'", "leave temperature", "2.0"]),
         ({"reward": "hard", "cost_samples": 0, "measure": "accuracy"}, ["'critic'", "'hard'"]),
         ({"quality": "train"}, ["samples is 2", "'held_out'"]),
         ({"penalty": "none"}, ["penalty", "'none'", "annealed"]),

@@ -104,6 +104,12 @@ def groups_of(options: Sequence[Any]) -> np.ndarray:
     return np.array([[float(key == other) for key in keys] for other in distinct])
 
 
+def _centred(values: jax.Array, mask: np.ndarray) -> jax.Array:
+    """Values less the mean over the decision's options; 0 where there is no option."""
+    mean = jnp.sum(jnp.where(mask, values, 0.0), axis=-1, keepdims=True)
+    return jnp.where(mask, values - mean / mask.sum(axis=-1, keepdims=True), 0.0)
+
+
 def pooled_values(critic: CriticState, groups: np.ndarray, mask: np.ndarray) -> jax.Array:
     """Values [decisions, max_options] shrunk towards those of the decisions with equal options.
 
@@ -112,9 +118,7 @@ def pooled_values(critic: CriticState, groups: np.ndarray, mask: np.ndarray) -> 
     empirical Bayes estimate (Efron and Morris 1973). Where little was seen all decisions of a group
     are taken to be alike, and the policy stays uniform among them.
     """
-    options = np.maximum(mask.sum(axis=-1, keepdims=True), 1)
-    value = jnp.where(mask, critic.value, 0.0)
-    value = jnp.where(mask, value - jnp.sum(value, axis=-1, keepdims=True) / options, 0.0)
+    value = _centred(critic.value, mask)
     weight = jnp.where(mask, critic.count, 0.0)
     total = jnp.maximum(jnp.einsum("gd,da->ga", groups, weight), 1e-9)
     mean = jnp.einsum("gd,da->ga", groups, weight * value) / total
@@ -129,9 +133,7 @@ def pooled_values(critic: CriticState, groups: np.ndarray, mask: np.ndarray) -> 
 
 def temperature(values: jax.Array, mask: np.ndarray, share: jax.Array) -> jax.Array:
     """tau at `share` (0 to 1) of the search: a falling multiple of the values' spread."""
-    options = np.maximum(mask.sum(axis=-1, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(mask, values, 0.0), axis=-1, keepdims=True) / options
-    square = jnp.sum(jnp.where(mask, jnp.square(values - mean), 0.0)) / mask.sum()
+    square = jnp.sum(jnp.square(_centred(values, mask))) / mask.sum()
     first, last = np.log(_TEMPERATURES)
     return jnp.sqrt(square + 1e-12) * jnp.exp(first + share * (last - first))
 
@@ -164,29 +166,31 @@ def logits_on_target(
         for table, target in tables
     ]
 
-    def shifted(position, index, logits):
-        return logits - jnp.sinh(position) * marginals[index]
+    def shifted(positions):
+        return scores - sum(jnp.sinh(x) * m for x, m in zip(positions, marginals))
 
-    def solved(index, logits):
+    def solved(index, positions):
+        """The position of one multiplier that meets its target beside the others as they are."""
         table, target = tables[index]
 
         def halve(_, ends):
             low, high = ends
             middle = (low + high) / 2
-            found = policies.log_probabilities(shifted(middle, index, logits), mask)
+            logits = shifted([*positions[:index], middle, *positions[index + 1 :]])
+            found = policies.log_probabilities(logits, mask)
             above = table.expected(jnp.exp(found)) > target
             return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-        start = 0.0 if one_sided and len(tables) == 1 else -_LARGEST_MULTIPLIER
+        start = 0.0 if one_sided else -_LARGEST_MULTIPLIER
         ends = (jnp.float32(start), jnp.float32(_LARGEST_MULTIPLIER))
         low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, ends)
-        return shifted((low + high) / 2, index, logits)
+        return (low + high) / 2
 
-    logits = scores
+    positions = [jnp.float32(0)] * len(tables)
     for _ in range(_SWEEPS if len(tables) > 1 else 1):
         for index in range(len(tables)):
-            logits = solved(index, logits)
-    return logits
+            positions[index] = solved(index, positions)
+    return shifted(positions)
 
 
 class Period(NamedTuple):

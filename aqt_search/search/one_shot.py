@@ -54,8 +54,9 @@ class SearchOptions:
     """The controls of a search; defaults as in the project's configs."""
 
     total_steps: int
-    # "policy_gradient" is FLIQS's; "critic" takes reward's sides of the target alone, none of beta
-    # to log_probability below; with "random" formats are sampled uniformly to the end.
+    # "policy_gradient" is FLIQS's: beta, advantage, and what stands from cost_samples on are its
+    # own. Of reward, "critic" takes on which sides of the target a cost is off. With "random"
+    # formats are sampled uniformly to the end.
     searcher: str = "critic"
     delay: float = 0.25  # share of the steps in which formats are sampled uniformly
     reward: str = "absolute"
@@ -130,6 +131,11 @@ class SearchOptions:
             raise ValueError(
                 f"searcher 'critic' compares the samples of a step: it needs 2 or more (samples is"
                 f" {self.samples}) and reward 'absolute' or 'one_sided' (is {self.reward!r})."
+            )
+        if self.searcher == "critic" and self.temperature != 1:
+            raise ValueError(
+                f"searcher 'critic' has a temperature of its own: leave temperature at 1 (is"
+                f" {self.temperature})."
             )
         if self.penalty == "annealed" and not self.cost_samples:
             raise ValueError(
