@@ -76,6 +76,8 @@ class Calibration(NamedTuple):
     counts: bool = False  # whether zeros that fill up a short block would change the bounds
     # Bounds with a gradient: "lsq" or "pact" (`fake_quant.straight_through`); None: without one.
     derivative: str | None = None
+    # Whether the bounds hold an even number of levels around 0 (`centred`).
+    centred: bool = False
 
 
 def _stateless(bounds: Callable, covers: bool = False, counts: bool = False) -> Calibration:
@@ -184,6 +186,24 @@ def fixed(high: float, low: float | None = None) -> Calibration:
     return _stateless(bounds)
 
 
+@functools.cache
+def centred(calibration: Calibration) -> Calibration:
+    """The same bounds, from -high to high, on a grid whose middle is 0, wherever its zero lies.
+
+        zero_point = (min_value + max_value) / 2;  scale = 2 high / (max_value - min_value)
+
+    An unsigned integer of b bits then has 2^b levels around 0 and none at it: -high and high for
+    `uint1` (XNOR-Net's and DoReFa-Net's binary weights), -high, -high/3, high/3 and high for
+    `uint2`. Signed and float formats, which have 0 in the middle, stay as they are.
+
+    Raises:
+      ValueError: a calibration with a bound of its own below.
+    """
+    if is_asymmetric(calibration):
+        raise ValueError("centred takes a calibration whose bounds are symmetric.")
+    return calibration._replace(centred=True)
+
+
 # --- With state -----------------------------------------------------------------------------------
 
 
@@ -269,7 +289,10 @@ def _with_history(
             )  # fmt: skip
         return _in_dtype(bounds, x.dtype), state
 
-    return Calibration(lambda shape: _zeros(shape, inner), apply, read, counts=inner.counts)
+    def init(shape):
+        return _zeros(shape, inner)
+
+    return Calibration(init, apply, read, counts=inner.counts, centred=inner.centred)
 
 
 @functools.cache
@@ -348,4 +371,4 @@ def delayed(calibration: Calibration, tensors: int = 1) -> Calibration:
         new = History(*history, state.updates + counts, inner)
         return _in_dtype(bounds, x.dtype), new
 
-    return Calibration(init, apply, read, counts=calibration.counts)
+    return Calibration(init, apply, read, counts=calibration.counts, centred=calibration.centred)

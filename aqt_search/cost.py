@@ -31,7 +31,7 @@ def _scale_bits(operand: Operand, q: Quantizer) -> float | jax.Array:
     bits = count * SCALE_FORMATS[q.scale_format]
     if q.scale_format == "e4m3":
         bits += 32 * operand.copies  # one for the tensor
-    if is_asymmetric(q.calibration):
+    if is_asymmetric(q.calibration):  # a centred grid's is known
         bits += 32 * count
     return (1.0 - is_unscaled(q.fmt)) * bits
 

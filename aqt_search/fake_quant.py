@@ -12,6 +12,7 @@ import numpy as np
 
 from aqt_search.calibration import Bounds
 from aqt_search.formats import Grid, NumericFormat, as_grid, floating_array, unsigned_twin
+from aqt_search.gradient_rules import scaled_by_error
 from aqt_search.granularity import (
     PER_TENSOR,
     join_blocks,
@@ -132,7 +133,7 @@ def straight_through(
 
         d values = dx inside of the bounds, and none outside: to every order
 
-    Learned bounds add to it, where the format has a scale,
+    (with `PASS_THROUGH` dx everywhere). Learned bounds add to it, where the format has a scale,
 
         (values - x) d(high - low) / (high - low) inside ("lsq"; nothing with "pact")
         d high above them, d low below
@@ -147,7 +148,7 @@ def straight_through(
 def _straight_through_jvp(how, primals, tangents):
     x, bounds, values, inside, unscaled = primals
     tangent = tangents[0]
-    if inside is not None:
+    if inside is not None:  # None, too, where the gradient rule does not clip
         tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
     if how.calibration.derivative is not None and bounds is not None:
         slope = _slope_of_bounds(x, bounds, values, inside, tangents[1], how)
@@ -182,6 +183,32 @@ def _fake_quant_jvp(how, primals, tangents):
         return straight_through(x, bounds, values, inside, unscaled, how)
 
     return jax.jvp(through, (x, bounds), (tangents[0], tangents[3]))
+
+
+@functools.partial(outline, static_argnums=(5,))
+def _relative_error(x, grids, row, bounds, key, how: Recipe) -> jax.Array:
+    """(x - its quantized value) / (what the format spans)."""
+    grid = unpack_grid(grids, row)
+    found = codes_of_operand(x, grid, bounds, key, how)
+    span = found.scale.value() * (grid.max_value - grid.min_value)
+    error = (_split(x.astype(grids.dtype), how) - found.values()) * (1 / span)
+    return join_blocks(error, how.granularity, x.shape).astype(x.dtype)
+
+
+def with_gradient_rule(
+    x: jax.Array,
+    grids: jax.Array,
+    row: jax.typing.ArrayLike,
+    bounds: Bounds | None,
+    key: jax.Array | None,
+    how: Recipe,
+) -> jax.Array:
+    """x, whose gradient is scaled by the error of quantizing it where `how.gradient` says so."""
+    delta = how.gradient.error_scaling
+    if not delta:
+        return x
+    stopped = jax.lax.stop_gradient((x, grids, row, bounds))
+    return scaled_by_error(x, _relative_error(*stopped, key, how), delta)
 
 
 def check_key(q: Quantizer) -> None:
@@ -255,8 +282,9 @@ def fake_quant(
             "This calibration has state: use fake_quant_with_state(x, quantizer, state), with the"
             " first state from init_state(quantizer, x.shape)."
         )
-    grids = pack_grids([q.fmt], carrier_dtype(x))
-    return fake_quant_packed(x, grids, np.int32(0), None, q.key, how)
+    grids, row = pack_grids([q.fmt], carrier_dtype(x)), np.int32(0)
+    x = with_gradient_rule(x, grids, row, None, q.key, how)
+    return fake_quant_packed(x, grids, row, None, q.key, how)
 
 
 def _bounds_shape(shape: tuple[int, ...], how: Recipe) -> tuple[int, ...]:
@@ -304,6 +332,7 @@ def fake_quant_with_state(
     x, q, how = prepare(x, q, channel_axes, axis_name, "fake_quant_with_state")
     grids, row = pack_grids([q.fmt], carrier_dtype(x)), np.int32(0)
     bounds, new_state = bounds_of(x, grids, row, how, state, update)
+    x = with_gradient_rule(x, grids, row, bounds, q.key, how)
     return fake_quant_packed(x, grids, row, bounds, q.key, how), new_state
 
 

@@ -69,18 +69,18 @@ def _float_format(exponent_bits: int, mantissa_bits: int) -> NumericFormat:
 
 
 _NAMED_FLOATS = {"bf16": (8, 7), "fp16": (5, 10), "fp32": (8, 23)}
-_INTEGER_NAME = re.compile(r"(u?)int([2-8])")
+_INTEGER_NAME = re.compile(r"(u?)int([2-8])|(u)int1")
 _FLOAT_NAME = re.compile(r"e(\d+)m(\d+)")
 _EXAMPLE_NAMES = tuple(
     [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
-    + ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", *_NAMED_FLOATS]
+    + ["uint1", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2", *_NAMED_FLOATS]
 )
 
 
 def numeric_format(name: str | NumericFormat) -> NumericFormat:
     """Returns the format called `name`.
 
-    Names: `int2` .. `int8` (symmetric: int4 spans -7 .. 7), `uint2` .. `uint8`, `eXmY` with X in
+    Names: `int2` .. `int8` (symmetric: int4 spans -7 .. 7), `uint1` .. `uint8`, `eXmY` with X in
     2 .. 8 exponent bits and Y in 0 .. 23 mantissa bits beside a sign bit, `bf16` (e8m7), `fp16`
     (e5m10) and `fp32` (e8m23). `e4m3` is OCP's e4m3fn (largest value 448), `e2m1`, `e2m3` and
     `e3m2` are OCP Microscaling's; other eXmY of 8 bits or more follow IEEE 754, narrower ones use
@@ -96,7 +96,7 @@ def numeric_format(name: str | NumericFormat) -> NumericFormat:
             f"A format is a name such as 'int4' or 'e4m3', or a NumericFormat; got {name!r}."
         )
     if match := _INTEGER_NAME.fullmatch(name):
-        return _integer_format(int(match[2]), signed=not match[1])
+        return _integer_format(int(match[2] or 1), signed=not (match[1] or match[3]))
     if name in _NAMED_FLOATS:
         return _float_format(*_NAMED_FLOATS[name])
     if match := _FLOAT_NAME.fullmatch(name):
@@ -111,7 +111,7 @@ def numeric_format(name: str | NumericFormat) -> NumericFormat:
     near = difflib.get_close_matches(name, _EXAMPLE_NAMES, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise FormatError(
-        f"Unknown format {name!r}: expected int2..int8, uint2..uint8, eXmY (such as e4m3 or e2m1),"
+        f"Unknown format {name!r}: expected int2..int8, uint1..uint8, eXmY (such as e4m3 or e2m1),"
         f" bf16, fp16 or fp32.{hint}"
     )
 
@@ -125,7 +125,7 @@ def format_name(fmt: NumericFormat | None) -> str | None:
     if fmt is None:
         return None
     bits, mantissa_bits = int(fmt.bits), int(fmt.mantissa_bits)
-    candidates = [f"int{bits}", f"uint{bits}"] if 2 <= bits <= 8 else []
+    candidates = [f"int{bits}", f"uint{bits}"] if bits <= 8 else []
     candidates += [*_NAMED_FLOATS, f"e{bits - 1 - mantissa_bits}m{mantissa_bits}"]
     for name in candidates:
         with contextlib.suppress(FormatError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from aqt_search.fake_quant import (
 from aqt_search.formats import NumericFormat, is_traced
 from aqt_search.granularity import PER_TENSOR, per_channel, resolve
 from aqt_search.layout import Layout, conv_layout, dot_layout
-from aqt_search.operands import Quantized
+from aqt_search.operands import Quantized, quantized_operand
 from aqt_search.qtensor import QTensor, quantize_tensor
 from aqt_search.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.sites import Path, Site, SiteError, SiteFormats
@@ -187,14 +187,24 @@ def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
 class Interpreter:
     """Evaluates a trace under plans."""
 
-    def __init__(self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool):
+    def __init__(
+        self,
+        trace: Trace,
+        plans: Mapping[Key, Plan],
+        *,
+        execution: str,
+        update: bool,
+        visit: Collection[str] = (),
+    ):
         self._trace = trace
         self._plans = plans
         self._execution = execution
         self._update = update
         names = {name for name, _ in plans}
-        # Only sites with formats change anything: the rest of the program runs as it is.
-        self._site_paths = {p: name for p, name in trace.site_paths.items() if name in names}
+        # Only sites with formats change anything: beside those to `visit`, for a subclass that
+        # looks at them, the rest of the program runs as it is.
+        visited = names | set(visit)
+        self._site_paths = {p: name for p, name in trace.site_paths.items() if name in visited}
         # All formats go into one array: an array per operand would cost a kernel each.
         formats = [plan.fmt for plan in plans.values()]
         operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
@@ -282,7 +292,8 @@ class Interpreter:
         bounds, state = bounds_of(x, grids, plan.row, plan.how, state, self._update)
         if key in held.states:
             states = states | {key: state}
-        return Quantized(x, grids, plan.row, bounds, plan.quantizer.key, plan.how), states
+        key = plan.quantizer.key
+        return quantized_operand(x, grids, plan.row, bounds, key, plan.how), states
 
     def _gradient(self, key: Key) -> Quantized | None:
         if key not in self._plans:
@@ -298,7 +309,7 @@ class Interpreter:
             if _takes_leading_rows(eqn):
                 return _rows_of(held.weights[key], eqn, indices[..., 0])
             table = held.weights[key].dequantize()
-        else:
+        elif key in self._plans:
             plan = self._plans[key]
             grids = self._grids[carrier_dtype(table)]
             table = fake_quant_packed(table, grids, plan.row, None, plan.quantizer.key, plan.how)

@@ -16,7 +16,14 @@ from aqt_search.carriers import Carrier, accumulator, does_not_fit, encode_carri
 from aqt_search.fake_quant import codes_of_operand, unpack_grid
 from aqt_search.granularity import join_blocks
 from aqt_search.layout import Layout, dot_layout
-from aqt_search.operands import Operand, Quantized, dtype_of, granularity_of, has_zero_point
+from aqt_search.operands import (
+    Operand,
+    Quantized,
+    dtype_of,
+    granularity_of,
+    has_zero_point,
+    is_centred,
+)
 from aqt_search.outline import outline, where
 from aqt_search.qtensor import QTensor
 from aqt_search.quantizer import Recipe
@@ -111,6 +118,8 @@ def refusal(layout: Layout, operands: tuple[Operand, Operand]) -> str | None:
             return "blocks have such a form in dot_general only"
         if any(out_axes[a] is None and a != axis for a in granularity.channel_axes):
             return f"the {side} operand has a scale along an axis that the product sums over"
+    if any(map(is_centred, operands)):
+        return "no code of a centred grid stands for 0"
     if layout.kind == "conv_general_dilated" and has_zero_point(operands[1]):
         return "the kernel of a convolution has a zero point"
     return _block_refusal(layout, operands)

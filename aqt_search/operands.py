@@ -7,11 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from aqt_search.calibration import Bounds, is_asymmetric
-from aqt_search.fake_quant import fake_quant_packed
+from aqt_search.calibration import Bounds
+from aqt_search.fake_quant import fake_quant_packed, with_gradient_rule
 from aqt_search.granularity import Granularity
 from aqt_search.qtensor import QTensor
 from aqt_search.quantizer import Recipe
+from aqt_search.quantizer import has_zero_point as calibrates_zero_point
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +54,26 @@ def values_of(operand: Operand) -> jax.Array:
 def has_zero_point(operand: Quantized | QTensor) -> bool:
     """Whether 0 may have another code than 0."""
     if isinstance(operand, QTensor):
-        return operand.zero_point is not None
-    return is_asymmetric(operand.how.calibration)
+        return operand.zero_point is not None or operand.centred
+    return calibrates_zero_point(operand.how.calibration)
+
+
+def is_centred(operand: Quantized | QTensor) -> bool:
+    """Whether 0 may lie between two codes."""
+    return operand.centred if isinstance(operand, QTensor) else operand.how.calibration.centred
+
+
+def quantized_operand(
+    x: jax.Array,
+    grids: jax.Array,
+    row: jax.typing.ArrayLike,
+    bounds: Bounds | None,
+    key: jax.Array | None,
+    how: Recipe,
+) -> Quantized:
+    """An operand to be quantized; its gradient follows `how.gradient`."""
+    x = with_gradient_rule(x, grids, row, bounds, key, how)
+    return Quantized(x, grids, row, bounds, key, how)
 
 
 def abstract(operand: Operand) -> jax.ShapeDtypeStruct:

@@ -28,7 +28,7 @@ from aqt_search.formats import NumericFormat, floating_array
 from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
 from aqt_search.layout import Layout, conv_layout, dot_layout, einsum_layout
 from aqt_search.native import Bind
-from aqt_search.operands import Operand, Quantized
+from aqt_search.operands import Operand, Quantized, quantized_operand
 from aqt_search.qtensor import QTensor
 from aqt_search.quantizer import Quantizer, quantizer, recipe
 
@@ -66,7 +66,10 @@ def _quantized(
     granularity = resolve(q.granularity or default, ndim or x.ndim, contracting)
     dtype = np.dtype(np.float32) if x is None else carrier_dtype(x)
     grids = pack_grids([q.fmt], dtype)
-    return Quantized(x, grids, np.int32(0), None, q.key, recipe(q, granularity))
+    how, row = recipe(q, granularity), np.int32(0)
+    if x is None:  # of a gradient
+        return Quantized(None, grids, row, None, q.key, how)
+    return quantized_operand(x, grids, row, None, q.key, how)
 
 
 def _gradient(fmt: Format, layout: Layout, side: int) -> Quantized | None:

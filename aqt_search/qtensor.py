@@ -43,15 +43,15 @@ _STORAGE_DTYPES = {
 _SCALE_DTYPES = {"e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn}
 
 
-def _pack(codes: jax.Array, bits: int) -> jax.Array:
+def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
     """Writes rows of n codes, [..., n], one behind another into ceil(n * bits / 8) bytes each."""
     shifts = jnp.arange(bits, dtype=jnp.uint8)
     ones = codes[..., None] >> shifts.reshape((1,) * codes.ndim + (-1,)) & 1
     return jnp.packbits(ones.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
-def _unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
-    """Undoes `_pack` for rows of `count` codes."""
+def unpack_codes(packed: jax.Array, bits: int, count: int) -> jax.Array:
+    """Undoes `pack_codes` for rows of `count` codes."""
     rows = packed.shape[:-1]
     if 8 % bits == 0:
         shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
@@ -83,6 +83,8 @@ class QTensor:
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     row_axes: int = dataclasses.field(default=0, metadata={"static": True})
+    # Whether the middle of the format's codes stands for 0; `zero_point` is then None.
+    centred: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def ndim(self) -> int:
@@ -99,7 +101,7 @@ class QTensor:
         if self.fmt in _STORAGE_DTYPES:
             return self.data.astype(dtype)
         count = math.prod(self.shape[self.row_axes :])
-        codes = _unpack(self.data, self.fmt.bits, count).reshape(self.shape)
+        codes = unpack_codes(self.data, self.fmt.bits, count).reshape(self.shape)
         if not is_integer(self.fmt):
             return jnp.take(jnp.asarray(code_values(self.fmt), dtype), codes.astype(jnp.int32))
         if self.fmt.min_value == 0:
@@ -124,6 +126,8 @@ class QTensor:
         values = split_blocks(values, self.granularity)
         if self.zero_point is not None:
             values = values - _beside_blocks(self.zero_point, self.granularity)
+        if self.centred:
+            values = values - carrier.type(0.5 * (self.fmt.min_value + self.fmt.max_value))
         values = values * _beside_blocks(scales, self.granularity)
         return join_blocks(values, self.granularity, self.shape).astype(self.dtype)
 
@@ -223,9 +227,10 @@ def quantize_tensor(
         data = codes.astype(_STORAGE_DTYPES[fmt])
     else:
         data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
-        data = _pack(data, fmt.bits) if fmt.bits < 8 else data
+        data = pack_codes(data, fmt.bits) if fmt.bits < 8 else data
     stored = [None, None, None] if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
-    return QTensor(data, *stored, fmt, how.granularity, x.shape, x.dtype, row_axes)
+    centred = q.calibration.centred and bool(is_integer(fmt))
+    return QTensor(data, *stored, fmt, how.granularity, x.shape, x.dtype, row_axes, centred)
 
 
 def _stored_scale(scale: Any, q: Quantizer, how: Any) -> list[jax.Array | None]:
@@ -238,4 +243,5 @@ def _stored_scale(scale: Any, q: Quantizer, how: Any) -> list[jax.Array | None]:
     if q.scale_format in _SCALE_DTYPES:
         block = block.astype(_SCALE_DTYPES[q.scale_format])
     tensor = None if scale.tensor is None else scale.tensor.reshape((1,) * block.ndim)
-    return [block, tensor, joined(scale.zero_point)]
+    zero = None if q.calibration.centred else joined(scale.zero_point)
+    return [block, tensor, zero]

@@ -30,6 +30,7 @@ from aqt_search.formats import (
     stack_formats,
     unsigned_twin,
 )
+from aqt_search.gradient_rules import PASS_THROUGH, STRAIGHT_THROUGH, GradientRule
 from aqt_search.granularity import Granularity, per_block, shared_axes
 from aqt_search.outline import where
 
@@ -63,6 +64,8 @@ class Quantizer:
     rounding: str = dataclasses.field(default="nearest_even", metadata={"static": True})
     # Whether an operand that is never negative takes the unsigned twin of an integer format.
     unsigned: bool = dataclasses.field(default=True, metadata={"static": True})
+    # What stands for the derivative of rounding.
+    gradient: GradientRule = dataclasses.field(default=STRAIGHT_THROUGH, metadata={"static": True})
     key: jax.Array | None = None  # random key of stochastic rounding; data
 
     def __post_init__(self):
@@ -75,8 +78,13 @@ class Quantizer:
         ):
             if value not in known:
                 raise FormatError(f"Unknown {what} {value!r}: expected one of {', '.join(known)}.")
-        if self.scale_format == "e4m3" and calibrations.is_asymmetric(self.calibration):
+        if self.scale_format == "e4m3" and has_zero_point(self.calibration):
             raise FormatError("Scales in e4m3 have no zero point: use bounds that are symmetric.")
+        if self.calibration.derivative is not None and not self.gradient.clips:
+            raise FormatError(
+                "Learned bounds move what they clip, so a gradient that passes there is none of"
+                " theirs: use STRAIGHT_THROUGH, or ewgs(delta)."
+            )
         if isinstance(self.granularity, str):
             raise FormatError(
                 f"A granularity is PER_TENSOR, PER_CHANNEL, per_channel(axes) or per_block(size);"
@@ -97,7 +105,8 @@ _MX_ELEMENTS = {
 }  # fmt: skip
 
 
-BLOCK_FORMATS = (*_MX_ELEMENTS, "nvfp4")
+# Names of quantizers that are more than a format.
+NAMED_QUANTIZERS = (*_MX_ELEMENTS, "nvfp4", "binary")
 
 
 def quantizer(spec: str | NumericFormat | Quantizer) -> Quantizer:
@@ -108,6 +117,10 @@ def quantizer(spec: str | NumericFormat | Quantizer) -> Quantizer:
     above max|x| over the largest power of two of the format) and `nvfp4` (16 share an e4m3 scale,
     the tensor a float32 one).
 
+    `binary`: E|x| where x is positive, else -E|x|, in one bit; the gradient passes everywhere
+    (XNOR-Net: Rastegari et al. 2016, arXiv 1603.05279, equation 6; DoReFa-Net: Zhou et al. 2016,
+    arXiv 1606.06160, equation 8).
+
     Raises:
       FormatError: unknown name.
     """
@@ -115,6 +128,9 @@ def quantizer(spec: str | NumericFormat | Quantizer) -> Quantizer:
         return spec
     if spec == "nvfp4":
         return Quantizer(numeric_format("e2m1"), per_block(16), scale_format="e4m3", unsigned=False)
+    if spec == "binary":
+        mean = calibrations.centred(calibrations.mean_deviation(1.0, 0.0))
+        return Quantizer("uint1", calibration=mean, gradient=PASS_THROUGH)
     if isinstance(spec, str) and spec in _MX_ELEMENTS:
         element = numeric_format(_MX_ELEMENTS[spec])
         return Quantizer(element, per_block(32), scale_format="e8m0", unsigned=False)
@@ -127,7 +143,7 @@ def operand_spec(spec: str | NumericFormat | Quantizer) -> NumericFormat | Quant
     Raises:
       FormatError: unknown name.
     """
-    if isinstance(spec, Quantizer) or (isinstance(spec, str) and spec in BLOCK_FORMATS):
+    if isinstance(spec, Quantizer) or (isinstance(spec, str) and spec in NAMED_QUANTIZERS):
         return quantizer(spec)
     return _format_of(spec)
 
@@ -136,7 +152,7 @@ def _format_of(spec: str | NumericFormat) -> NumericFormat:
     try:
         return numeric_format(spec)
     except FormatError as error:
-        raise FormatError(f"{error} Block formats: {', '.join(BLOCK_FORMATS)}.") from error
+        raise FormatError(f"{error} Quantizers: {', '.join(NAMED_QUANTIZERS)}.") from error
 
 
 def stack_quantizers(specs: Sequence[Quantizer | NumericFormat]) -> Quantizer:
@@ -164,7 +180,7 @@ def spec_name(spec: NumericFormat | Quantizer) -> str:
     """
     if not isinstance(spec, Quantizer):
         return format_name(spec)
-    names = [*BLOCK_FORMATS, format_name(spec.fmt)]
+    names = [*NAMED_QUANTIZERS, format_name(spec.fmt)]
     for name in names:
         if quantizer(name) == spec:
             return name
@@ -191,6 +207,7 @@ class Recipe(NamedTuple):
     scale_format: str
     edge: str
     rounding: str
+    gradient: GradientRule
     axis_name: Hashable | None
 
     def over(self, ndim: int) -> Over:
@@ -200,12 +217,19 @@ class Recipe(NamedTuple):
 
 def recipe(q: Quantizer, granularity: Granularity, axis_name: Hashable | None = None) -> Recipe:
     """The static part of `q` with a resolved granularity."""
-    return Recipe(granularity, q.calibration, q.scale_format, q.edge, q.rounding, axis_name)
+    return Recipe(
+        granularity, q.calibration, q.scale_format, q.edge, q.rounding, q.gradient, axis_name
+    )
 
 
 def operand_format(q: Quantizer, nonnegative: bool) -> NumericFormat:
     """The format of an operand: the unsigned twin where it is known not to be negative."""
     return unsigned_twin(q.fmt) if nonnegative and q.unsigned else q.fmt
+
+
+def has_zero_point(calibration: Calibration) -> bool:
+    """Whether 0 may have another code than 0 under its bounds."""
+    return calibration.centred or calibrations.is_asymmetric(calibration)
 
 
 def _inverse_edge(grid: Grid, edge: str) -> jax.Array:
@@ -238,13 +262,26 @@ def _two_level_scale(scale: jax.Array, grid: Grid, axis_name: Hashable | None) -
     return Scale(jnp.maximum(block, dtype.type(_E4M3_SMALLEST)), tensor)
 
 
+def _is_integer(grid: Grid) -> jax.Array:
+    return (grid.min_power == grid.steps) & (grid.max_value < 2 * grid.min_power)
+
+
+def _with_middle_at_zero(scale: jax.Array, grid: Grid) -> Scale:
+    """`scale`, made for bounds on max_value, for a grid whose middle stands for 0."""
+    integer = _is_integer(grid)
+    width = grid.max_value - grid.min_value
+    scale = scale * where(integer, 2 * grid.max_value / width, 1.0)
+    middle = where(integer, 0.5 * (grid.min_value + grid.max_value), 0.0)
+    return Scale(scale, None, jnp.reshape(middle, (1,) * scale.ndim))
+
+
 def _asymmetric_scale(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
     """low .. high on min_value .. max_value with a zero point; symmetric in float formats."""
     high, low = bounds
     info = jnp.finfo(high.dtype)
     quarter = high.dtype.type(info.max / 4)
     high, low = jnp.minimum(high, quarter), jnp.maximum(low, -quarter)
-    integer = (grid.min_power == grid.steps) & (grid.max_value < 2 * grid.min_power)
+    integer = _is_integer(grid)
     symmetric = jnp.maximum(high, -low) * grid.inverse_max
     scale = where(integer, (high - low) * (1 / (grid.max_value - grid.min_value)), symmetric)
     if how.scale_format == "e8m0":  # the next power of two, so that nothing is clipped
@@ -278,8 +315,12 @@ def scale_of(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
     found = Scale(jax.lax.max(scale, bound.dtype.type(info.tiny)))
     if how.scale_format == "e4m3":
         found = _two_level_scale(scale, grid, how.axis_name)
+    if how.calibration.centred:
+        found = _with_middle_at_zero(found.block, grid)
     block = found.block + 0 * bound  # NaN where the bound is not finite
-    unscaled = (bound == 0) | (grid.unscaled > 0)
+    unscaled = grid.unscaled > 0
+    if not how.calibration.centred:  # which has no level at 0: the smallest scale comes nearest
+        unscaled = unscaled | (bound == 0)
     return found._replace(block=jax.lax.select(unscaled, 1 + 0 * block, block))
 
 
@@ -331,5 +372,7 @@ def encode(
         return found
     low = -bounds.high if bounds.low is None else bounds.low
     codes = where(jnp.isfinite(x), found.codes, jnp.nan)
+    if not how.gradient.clips:
+        return Codes(codes, found.scale, None)
     inside = ((x >= low) & (x <= bounds.high)) | (grid.unscaled > 0)
     return Codes(codes, found.scale, inside)

@@ -11,7 +11,7 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search.quantizer import (
-    BLOCK_FORMATS,
+    NAMED_QUANTIZERS,
     SCALE_FORMATS,
     operand_spec,
     spec_name,
@@ -323,7 +323,7 @@ def test_rows_draw_the_same_bits_however_a_batch_is_sharded():
 # --- Names, tables, errors ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("name", NAMED_QUANTIZERS)
 def test_block_formats_by_name(name):
     q = aqs.quantizer(name)
     assert q.granularity == aqs.per_block(16 if name == "nvfp4" else 32)
