@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet8"  # aqt_search.models.MODELS lists them
     config.model.form = "cifar"  # for small images; "imagenet" for large ones
     config.model.width = 1.0  # multiplies the channels
+    config.model.activation = ""  # "" for the network's own; MobileNetV1 and V2: "relu6", "relu"
     config.model.dtype = "float32"  # of the computation; parameters are float32 always
 
     config.data = ml_collections.ConfigDict()
@@ -46,6 +47,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.range_loss.rules = ()
     config.range_loss.weight = 0.01
 
+    # How tensors are put into their formats: experiments.quantizers. Calibrations: "absmax", "mse",
+    # "percentile(99.9)", "lsq", "pact", "batch_quant", "centred(mse)", ...; gradients:
+    # "straight_through" (0 where clipped), "pass_through", "ewgs(0.001)".
+    config.quantizers = ml_collections.ConfigDict()
+    config.quantizers.weight = "absmax"
+    config.quantizers.activation = "absmax"
+    config.quantizers.weight_gradient = "straight_through"
+    config.quantizers.activation_gradient = "straight_through"
+    # Patterns of sites whose weights are companded by tanh: with "centred(fixed(1.0))" and
+    # "pass_through" these are DoReFa-Net's (aqt_search.dorefa).
+    config.quantizers.companded = ()
+
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.batch_size = 250
     # Training batches that give BatchNorm statistics and activation scales under the final formats;
@@ -60,8 +73,25 @@ def get_config() -> ml_collections.ConfigDict:
 
     # experiments.train: ordered (pattern, formats) rules; none for the float model.
     config.formats = ()
+    # The workdir of a finished run of the same model, data and seed. experiments.train starts from
+    # its weights (learned scales start anew), experiments.ptq quantizes them.
+    config.checkpoint = ""
     # experiments.train: a policy.json whose formats are trained from scratch, instead of rules.
     config.policy = ""
+
+    # experiments.ptq: what is done to the weights, in order (experiments.ptq.STEPS):
+    # "fold_batch_norm", "equalize", "smooth", "reestimate_batch_norm", "adaround" or "gptq",
+    # "correct_bias". The formats are `formats`, their scales `quantizers`.
+    config.ptq = ml_collections.ConfigDict()
+    config.ptq.steps = ()
+    config.ptq.images = 1000  # training images for calibration, not augmented
+    config.ptq.batch_size = 250
+    config.ptq.adaround_steps = 1000
+    config.ptq.smoothing = 0.5  # strength of "smooth"
+    # Bounds from BatchNorm's statistics alone; `other_bounds`, pairs (site, max|x|), tells of
+    # the rest, such as the images.
+    config.ptq.data_free = False
+    config.ptq.other_bounds = ()
 
     config.sensitivity = ml_collections.ConfigDict()
     config.sensitivity.checkpoint = ""  # the workdir of a finished run, whose weights are judged
@@ -118,17 +148,31 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep.seeds = (0,)
     config.sweep.grid = ()  # such as (("model.width", (0.5, 1.0)), ("model.name", ("resnet8",)))
     # "float", a format for every searched site (what the space fixes stays fixed), or
-    # (name, rules) with rules as in `formats`.
+    # (name, rules) with rules as in `formats`, or (name, rules, changes of keys).
     config.sweep.baselines = ("float", "int8", "int4")
     config.sweep.targets = (1.1,)  # one search each, relative to search.relative_to
     # The targets are searched in each of these spaces, (name, changes of keys), ...; none: as
     # `search` says. Such as ("fp", {"search.space": ..., "search.relative_to": "e2m1"}).
     config.sweep.spaces = ()
     config.sweep.retrain = False  # also train each search's formats from scratch, to compare
+    # What is done to the weights of every baseline afterwards, each a point of its own: (name, job,
+    # changes of keys), job "train", "ptq" or "palettize".
+    config.sweep.stages = ()
     # A baseline, on whose weights the sensitivity of every layer is measured; "" for none.
     config.sweep.sensitivity = ""
     # Runs points that share a program side by side, one on each device, instead of each over all.
     config.sweep.side_by_side = False
+
+    # experiments.palettize: the weights of `checkpoint` as indices of tables. Ordered (pattern,
+    # palette) rules: bits of an index, {"bits": ..., "dimension": weights that share an index}, or
+    # None for weights that stay as they are.
+    config.palette = ml_collections.ConfigDict()
+    config.palette.rules = ((".*", 2),)
+    config.palette.restarts = 3  # of k-means, of which the best is kept
+    config.palette.epochs = 0.0  # of training through soft palettes (DKM); 0: k-means alone
+    config.palette.learning_rate = 0.01  # the peak in that training; the rest is `optimizer`'s
+    config.palette.temperature = 0.05  # of the soft palettes, in mean squares of a layer's weights
+    config.palette.iterations = 3  # of their centroids in a step
     return config
 
 

@@ -19,7 +19,6 @@ import jax
 import ml_collections
 import numpy as np
 
-import aqt_search as aqs
 from aqt_search import data
 from aqt_search.search.searchers import (
     Outcome,
@@ -30,7 +29,7 @@ from aqt_search.search.searchers import (
     random_search,
     regret,
 )
-from aqt_search.search.space import Space, make_space
+from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
 from experiments import finished_run, from_config, search
@@ -80,7 +79,7 @@ def judges(
         mean=images.mean, std=images.std,
     )  # fmt: skip
     halves = [next(stream), next(stream)]  # of one order of the images: none is in both
-    qapply = aqs.quantize(model.apply)
+    qapply = from_config.quantized(model)
     assignments_of = jax.jit(jax.vmap(space.assignment))
 
     def judge_by(half: Mapping[str, np.ndarray]) -> Callable:
@@ -101,7 +100,7 @@ def compare(
     """What each searcher found; `images` saves loading them again."""
     check_options(config)
     run = finished_run.load(config, Path(config.searchers.checkpoint), images)
-    space = make_space(run.parts.sites, run.config.search.space, decide=run.config.search.decide)
+    space = search.configured_space(run.config, run.parts.sites)
     (name, target), *_ = search.cost_targets(run.config, run.parts.sites).items()
     costs = space.cost_table(from_config.cost_function(name))
     judge, report = judges(config, run.parts.images, run.parts.model, space, run.variables)

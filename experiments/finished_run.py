@@ -12,12 +12,12 @@ import ml_collections
 import numpy as np
 
 from aqt_search.search.one_shot import SearchState, init_policy
-from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.workdir import CONFIG_FILE, read_json
 from experiments import from_config, results
-from experiments.search import search_options
+from experiments.assignment import configured_assignment
+from experiments.search import configured_space, first_assignment, search_options
 
 
 class FinishedRun(NamedTuple):
@@ -25,7 +25,7 @@ class FinishedRun(NamedTuple):
 
     config: ml_collections.ConfigDict
     parts: from_config.Parts
-    variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}
+    variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}, "scales" if any
 
 
 def load(
@@ -87,10 +87,11 @@ def trained_variables(
     searched = read_json(folder / results.RESULT_FILE).get("kind") in ("search", "random")
 
     def initial():
-        train = from_config.initial_state(config, parts)
         if not searched:
-            return train
-        space = make_space(parts.sites, config.search.space, decide=config.search.decide)
+            assignment = configured_assignment(config, parts.sites)
+            return from_config.initial_state(config, parts, assignment)
+        space = configured_space(config, parts.sites)
+        train = from_config.initial_state(config, parts, first_assignment(space))
         options = search_options(config, parts.schedule.total_steps)
         return SearchState(train, init_policy(space, options))
 
@@ -101,4 +102,4 @@ def trained_variables(
             f"{folder} has no checkpoint in {CHECKPOINT_FOLDER}. Give another run, or run it again."
         )
     train = restored.state.train if searched else restored.state
-    return {"params": train.params, "batch_stats": train.batch_stats}
+    return train.variables

@@ -17,11 +17,14 @@ import optax
 
 import aqt_search as aqs
 from aqt_search import data, models
+from aqt_search.dorefa import companded_model
 from aqt_search.range_loss import ModelRangeLoss, range_loss
+from aqt_search.rules import match_rules
 from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.parallel import AXIS, replica_count
+from aqt_search.training.scales import with_scales
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.train_step import TrainState, init_train_state
 
@@ -85,6 +88,7 @@ def load_images(config: ml_collections.ConfigDict) -> Images:
 
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
     """The configured model. Raises ConfigError for an unknown name or a value it cannot have."""
+    more = {"activation": config.model.activation} if config.model.activation else {}
     with checked_values("model"):
         return models.build(
             config.model.name,
@@ -93,6 +97,7 @@ def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str 
             width=config.model.width,
             dtype=jnp.dtype(config.model.dtype),
             axis_name=axis_name,
+            **more,
         )
 
 
@@ -173,6 +178,11 @@ def build_parts(
             gradient_clip=config.optimizer.gradient_clip,
         )
     sites = model_sites(model, images.splits.image_shape)
+    patterns = config.quantizers.companded
+    if patterns:
+        with checked_values("quantizers"):
+            names = itertools.chain(*match_rules(sites, patterns))
+            model = companded_model(model, sites, names)
     schedule = Schedule(total, config.log_every, config.checkpoint_every)
     rules = config.range_loss.rules
     with checked_values("range_loss"):
@@ -180,11 +190,25 @@ def build_parts(
     return Parts(images, model, sites, optimizer, schedule, loss)
 
 
-def initial_state(config: ml_collections.ConfigDict, parts: Parts) -> TrainState:
-    """The state that training starts from."""
+def quantized(model: Any, axis_name: str | None = None) -> Callable:
+    """The model's function under an assignment, the states of calibrations among its variables."""
+    return with_scales(aqs.quantize_with_state(model.apply, axis_name=axis_name))
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, parts: Parts, assignment: Mapping[str, aqs.SiteFormats]
+) -> TrainState:
+    """The state that training under formats like those of `assignment` starts from."""
     shape = parts.images.splits.image_shape
-    auxiliary = {} if parts.range_loss is None else {"init_auxiliary": parts.range_loss.init}
-    return init_train_state(parts.model, parts.optimizer, shape, config.seed, **auxiliary)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    apply = functools.partial(parts.model.apply, train=False)
+
+    def init_scales(variables: Any) -> Any:
+        return aqs.quantize_with_state(apply).init(assignment, variables, image)
+
+    more = {} if parts.range_loss is None else {"init_auxiliary": parts.range_loss.init}
+    more["init_scales"] = init_scales
+    return init_train_state(parts.model, parts.optimizer, shape, config.seed, **more)
 
 
 def make_update(config: ml_collections.ConfigDict, parts: Parts, qapply: Callable) -> Callable:

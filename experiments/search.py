@@ -8,6 +8,7 @@ The workdir holds, beside what experiments.train writes, the formats found (poli
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import ml_collections
 import numpy as np
 
 import aqt_search as aqs
+from aqt_search.formats import format_name
 from aqt_search.search import policy as policies
 from aqt_search.search.answer import most_probable, most_probable_on_target
 from aqt_search.search.guard import QualityGuard
@@ -40,6 +42,7 @@ from aqt_search.training.workdir import claim_workdir, write_json, write_text
 from experiments import from_config, results
 from experiments.command_line import run_job
 from experiments.job import Job, run_alone
+from experiments.quantizers import configured_quantizers
 
 _PROBABILITY = "probability"
 
@@ -76,6 +79,25 @@ def cost_targets(
             target = target * float(from_config.cost_function(name)(sites, reference))
         targets[name] = target
     return targets
+
+
+def configured_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> Space:
+    """The space of `config.search`, with the quantizers of the configuration."""
+    space = make_space(sites, config.search.space, decide=config.search.decide)
+    quantizers = configured_quantizers(config, format_names(space))
+    adapted = dataclasses.replace(space, adapt=quantizers.of_site)
+    adapted.assignment(np.zeros(len(space.decisions), int))  # raises where they do not fit
+    return adapted
+
+
+def format_names(space: Space) -> list[str]:
+    """The formats that some point of a space uses."""
+    named = []
+    for column in range(space.max_options):
+        choices = [min(column, len(d.options) - 1) for d in space.decisions]
+        for formats in space.concrete_assignment(choices).values():
+            named += [format_name(aqs.quantizer(spec).fmt) for spec in formats if spec is not None]
+    return list(dict.fromkeys([*named, "fp32"]))  # the option of None
 
 
 _OUTSIDE = ("space", "decide", "cost", "target", "relative_to", "further_costs",
@@ -119,18 +141,18 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     """A search; its cost targets are an input of the step."""
     # Replicas hold different samples, so each normalises by its own batch.
     parts = from_config.build_parts(config, images, axis_name=None)
-    space = make_space(parts.sites, config.search.space, decide=config.search.decide)
+    space = configured_space(config, parts.sites)
     options = search_options(config, parts.schedule.total_steps)
     costs = {name: space.cost_table(cost) for name, cost in cost_functions(config).items()}
     targets = cost_targets(config, parts.sites)
     check_targets(costs, targets)
-    qapply = aqs.quantize(parts.model.apply)
+    qapply = from_config.quantized(parts.model)
     update = from_config.make_update(config, parts, qapply)
     held_out = options.quality == "held_out"
     streams = [from_config.training_stream(config, images)]
     streams += [from_config.reward_stream(config, images)] if held_out else []
     state = SearchState(
-        from_config.initial_state(config, parts),
+        from_config.initial_state(config, parts, first_assignment(space)),
         init_policy(space, options),
     )
     examples = config.search.held_out_batch_size if held_out else config.batch_size
@@ -149,6 +171,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     return Job(step, run, parts.schedule, finish)
 
 
+def first_assignment(space: Space) -> dict[str, aqs.SiteFormats]:
+    """The assignment of some point: what calibration states are made for."""
+    return space.assignment(np.zeros(len(space.decisions), int))
+
+
 def finish_search(
     config: ml_collections.ConfigDict,
     workdir: Path,
@@ -162,7 +189,7 @@ def finish_search(
     """Takes the formats found, and evaluates the weights as they are under them."""
     write_search_files(workdir, space)
     logits, train = found.state.policy.logits, found.state.train
-    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    variables = train.variables
     log_p = policies.log_probabilities(logits, space.mask, options.temperature)
     random = options.searcher == "random"
     choices = (
@@ -220,7 +247,7 @@ def held_out_accuracy(
 
     As in the search, BatchNorm takes the statistics of each batch.
     """
-    qapply = aqs.quantize(model.apply)
+    qapply = from_config.quantized(model)
     whole = min(count, len(images.splits.reward)) // config.evaluation.batch_size
     stream = from_config.evaluation_batches(config, images, "reward")
     batches = list(itertools.islice(stream, max(1, whole)))

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import aqt_search as aqs
+from experiments.assignment import read_policy
 from experiments.results import policy_json
-from experiments.train import read_policy
 
 WEIGHTS = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
 SITES = aqs.find_sites(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], WEIGHTS, jnp.ones((2, 4)))
@@ -29,6 +29,6 @@ def test_written_and_read(case, tmp_path):
 
 
 def test_what_has_no_name_is_refused():
-    spec = aqs.Quantizer("int4", calibration=aqs.percentile(99.0))
+    spec = aqs.Quantizer("int4", aqs.PER_TENSOR)
     with pytest.raises(aqs.FormatError, match="has no name"):
         policy_json(aqs.assign(SITES, [(".*", spec)]))

@@ -32,6 +32,7 @@ from aqt_search.search.reward import (
 )
 from aqt_search.search.space import Space
 from aqt_search.training.parallel import AXIS
+from aqt_search.training.scales import batch_arguments
 from aqt_search.training.train_step import Batch, TrainState, cross_entropy, step_key
 
 SEARCHERS = ("critic", "policy_gradient", "random")
@@ -315,15 +316,10 @@ def cost_terms(
 
 def _logits(qapply, space: Space, train: TrainState, choices, batch: Batch, key) -> jax.Array:
     """Logits of a batch under `choices`, normalised by the batch's own statistics."""
-    variables = {"params": train.params, "batch_stats": train.batch_stats}
-    assignment = space.assignment(choices)
-    if not jax.tree.leaves(train.batch_stats):
-        return qapply(assignment, variables, batch["image"], train=False)
-    return qapply(
-        assignment, variables, batch["image"],
-        # One key for all samples of a step: what is dropped does not tell them apart.
-        train=True, mutable=["batch_stats"], rngs={"dropout": key},
-    )[0]  # fmt: skip
+    # One key for all samples of a step: what is dropped does not tell them apart.
+    arguments = batch_arguments(train.variables, key)
+    logits = qapply(space.assignment(choices), train.variables, batch["image"], **arguments)
+    return logits[0] if "mutable" in arguments else logits
 
 
 def _judge(logits: jax.Array, labels: jax.Array, options: SearchOptions) -> dict[str, jax.Array]:

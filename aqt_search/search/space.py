@@ -69,6 +69,10 @@ def _merged(formats: SiteFormats, over: SiteFormats) -> SiteFormats:
     return SiteFormats(*(a if b is None else b for a, b in zip(formats, over)))
 
 
+def _as_chosen(site: Site, formats: SiteFormats) -> SiteFormats:
+    return formats
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """All decisions over a model's sites.
@@ -81,6 +85,8 @@ class Space:
     sites: Mapping[str, Site]
     decisions: tuple[Decision, ...]
     fixed: Mapping[str, SiteFormats]  # of sites that no decision, or one for a role only, covers
+    # What is done to every site's formats, fixed and chosen: how scales are made, say.
+    adapt: Callable[[Site, SiteFormats], SiteFormats] = _as_chosen
 
     @property
     def max_options(self) -> int:
@@ -105,9 +111,9 @@ class Space:
         for index, ((site, side), q) in enumerate(zip(operands, quantizers)):
             fmt = jax.tree.map(lambda column, i=index: column[i], gathered)
             chosen.setdefault(site, {})[side] = dataclasses.replace(q, fmt=fmt)
-        return {
-            name: self._fixed(name)._replace(**chosen.get(name, {})) for name in self.sites
-        }  # fmt: skip
+        return self._adapted(
+            {name: self._fixed(name)._replace(**chosen.get(name, {})) for name in self.sites}
+        )
 
     def concrete_assignment(self, choices: Sequence[int]) -> dict[str, SiteFormats]:
         """As `assignment`, for known choices: plain Python numbers, None where nothing is done."""
@@ -116,7 +122,10 @@ class Space:
             for name in decision.sites:
                 chosen = decision.formats(self.sites[name], int(choice))
                 formats[name] = _merged(formats[name], chosen)
-        return formats
+        return self._adapted(formats)
+
+    def _adapted(self, formats: Mapping[str, SiteFormats]) -> dict[str, SiteFormats]:
+        return {name: self.adapt(self.sites[name], f) for name, f in formats.items()}
 
     def _fixed(self, name: str) -> SiteFormats:
         return self.fixed.get(name, SiteFormats())
@@ -150,7 +159,7 @@ class Space:
                 table[group, i, j] = self._cost_of_pair(cost, (first, second), (i, j))
         covered = {name for decision in self.decisions for name in decision.sites}
         rest = {name: site for name, site in self.sites.items() if name not in covered}
-        fixed = float(cost(rest, {name: self._fixed(name) for name in rest}))
+        fixed = float(cost(rest, self._adapted({name: self._fixed(name) for name in rest})))
         return CostTable(table, *np.array(pairs).T, fixed, self.mask)
 
     def _options_of(self, first: int, second: int) -> Iterable[tuple[int, int]]:
@@ -167,7 +176,7 @@ class Space:
             for name in decision.sites:
                 chosen = decision.formats(self.sites[name], option)
                 formats[name] = _merged(formats[name], chosen)
-        return cost({name: self.sites[name] for name in names}, formats)
+        return cost({name: self.sites[name] for name in names}, self._adapted(formats))
 
 
 def make_space(
@@ -175,6 +184,7 @@ def make_space(
     rules: Iterable[tuple[str, Any]],
     *,
     decide: str = "site",
+    adapt: Callable[[Site, SiteFormats], SiteFormats] = _as_chosen,
 ) -> Space:
     """Builds a space from ordered rules: the first that matches a site's name holds for it.
 
@@ -192,6 +202,7 @@ def make_space(
       decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
         the network (the same first part of the name, where names begin alike the first that
         differs), "rule" all sites of a rule, "model" all sites, whose rules offer the same.
+      adapt: of a site and its formats under a point, what they become: `experiments.quantizers`.
 
     Raises:
       RuleError: a rule matches no site or is never reached.
@@ -223,7 +234,7 @@ def make_space(
     for number, choice in searched.items():
         if choice.fixed:
             fixed |= {name: site_formats(sites[name], choice.fixed) for name in taken[number]}
-    space = Space(sites, tuple(decisions), fixed)
+    space = Space(sites, tuple(decisions), fixed, adapt)
     space.assignment(np.zeros(len(decisions), int))  # raises where options cannot share a program
     return space
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.training import parallel
+from aqt_search.training.scales import batch_arguments
 from aqt_search.training.train_step import cross_entropy
 
 BATCH_STATS = ("batch", "running")
@@ -38,9 +39,9 @@ def forward_arguments(variables: Mapping[str, Any], batch_stats: str) -> dict[st
     """
     if batch_stats not in BATCH_STATS:
         raise ValueError(f"batch_stats is {batch_stats!r}; expected {' or '.join(BATCH_STATS)}.")
-    if batch_stats == "running" or not jax.tree.leaves(variables.get("batch_stats", {})):
+    if batch_stats == "running":
         return {"train": False}
-    return {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}}
+    return batch_arguments(variables, jax.random.key(0))
 
 
 def on_one_replica(fun: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from aqt_search.training import parallel
 from aqt_search.training.batch_norm import batch_statistics, running_momentum
+from aqt_search.training.scales import SCALES, batch_arguments, with_learned
 from aqt_search.training.train_step import cross_entropy
 from aqt_search.transform import quantize_with_state, with_static_activations
 
@@ -69,16 +70,16 @@ def evaluate(
 
 @functools.lru_cache(maxsize=8)
 def _statistics_step(qapply: Callable) -> Callable:
-    def updated(params, assignment, old, batch):
+    def updated(variables, assignment, old, batch):
         _, updates = qapply(
-            assignment, {"params": params, "batch_stats": old}, batch["image"],
-            train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)},
+            assignment, {**variables, "batch_stats": old}, batch["image"],
+            **batch_arguments(variables, jax.random.key(0)),
         )  # fmt: skip
         return updates["batch_stats"]
 
     def statistics(variables, assignment, batch):
-        params, old = variables["params"], variables["batch_stats"]
-        of_batch = functools.partial(updated, params, assignment)
+        old = variables["batch_stats"]
+        of_batch = functools.partial(updated, variables, assignment)
         momentum = running_momentum(of_batch, old, batch)
         own = batch_statistics(of_batch(jax.tree.map(jnp.zeros_like, old), batch), momentum)
         return jax.lax.pmean(own, parallel.AXIS)
@@ -145,13 +146,14 @@ def static_evaluation(
 ) -> StaticEvaluation:
     """Makes `quantize(fun)` ready for evaluation with static activation scales.
 
-    Bounds are averaged over `batches`, under `assignment` and the running BatchNorm statistics.
+    Bounds are averaged over `batches`, under `assignment` and the running BatchNorm statistics;
+    scales that were learned stay as they are.
 
     Args:
       fun: `model.apply`.
       assignment: formats by site.
       sites: of fun.
-      variables: {"params": ..., "batch_stats": ...}, not replicated.
+      variables: {"params": ..., "batch_stats": ...}, with "scales" if any, not replicated.
       batches: training batches.
 
     Raises:
@@ -164,7 +166,10 @@ def static_evaluation(
     if first is None:
         raise ValueError("Activation scales need at least one batch; got none.")
     one = jax.ShapeDtypeStruct((1, *first["image"].shape[1:]), jnp.float32)
+    trained = variables.get(SCALES, {})
+    variables = {name: value for name, value in variables.items() if name != SCALES}
     scales = quantize_with_state(functools.partial(fun, train=False)).init(static, variables, one)
+    scales = with_learned(scales, trained)
     if jax.tree_util.tree_leaves(scales):  # none where no activation is quantized
         fixed = parallel.replicate((variables, static))
         held = parallel.replicate(scales)

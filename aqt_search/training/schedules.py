@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from aqt_search.learned_scales import Learned
+
 
 def _constant(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
     return optax.constant_schedule(peak)
@@ -107,18 +109,23 @@ def weight_decay_mask(params: Any) -> Any:
     """True for the leaves weight decay is for: kernels, not biases nor normalisation scales.
 
     A leaf is decayed if it has at least two axes and is not named "bias" or "scale"; the name
-    matters where a stacked layer (`nn.scan`) gives its biases a leading axis. Takes the place of
+    matters where a stacked layer (`nn.scan`) gives its biases a leading axis. Learned scales of
+    quantizers are not decayed. Takes the place of
     `mask` in `optax.add_decayed_weights` and `optax.adamw`.
 
     Args:
         params: pytree of arrays.
 
     Returns:
-        Pytree of the same structure with bool leaves.
+        Pytree of the same structure with bool leaves; one for a learned scale as a whole.
     """
 
     def decayed(path: tuple, leaf: Any) -> bool:
+        if isinstance(leaf, Learned):
+            return False
         last = jax.tree_util.keystr(path[-1:], simple=True)
         return leaf.ndim >= 2 and last not in ("bias", "scale")
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    return jax.tree_util.tree_map_with_path(
+        decayed, params, is_leaf=lambda node: isinstance(node, Learned)
+    )

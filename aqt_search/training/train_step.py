@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from aqt_search.learned_scales import merge_learned, split_learned
 from aqt_search.training.parallel import AXIS, replica_index
+from aqt_search.training.scales import SCALES, synchronized
 
 Batch = Mapping[str, jax.Array]  # "image": [B, H, W, C] float32, "label": [B] int32
 
@@ -21,9 +23,16 @@ class TrainState(NamedTuple):
     step: jax.Array  # [], int32: updates done
     params: Any  # pytree of float32
     batch_stats: Any  # pytree of float32: running BatchNorm statistics, {} without BatchNorm
-    opt_state: Any  # optax state
+    opt_state: Any  # optax state, of (params, auxiliary, learned part of scales)
     rng: jax.Array  # [2], uint32: key data of the run; steps and replicas fold their numbers in
     auxiliary: Any = ()  # what is learned beside the parameters: a range loss's margins
+    scales: Any = ()  # states of calibrations, of which a part may be learned
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the quantized model is called with."""
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return variables | ({SCALES: self.scales} if jax.tree.leaves(self.scales) else {})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -38,18 +47,21 @@ def init_train_state(
     image_shape: tuple[int, ...],
     seed: int,
     init_auxiliary: Callable[[Any], Any] = lambda params: (),
+    init_scales: Callable[[Any], Any] = lambda variables: (),
 ) -> TrainState:
     """Initialises a Flax Linen model that maps images [B, *image_shape] to logits.
 
-    `init_auxiliary(params)` makes what is learned beside the parameters, by the same optimizer.
+    `init_auxiliary(params)` makes what is learned beside the parameters, by the same optimizer;
+    `init_scales(variables)` the states of calibrations, whose learned part it moves, too.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = _initial_variables(model, tuple(image_shape), init_key)
     params = variables["params"]
-    auxiliary = init_auxiliary(params)
+    auxiliary, scales = init_auxiliary(params), init_scales(variables)
     return TrainState(
-        jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init((params, auxiliary)),
-        jax.random.key_data(run_key), auxiliary,
+        jnp.int32(0), params, variables.get("batch_stats", {}),
+        optimizer.init((params, auxiliary, split_learned(scales)[0])),
+        jax.random.key_data(run_key), auxiliary, scales,
     )  # fmt: skip
 
 
@@ -83,38 +95,46 @@ def make_update(
     [B, classes], are of the weights before the update; "loss" is the cross-entropy alone.
 
     Args:
-      qapply: `quantize(model.apply)`.
+      qapply: `quantize(model.apply)`; where calibrations have state, `scales.with_scales`.
       optimizer: applied to the averaged gradients.
       label_smoothing: share of the target spread over all classes, in [0, 1).
       auxiliary_loss: of `state.params` and `state.auxiliary`, added to the loss.
     """
 
     def update(state: TrainState, assignment: Any, batch: Batch):
+        learned, remembered = split_learned(state.scales)
+
         def loss_of(trained):
-            params, auxiliary = trained
+            params, auxiliary, learned = trained
+            scales = merge_learned(learned, remembered)
+            variables = state._replace(params=params, scales=scales).variables
+            mutable = ["batch_stats", *(name for name in variables if name == SCALES)]
             logits, updates = qapply(
-                assignment,
-                {"params": params, "batch_stats": state.batch_stats},
-                batch["image"],
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": step_key(state)},
-            )
+                assignment, variables, batch["image"],
+                train=True, mutable=mutable, rngs={"dropout": step_key(state)},
+            )  # fmt: skip
             loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
             accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
             told = {"loss": loss, "accuracy": accuracy}
             if auxiliary_loss is not None:
                 told["auxiliary_loss"] = auxiliary_loss(params, auxiliary)
                 loss += told["auxiliary_loss"]
-            return loss, (logits, updates.get("batch_stats", {}), told)
+            return loss, (logits, updates, told)
 
-        trained = (state.params, state.auxiliary)
-        grads, (logits, own_stats, told) = jax.grad(loss_of, has_aux=True)(trained)
+        trained = (state.params, state.auxiliary, learned)
+        grads, (logits, own, told) = jax.grad(loss_of, has_aux=True)(trained)
+        own_stats = own.get("batch_stats", {})
         grads, batch_stats, means = jax.lax.pmean((grads, own_stats, told), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params, auxiliary = optax.apply_updates(trained, updates)
+        set_now, remembered = split_learned(
+            synchronized(state.scales, own.get(SCALES, state.scales))
+        )
+        params, auxiliary, learned = optax.apply_updates((*trained[:2], set_now), updates)
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.rng, auxiliary)
+        new = TrainState(
+            state.step + 1, params, batch_stats, opt_state, state.rng, auxiliary,
+            merge_learned(learned, remembered),
+        )  # fmt: skip
         return new, metrics, logits
 
     return update

@@ -26,8 +26,8 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file whole or not at all: temporary name, fsync, `os.replace`.
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, `os.replace`.
 
     Raises:
         WorkdirError: the file cannot be written; what was there before is untouched.
@@ -35,8 +35,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,6 +48,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             f"could not write {path}: {error.strerror or error}. Free space or make the folder "
             "writable, then run the same command again."
         ) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 file whole or not at all.
+
+    Raises:
+        WorkdirError: as `write_bytes`.
+    """
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
