@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search.quantizer import operand_spec, spec_name
+from aqt_search.quantizer import NAMED_QUANTIZERS, operand_spec, spec_name
 from aqt_search.training.evaluation import (
     StaticEvaluation,
     evaluate,
@@ -22,10 +24,13 @@ from aqt_search.training.evaluation import (
 )
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import AXIS
+from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import write_json
-from experiments.from_config import Images, evaluation_batches, statistics_batches
+from aqt_search.weight_statistics import weight_statistics
+from experiments.from_config import Images, evaluation_batches, quantized, statistics_batches
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
+WEIGHTS_FILE = "weights.json"
 
 
 def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str, Any]]:
@@ -43,10 +48,18 @@ def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str
 def _spec_json(spec: Any) -> str | dict[str, Any] | None:
     if spec is None:
         return None
+    if isinstance(spec, aqs.Quantizer) and not _is_named(spec):
+        # Its calibration and gradient rule are the configuration's.
+        spec = aqs.Quantizer(spec.fmt, spec.granularity, unsigned=spec.unsigned)
     if isinstance(spec, aqs.Quantizer) and not spec.unsigned and spec.granularity is None:
         name = spec_name(dataclasses.replace(spec, unsigned=True))
         return {"format": name, "unsigned": False}
     return spec_name(spec)
+
+
+def _is_named(spec: aqs.Quantizer) -> bool:
+    named = (aqs.quantizer(name) for name in NAMED_QUANTIZERS)
+    return any(dataclasses.replace(q, unsigned=spec.unsigned) == spec for q in named)
 
 
 def spec_from_json(value: Any) -> Any:
@@ -79,11 +92,37 @@ def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:
     }
 
 
+def weights_json(
+    model: Any,
+    assignment: Mapping[str, aqs.SiteFormats],
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+    state: Any = None,
+    float_variables: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Site -> statistics of its weight before and after quantization; see `weight_statistics`.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}; "scales" are left out.
+      state: of calibrations, where those of weights have one.
+      float_variables: those before the weights were put on a grid; None: `variables`.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    own, floats = (
+        tree and {name: value for name, value in tree.items() if name != SCALES}
+        for tree in (variables, float_variables)
+    )
+    found = weight_statistics(
+        model.apply, assignment, own, image, state=state, float_params=floats, train=False
+    )
+    return {label: statistics._asdict() for label, statistics in found.items()}
+
+
 @functools.lru_cache(maxsize=4)
 def _programs(model: Any) -> tuple[Callable, Callable]:
     """The model's function, plain and quantized: the same objects for equal models."""
     # Activation scales are those of a whole batch, however many devices share it.
-    return model.apply, aqs.quantize(model.apply, axis_name=AXIS)
+    return model.apply, quantized(model, AXIS)
 
 
 def estimated(
@@ -118,6 +157,9 @@ def finish(
     assignment: Mapping[str, aqs.SiteFormats],
     variables: Mapping[str, Any],
     facts: Mapping[str, Any],
+    *,
+    judged: StaticEvaluation | None = None,
+    float_variables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates weights under an assignment, without training them further, and writes the files.
 
@@ -125,13 +167,15 @@ def finish(
     images.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...}.
+      variables: {"params": ..., "batch_stats": ...}, with "scales" where calibrations have state.
       facts: what the caller knows: "kind", "seconds", "steps", and for a search its target.
+      judged: what is evaluated, where statistics and scales are known already.
+      float_variables: weights before they were put on a grid, to compare with.
 
     Returns:
       The result, as written.
     """
-    judged = estimated(config, images, model, sites, assignment, variables)
+    judged = judged or estimated(config, images, model, sites, assignment, variables)
     sizes = {split: len(getattr(images.splits, split)) for split in ("reward", "test")}
     sizes["train"] = config.evaluation.train_images
     held_out, test, train = (
@@ -148,7 +192,7 @@ def finish(
         "accuracy": test.accuracy,
         "loss": test.loss,
         "held_out_accuracy": held_out and held_out.accuracy,
-        "train_accuracy": read_metrics(workdir)[-1].get("accuracy"),
+        "train_accuracy": _last_metrics(workdir).get("accuracy"),
         "train_split_accuracy": train and train.accuracy,
         "gbops": float(aqs.cost.gbops(sites, assignment)),
         "weight_bytes": float(aqs.cost.weight_bytes(sites, assignment)),
@@ -160,8 +204,16 @@ def finish(
     }
     write_json(workdir / SITES_FILE, sites_json(sites))
     write_json(workdir / POLICY_FILE, policy_json(assignment))
+    shape, scales = images.splits.image_shape, judged.variables.get("scales")
+    statistics = weights_json(model, judged.assignment, variables, shape, scales, float_variables)
+    write_json(workdir / WEIGHTS_FILE, statistics)
     write_json(workdir / RESULT_FILE, result)
     return result
+
+
+def _last_metrics(workdir: Path) -> Mapping[str, Any]:
+    """The last record of training; {} of a job that trains nothing."""
+    return (read_metrics(workdir) or [{}])[-1]
 
 
 def _command() -> list[str]:

@@ -22,7 +22,10 @@ from aqt_search.search.pareto import pareto_front
 Segment = tuple[tuple[float, float], tuple[float, float]]  # both ends, in data coordinates
 
 FRONT_INCHES = (10.0, 6.8)
-MARKERS = {"float": "D", "uniform": "s", "search": "*", "retrained": "v", "random": "X"}
+MARKERS = {
+    "float": "D", "uniform": "s", "search": "*", "retrained": "v", "random": "X", "ptq": "P",
+    "palette": "h",
+}  # fmt: skip
 _COORDINATES = ("gbops", "accuracy")
 _ALL_NAMES = 16  # with more points than this, only those on the Pareto front are named
 

@@ -21,6 +21,7 @@ from aqt_search.report.format_plot import macs_shares, mapped_records
 from aqt_search.report.front import Group, group_points
 from aqt_search.report.records import KINDS, Record
 from aqt_search.report.table import format_order, table_rows
+from aqt_search.report.weight_section import weights_section
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --page: #ffffff; --soft: #f3f4f6;
@@ -83,8 +84,9 @@ def report_page(
     """The whole page as text.
 
     `figures` holds PNGs: front; formats and training if a point finished; search and policy/<name>
-    if a search finished; gap if a point has one; sensitivity if there are some. `colours` holds the
-    hex colour of every format.
+    if a search finished; gap if a point has one; sensitivity if there are some; weights and, of the
+    first seed of every point, weights/<name> where runs have statistics of them. `colours` holds
+    the hex colour of every format.
     """
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -102,6 +104,7 @@ def report_page(
     ]
     if finished:
         parts.append(_formats_section(finished, searches, figures, colours))
+        parts.append(weights_section(finished, figures))
         parts.append(_curves_section(searches, figures))
     parts += [_commands_section(finished), _config_section(config)]
     return (

@@ -14,8 +14,9 @@ from aqt_search.report.checked_json import (
     read_steps,
     value_of,
 )
+from aqt_search.report.weight_file import WeightRow, read_weights
 
-KINDS = ("float", "uniform", "search", "retrained", "random")
+KINDS = ("float", "uniform", "search", "retrained", "random", "ptq", "palette")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Record:
     search aimed at, the primary cost first. `series` is the front that the point belongs to
     (its kind where the sweep named none), `pair` the search whose formats a retrained point has.
     `policy` maps a site to the formats of (lhs, rhs), None for an operand that is not quantized, in
-    network order as `sites`.
+    network order as `sites`. `weights` holds statistics of the weights by site, {} for runs that
+    did not write any.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Record:
     metrics: tuple[Mapping[str, Any], ...] = ()
     probabilities: tuple[tuple[int, Mapping[str, tuple[float, ...]]], ...] = ()
     space: Mapping[str, Decision] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, WeightRow] = dataclasses.field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -176,6 +179,7 @@ def _read_record(folder: Path) -> Record:
         metrics=tuple(line for _, line in read_steps(folder / "metrics.jsonl")),
         space=space,
         probabilities=_read_probabilities(folder / "probabilities.jsonl", space),
+        weights=read_weights(folder / "weights.json", sites),
     )
 
 

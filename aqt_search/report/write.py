@@ -45,7 +45,7 @@ def _figures(
     records: Sequence[Record], sensitivity: Mapping[str, Any] | None, colours: Mapping[str, str]
 ) -> dict[str, bytes]:
     """PNGs by the names that `report_page` wants."""
-    from aqt_search.report import curve_plot, format_plot, front_plot, gap_plot
+    from aqt_search.report import curve_plot, format_plot, front_plot, gap_plot, weight_plot
 
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -59,6 +59,11 @@ def _figures(
         from aqt_search.report import sensitivity_plot
 
         figures["sensitivity"] = sensitivity_plot.sensitivity_figure(sensitivity)
+    if shown := weight_plot.shown_records(finished):
+        figures["weights"] = weight_plot.ranges_figure(finished)
+    for record in shown:
+        if any(row.before for row in record.weights.values()):
+            figures[f"weights/{record.name}"] = weight_plot.histograms_figure(record)
     if searches:
         figures["search"] = curve_plot.search_figure(searches)
     for record in searches:

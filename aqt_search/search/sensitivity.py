@@ -19,6 +19,7 @@ from aqt_search.formats import NumericFormat, numeric_format, stack_formats
 from aqt_search.quantizer import Quantizer, operand_format, quantizer
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import Space, make_space
+from aqt_search.signal_to_noise import sqnr_db
 from aqt_search.sites import Operand, Site
 from aqt_search.training.assignment_batch import (
     evaluate_assignments,
@@ -223,9 +224,7 @@ def operand_sqnr(
     for row, decision in zip(ratios, space.decisions):
         if of_site := powers.get(decision.sites[0]):
             row[:] = sum(_noise_to_signal(power) for power in of_site.values())
-    with np.errstate(divide="ignore"):
-        found = -10 * np.log10(ratios)
-    return np.where(np.isfinite(found), found, np.nan)
+    return sqnr_db(ratios)
 
 
 def _noise_to_signal(power: _Power) -> np.ndarray:
