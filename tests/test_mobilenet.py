@@ -309,7 +309,7 @@ def hard_swish(x):
     return x * np.clip(x + 3, 0, 6) / 6
 
 
-def reference_logits(version, variables, images):
+def reference_logits(version, variables, images, relu6=relu6):
     net = Reference(variables, 1e-3 if version == "v3" else 1e-5)
     x = np.asarray(images, np.float64)
     if version == "v1":
@@ -342,6 +342,19 @@ def test_forward_is_that_of_numpy_and_quantize_without_formats_is_the_identity(v
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     identity = jit(functools.partial(aqs.quantize(model.apply), {}))(variables, images)
     np.testing.assert_array_equal(identity, logits)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_relu_may_take_the_place_of_relu6(version):
+    variables, images = drawn(version)
+    images = 30 * images
+    logits = jit(small(version, activation="relu").apply)(variables, images)
+    expected = reference_logits(version, variables, images, lambda x: np.maximum(x, 0))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * scale)
+    assert np.abs(expected - reference_logits(version, variables, images)).max() > 0.01 * scale
+    with pytest.raises(ValueError, match="swish"):
+        small(version, activation="swish")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -30,6 +30,18 @@ def check_options(
     check_rate("dropout", dropout)
 
 
+# Names of activations that a network may have instead of its own.
+ACTIVATIONS = {"relu6": nn.relu6, "relu": nn.relu}
+
+
+def check_activation(network: str, activation: str) -> None:
+    """Raises ValueError for an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{network} has activation {activation!r}; expected {' or '.join(ACTIVATIONS)}"
+        )
+
+
 def check_images(images: jax.Array) -> None:
     """Raises ValueError unless images are [batch, height, width, channels]."""
     if images.ndim != 4:

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
 from aqt_search.models.classifier import (
+    ACTIVATIONS,
     batch_norm,
+    check_activation,
     check_images,
     check_options,
     head,
@@ -46,6 +48,7 @@ class SeparableBlock(nn.Module):
     stride: int
     dtype: Any
     norm: Callable[..., nn.Module]
+    activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,8 +56,9 @@ class SeparableBlock(nn.Module):
         conv = functools.partial(convolution, dtype=self.dtype)
         channels = x.shape[-1]
         depthwise = conv(channels, 3, self.stride, groups=channels, name="depthwise")
-        x = nn.relu6(self.norm(name="depthwise_bn")(depthwise(x)))
-        return nn.relu6(self.norm(name="pointwise_bn")(conv(self.features, 1, name="pointwise")(x)))
+        x = self.activation(self.norm(name="depthwise_bn")(depthwise(x)))
+        x = conv(self.features, 1, name="pointwise")(x)
+        return self.activation(self.norm(name="pointwise_bn")(x))
 
 
 class MobileNetV1(nn.Module):
@@ -69,6 +73,7 @@ class MobileNetV1(nn.Module):
         stem_channels: channels of the first convolution.
         num_classes: number of logits.
         dropout: rate before the head.
+        activation: "relu6", or "relu", whose scale post-training equalization can move.
         dtype: type convolutions and activations are computed in. Parameters, BatchNorm
             statistics, the mean over pixels and the head are float32 always.
         axis_name: mapped axis over which batch statistics are averaged in training.
@@ -81,6 +86,7 @@ class MobileNetV1(nn.Module):
     stem_channels: int
     num_classes: int
     dropout: float = 0.0
+    activation: str = "relu6"
     dtype: Any = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9
@@ -101,12 +107,15 @@ class MobileNetV1(nn.Module):
             ValueError: images are not of rank 4.
         """
         check_images(images)
-        norm = batch_norm(self, train)
+        norm, activation = batch_norm(self, train), ACTIVATIONS[self.activation]
         stem_stride, *strides = self.strides
         stem = convolution(self.stem_channels, 3, stem_stride, dtype=self.dtype, name="stem")
-        x = nn.relu6(norm(name="stem_bn")(stem(images.astype(self.dtype))))
+        x = activation(norm(name="stem_bn")(stem(images.astype(self.dtype))))
         for i, (features, stride) in enumerate(zip(self.block_channels, strides, strict=True)):
-            x = SeparableBlock(features, stride, self.dtype, norm, name=f"block{i + 1}")(x)
+            block = SeparableBlock(
+                features, stride, self.dtype, norm, activation, name=f"block{i + 1}"
+            )
+            x = block(x)
         return head(pixel_mean(x), self.num_classes, dropout=self.dropout, train=train)
 
 
@@ -116,6 +125,7 @@ def mobilenet_v1(
     width: float = 1.0,
     form: Literal["imagenet", "cifar"] = "imagenet",
     dropout: float = 0.001,
+    activation: Literal["relu6", "relu"] = "relu6",
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
     momentum: float = 0.9,
@@ -133,21 +143,24 @@ def mobilenet_v1(
         width: multiplier of the channels, above 0.
         form: "imagenet" for large images, "cifar" for small ones.
         dropout: rate before the head, in [0, 1).
+        activation: "relu6" as published, or "relu"; see the module.
         dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV1`.
         axis_name: mapped axis BatchNorm statistics are averaged over in training, or None.
         momentum: BatchNorm momentum.
         epsilon: BatchNorm epsilon.
 
     Raises:
-        ValueError: unknown form, or a width, rate or class count out of range.
+        ValueError: unknown form or activation, or a width, rate or class count out of range.
     """
     check_options("MobileNetV1", form, FORM_STRIDES, num_classes, width, dropout)
+    check_activation("MobileNetV1", activation)
     return MobileNetV1(
         block_channels=tuple(round_channels(channels * width) for channels in BLOCK_CHANNELS),
         strides=FORM_STRIDES[form],
         stem_channels=round_channels(STEM_CHANNELS * width),
         num_classes=num_classes,
         dropout=dropout,
+        activation=activation,
         dtype=dtype,
         axis_name=axis_name,
         momentum=momentum,

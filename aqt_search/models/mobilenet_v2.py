@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from aqt_search.models.channels import round_channels
 from aqt_search.models.classifier import (
+    ACTIVATIONS,
     batch_norm,
+    check_activation,
     check_images,
     check_options,
     head,
@@ -80,6 +82,7 @@ class InvertedResidual(nn.Module):
     stride: int
     dtype: Any
     norm: Callable[..., nn.Module]
+    activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -87,9 +90,9 @@ class InvertedResidual(nn.Module):
         conv = functools.partial(convolution, dtype=self.dtype)
         x, hidden = inputs, inputs.shape[-1] * self.expansion
         if self.expansion > 1:
-            x = nn.relu6(self.norm(name="expand_bn")(conv(hidden, 1, name="expand")(x)))
+            x = self.activation(self.norm(name="expand_bn")(conv(hidden, 1, name="expand")(x)))
         depthwise = conv(hidden, 3, self.stride, groups=hidden, name="depthwise")
-        x = nn.relu6(self.norm(name="depthwise_bn")(depthwise(x)))
+        x = self.activation(self.norm(name="depthwise_bn")(depthwise(x)))
         x = self.norm(name="project_bn")(conv(self.features, 1, name="project")(x))
         keeps = self.stride == 1 and inputs.shape[-1] == self.features
         return inputs + x if keeps else x
@@ -108,6 +111,7 @@ class MobileNetV2(nn.Module):
         last_channels: channels of the 1x1 convolution after the blocks.
         num_classes: number of logits.
         dropout: rate before the head.
+        activation: "relu6", or "relu", whose scale post-training equalization can move.
         dtype: type convolutions and activations are computed in. Parameters, BatchNorm
             statistics, the mean over pixels and the head are float32 always.
         axis_name: mapped axis over which batch statistics are averaged in training.
@@ -121,6 +125,7 @@ class MobileNetV2(nn.Module):
     last_channels: int
     num_classes: int
     dropout: float = 0.0
+    activation: str = "relu6"
     dtype: Any = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9
@@ -141,18 +146,18 @@ class MobileNetV2(nn.Module):
             ValueError: images are not of rank 4.
         """
         check_images(images)
-        norm = batch_norm(self, train)
+        norm, activation = batch_norm(self, train), ACTIVATIONS[self.activation]
         conv = functools.partial(convolution, dtype=self.dtype)
         x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
-        x = nn.relu6(norm(name="stem_bn")(x))
+        x = activation(norm(name="stem_bn")(x))
         blocks = [
             (expansion, channels, stride if j == 0 else 1)
             for expansion, channels, repeats, stride in self.stages
             for j in range(repeats)
         ]
         for i, block in enumerate(blocks, start=1):
-            x = InvertedResidual(*block, self.dtype, norm, name=f"block{i}")(x)
-        x = nn.relu6(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
+            x = InvertedResidual(*block, self.dtype, norm, activation, name=f"block{i}")(x)
+        x = activation(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
         return head(pixel_mean(x), self.num_classes, dropout=self.dropout, train=train)
 
 
@@ -162,6 +167,7 @@ def mobilenet_v2(
     width: float = 1.0,
     form: Literal["imagenet", "cifar", "tiny"] = "imagenet",
     dropout: float = 0.2,
+    activation: Literal["relu6", "relu"] = "relu6",
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
     momentum: float = 0.9,
@@ -184,15 +190,17 @@ def mobilenet_v2(
         width: multiplier of the channels, above 0.
         form: "imagenet", "cifar" or "tiny".
         dropout: rate before the head, in [0, 1).
+        activation: "relu6" as published, or "relu"; see the module.
         dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV2`.
         axis_name: mapped axis BatchNorm statistics are averaged over in training, or None.
         momentum: BatchNorm momentum.
         epsilon: BatchNorm epsilon.
 
     Raises:
-        ValueError: unknown form, or a width, rate or class count out of range.
+        ValueError: unknown form or activation, or a width, rate or class count out of range.
     """
     check_options("MobileNetV2", form, FORMS, num_classes, width, dropout)
+    check_activation("MobileNetV2", activation)
     stem_channels, stem_stride, published = FORMS[form]
     stages = tuple(
         stage._replace(channels=round_channels(stage.channels * width)) for stage in published
@@ -205,6 +213,7 @@ def mobilenet_v2(
         last_channels=TINY_LAST_RATIO * stages[-1].channels if form == "tiny" else last,
         num_classes=num_classes,
         dropout=dropout,
+        activation=activation,
         dtype=dtype,
         axis_name=axis_name,
         momentum=momentum,
