@@ -353,7 +353,7 @@ def test_largest_values(name, largest):
         ("e4m3fn", r"Unknown format 'e4m3fn'.*Did you mean e4m3"),
         ("bfloat16", r"Unknown format 'bfloat16'.*bf16"),
         ("INT8", "Unknown format 'INT8'"),
-        ("", r"Unknown format ''.*expected int2\.\.int8, uint2\.\.uint8, eXmY"),
+        ("", r"Unknown format ''.*expected int2\.\.int8, uint1\.\.uint8, eXmY"),
         ("e1m2", "'e1m2' is out of range: eXmY takes 2 to 8 exponent bits"),
         ("e9m2", "'e9m2' is out of range"),
         ("e5m24", "'e5m24' is out of range.*0 to 23 mantissa"),
