@@ -562,6 +562,19 @@ def test_rank_correlation_by_hand(tmp_path, chosen, losses, sites, rho):
     assert found.rho == pytest.approx(rho, nan_ok=True)
 
 
+def test_rank_correlation_per_mac_by_hand(tmp_path):
+    searched_bits(tmp_path, ["int8", "int6", "int4", "int3"])
+    path = tmp_path / "points" / "search_1" / "sites.json"
+    sites = json.loads(path.read_text())
+    for facts, macs in zip(sites.values(), (1000, 100, 10, 1)):
+        facts["macs"] = macs
+    dump(path, sites)
+    # Increases of 0.4, 0.3, 0.2 and 0.1; divided by the MACs the last is the largest.
+    write_sensitivity(tmp_path, [[0.9], [0.8], [0.7], [0.6]], ("int3",))
+    found = rank_correlation(load_records(tmp_path)[0], load_sensitivity(tmp_path))
+    assert (found.rho, found.rho_by_cost) == (pytest.approx(1.0), pytest.approx(-1.0))
+
+
 def test_no_common_format_has_no_correlation(tmp_path):
     record = searched_bits(tmp_path, ["int3", "int4", "int6"])
     write_sensitivity(tmp_path, [[0.9], [0.8], [0.7]], ("bf16",))

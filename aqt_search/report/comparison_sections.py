@@ -34,8 +34,8 @@ _GAP = (
 _CORRELATION = (
     "Rank correlation over the searched sites between the increase of the loss with the site alone "
     "in the narrowest format that all decisions have, and the mean bits of the formats found for "
-    "its operands. Positive: sensitive sites got more bits; n/a: fewer than three sites, or all "
-    "alike."
+    "its operands. Positive: sensitive sites got more bits. Per MAC: of the increase over the MACs "
+    "of the site, the price of its bits. n/a: fewer than three sites, or all alike."
 )
 
 
@@ -204,11 +204,12 @@ def sensitivity_section(
     parts = ["<h2>Sensitivity</h2>", figure(png, "sensitivity of the sites", caption)]
     found = [(record.name, rank_correlation(record, sensitivity)) for record in searches]
     rows = [
-        [name, f.format or "none in common", str(f.sites), _shown(f.rho, "+.2f")]
+        [name, f.format or "none in common", str(f.sites)]
+        + [_shown(rho, "+.2f") for rho in (f.rho, f.rho_by_cost)]
         for name, f in found
     ]
     if rows:
-        titles = ("search", "narrowest common format", "sites", "Spearman's rho")
+        titles = ("search", "narrowest common format", "sites", "Spearman's rho", "per MAC")
         parts += [table(titles, rows, text_columns=2), note(_CORRELATION)]
     return "".join(parts)
 

@@ -18,11 +18,12 @@ _FLOAT_BITS = 32  # of an operand that is not quantized
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Spearman's rho between sensitivity and bits over `sites` sites; NaN if not defined."""
+    """Spearman's rho of bits with the sensitivity of `sites` sites; NaN if not defined."""
 
     format: str | None  # the one whose loss increase is the sensitivity; None: no common one
     sites: int
     rho: float
+    rho_by_cost: float  # with the sensitivity per MAC: what a bit is worth where bits have a price
 
 
 def load_sensitivity(workdir: str | Path) -> dict[str, Any] | None:
@@ -72,7 +73,7 @@ def rank_correlation(record: Record, sensitivity: Mapping[str, Any]) -> Correlat
     for decision in record.space.values():
         common &= set(decision.options)
     if not common:
-        return Correlation(None, 0, math.nan)
+        return Correlation(None, 0, math.nan, math.nan)
     narrowest = min(common, key=format_order)
     column = sensitivity["formats"].index(narrowest)
     losses = {site: row[column] for site, row in zip(sensitivity["sites"], sensitivity["loss"])}
@@ -81,11 +82,16 @@ def rank_correlation(record: Record, sensitivity: Mapping[str, Any]) -> Correlat
     for site in sorted(decided & set(losses)):
         loss, bits = losses[site], _mean_bits(record, site)
         if loss is not None and math.isfinite(loss) and bits is not None:
-            pairs.append((loss - sensitivity["reference_loss"], bits))
-    increases, bits = np.array(pairs).reshape(-1, 2).T
-    if len(pairs) < 3 or not (np.ptp(increases) and np.ptp(bits)):
-        return Correlation(narrowest, len(pairs), math.nan)
-    return Correlation(narrowest, len(pairs), float(spearmanr(increases, bits).statistic))
+            increase = loss - sensitivity["reference_loss"]
+            pairs.append((increase, increase / max(record.sites[site].macs, 1), bits))
+    increases, by_cost, bits = np.array(pairs).reshape(-1, 3).T
+    return Correlation(narrowest, len(pairs), _rho(increases, bits), _rho(by_cost, bits))
+
+
+def _rho(x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 3 or not (np.ptp(x) and np.ptp(y)):
+        return math.nan
+    return float(spearmanr(x, y).statistic)
 
 
 def _mean_bits(record: Record, site: str) -> float | None:
