@@ -24,7 +24,7 @@ from aqt_search import sites as site_analysis
 from aqt_search.calibration import moving_average
 from aqt_search.carriers import check_execution
 from aqt_search.formats import NumericFormat
-from aqt_search.interpreter import Held, Interpreter, Trace, init_states, make_plans
+from aqt_search.interpreter import Held, Interpreter, Plan, Trace, init_states, make_plans
 from aqt_search.quantizer import Quantizer, quantizer
 from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
 
@@ -186,13 +186,7 @@ def quantize_with_state(
 
     def run(update, assignment, state, params, args, kwargs):
         trace, plans = prepare(assignment, params, args, kwargs)
-        held, expected = flat_state(state), init_states(trace, plans)
-        if held.keys() != expected.keys():
-            raise SiteError(
-                "The calibration state is not of this assignment: it is for"
-                f" {_listed(held)}, the assignment needs it for {_listed(expected)}. Make it with"
-                " init."
-            )
+        held = checked_state(state, trace, plans)
         interpreter = Interpreter(trace, plans, execution=execution, update=update)
         outputs, states = interpreter.run(Held(held, {}))
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs), _nested(held | states)
@@ -241,6 +235,23 @@ def _nested(states: Mapping[tuple[str, str], Any]) -> CalibrationState:
 def flat_state(state: CalibrationState) -> dict[tuple[str, str], Any]:
     """Calibration states by (site, operand)."""
     return {(name, field): s for name, fields in state.items() for field, s in fields.items()}
+
+
+def checked_state(
+    state: CalibrationState, trace: Trace, plans: Mapping[tuple[str, str], Plan]
+) -> dict[tuple[str, str], Any]:
+    """Calibration states by (site, operand).
+
+    Raises:
+      SiteError: they are not those that the plans need.
+    """
+    held, expected = flat_state(state), init_states(trace, plans)
+    if held.keys() != expected.keys():
+        raise SiteError(
+            "The calibration state is not of this assignment: it is for"
+            f" {_listed(held)}, the assignment needs it for {_listed(expected)}. Make it with init."
+        )
+    return held
 
 
 def _listed(states: Mapping[tuple[str, str], Any]) -> str:

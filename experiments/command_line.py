@@ -13,6 +13,8 @@ from ml_collections import config_flags
 
 from aqt_search.data import DataError
 from aqt_search.formats import FormatError
+from aqt_search.palette import PaletteError
+from aqt_search.ptq import PTQError
 from aqt_search.report import ReportError
 from aqt_search.rules import RuleError
 from aqt_search.search.guard import CollapsedSearchError
@@ -33,6 +35,8 @@ USER_ERRORS = (
     DivergedError,
     FormatError,
     MetricsError,
+    PTQError,
+    PaletteError,
     ReportError,
     RuleError,
     SiteError,

@@ -26,31 +26,34 @@ from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
 from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
-from experiments import from_config, results, search, sensitivity, train
+from experiments import from_config, palettize, ptq, results, search, sensitivity, train
 from experiments.command_line import run_job
 from experiments.job import Job, Prepare, locked, run_alone, run_together
 
 # What may differ between points of one program: it is an input, or not part of the program.
-_INPUTS = ("seed", "series", "formats", "policy", "sweep", "log_every")
+_INPUTS = ("seed", "series", "formats", "policy", "checkpoint", "sweep", "log_every")
+_STAGES = {"train": train.prepare, "ptq": ptq.prepare, "palettize": palettize.prepare}
 
 
 class Point(NamedTuple):
     """One run of the sweep."""
 
     name: str
-    kind: str  # "float", "uniform", "search", "random" or "retrained"
+    kind: str  # "float", "uniform", "search", "random", "retrained" or a stage's job
     prepare: Prepare
     config: ml_collections.ConfigDict
+    follows: bool = False  # whether it takes what another point has found
 
     @property
     def program(self) -> str:
         """Points with the same have the same step, if their inputs look alike."""
         values = {k: v for k, v in self.config.to_dict().items() if k not in _INPUTS}
-        if self.prepare is train.prepare:
+        if self.prepare is not search.prepare:
             del values["search"]
         else:
             values["search"] = {k: v for k, v in values["search"].items() if k != "target"}
-        return json.dumps([self.kind == "retrained", values], sort_keys=True, default=str)
+        prepare = self.prepare.__module__
+        return json.dumps([prepare, self.follows, values], sort_keys=True, default=str)
 
 
 def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point]:
@@ -63,13 +66,15 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
         suffix = f"_seed{seed}" if len(sweep.seeds) > 1 else ""
         changed = functools.partial(_changed, config, seed=seed, **dict(place))
         for baseline in sweep.baselines:
-            name, rules = baseline if isinstance(baseline, (tuple, list)) else (baseline, None)
-            is_float = name == "float" and rules is None
+            whole = baseline if isinstance(baseline, (tuple, list)) else (baseline,)
+            name, rules, changes = (*whole, *(None, {})[len(whole) - 1 :])
             if rules is None:
-                rules = () if is_float else search.uniform_rules(config, name)
-            own = changed(formats=rules, series=name)
-            kind = "float" if is_float else "uniform"
+                rules = () if name == "float" else search.uniform_rules(config, name)
+            own = changed(formats=rules, series=name, **changes)
+            kind = "uniform" if rules else "float"
             points.append(Point(prefix + name + suffix, kind, train.prepare, own))
+            base = points[-1]
+            points += [_stage_of(base, stage, workdir) for stage in sweep.stages]
         for (space, changes), target in itertools.product(
             sweep.spaces or [("", {})], sweep.targets
         ):
@@ -83,8 +88,23 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
                 policy = str(workdir / "points" / name / results.POLICY_FILE)
                 own = changed(policy=policy, series=f"retrained {space}".strip())
                 retrained = prefix + "_".join(["retrained", *parts[1:]]) + suffix
-                points.append(Point(retrained, "retrained", train.prepare, own))
+                points.append(Point(retrained, "retrained", train.prepare, own, follows=True))
     return points
+
+
+def _stage_of(base: Point, stage: tuple, workdir: Path) -> Point:
+    """The point of a stage on the weights of a baseline."""
+    name, job, changes = stage
+    if job not in _STAGES:
+        raise from_config.ConfigError(
+            f"Stage {name!r} of sweep.stages has the job {job!r}; expected one of"
+            f" {', '.join(_STAGES)}."
+        )
+    own = _changed(base.config, **changes)
+    own.checkpoint = str(workdir / "points" / base.name)
+    own.series = f"{base.config.series} {name}"
+    kind = {"train": "uniform", "palettize": "palette"}.get(job, job)
+    return Point(f"{base.name}_{name}", kind, _STAGES[job], own, follows=True)
 
 
 def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
@@ -144,8 +164,8 @@ def run_points(
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.program if side_by_side else point.name, []).append(point)
-    # Formats to train from scratch are there only after the searches.
-    for group in sorted(groups.values(), key=lambda g: side_by_side and g[0].kind == "retrained"):
+    # What a point takes from another is there only after it.
+    for group in sorted(groups.values(), key=lambda g: side_by_side and g[0].follows):
         waiting = []
         for point in group:
             result = finished(folder / point.name)

@@ -1,0 +1,155 @@
+"""Captures: what named sites of a model take in and give out, without changing the model.
+
+    values = site_values(apply, ["stem/kernel", "head/kernel"])
+
+    @jax.jit
+    def means(assignment, state, variables, x):
+        return {n: v.out.mean(0) for n, v in values(assignment, state, variables, x).items()}
+
+Compute what is wanted of the values under the same jit, as here: XLA then leaves out everything
+that is not asked for, the rest of the model behind the last site included.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+
+from aqt_search import sites as site_analysis
+from aqt_search.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
+from aqt_search.operands import Operand
+from aqt_search.ptq.errors import PTQError
+from aqt_search.sites import Path, Site
+from aqt_search.transform import (
+    Assignment,
+    CalibrationState,
+    check_assignment,
+    checked_state,
+    trace_function,
+)
+
+
+class SiteValues(NamedTuple):
+    """The operands and the product of a site.
+
+    Of a lookup, lhs are the indices and rhs is the table, as in `Site`.
+    """
+
+    lhs: jax.Array  # as it enters the site, before the site quantizes it
+    rhs: jax.Array
+    out: jax.Array  # the product of the operands as the site takes them
+    operands: tuple[Operand, Operand]  # as the site takes them: `operands.values_of` gives values
+
+
+def nearest_names(name: str, names: Collection[str]) -> str:
+    """Up to three names close to one that is not among them, for an error."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)[:3]
+    return ", ".join(near) or "there are none"
+
+
+def check_site_names(names: Sequence[str], sites: Collection[str]) -> None:
+    """Raises PTQError for a name that is not of a site."""
+    if isinstance(names, str):
+        raise PTQError(f"Sites are given as a sequence of names; got the string {names!r}.")
+    for name in names:
+        if name not in sites:
+            raise PTQError(
+                f"The function has no site {name!r}. Nearest: {nearest_names(name, sites)}."
+            )
+
+
+def equations_at(
+    jaxpr: jex_core.Jaxpr, path: Path
+) -> Iterator[tuple[jex_core.Jaxpr, jex_core.JaxprEqn]]:
+    """The equations that a path leads through, each with the jaxpr that it stands in.
+
+    Of a while loop the path ends there: no value can leave it.
+    """
+    for index, branch in zip(path[::2], (*path[1::2], None)):
+        eqn = jaxpr.eqns[index]
+        yield jaxpr, eqn
+        if branch is None or eqn.primitive.name == "while":
+            return
+        jaxpr, _ = site_analysis.sub_jaxprs(eqn)[branch]
+
+
+def why_out_of_reach(trace: Trace, name: str) -> str | None:
+    """Why the values of a site cannot be captured; None where they can."""
+    if trace.sites[name].refused:
+        return trace.sites[name].refused
+    (path,) = (path for path, site in trace.site_paths.items() if site == name)
+    for _, eqn in equations_at(trace.closed.jaxpr, path):
+        if eqn.primitive.name in ("scan", "while", "cond"):
+            return (
+                f"it is inside a {eqn.primitive.name}, out of which its values cannot be taken;"
+                " unroll it"
+            )
+    return None
+
+
+def reachable_sites(
+    apply: Callable, variables: Any, *args: Any, **kwargs: Any
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """The sites of `apply`, and for those whose values cannot be captured the reason."""
+    trace = trace_function(apply, variables, args, kwargs, {})
+    reasons = {name: why_out_of_reach(trace, name) for name in trace.sites}
+    return trace.sites, {name: reason for name, reason in reasons.items() if reason}
+
+
+class _Capture(Interpreter):
+    """Gives the values of some sites in place of the next states of calibrations."""
+
+    def __init__(self, trace: Trace, plans: Mapping[tuple[str, str], Plan], names: Collection[str]):
+        super().__init__(trace, plans, execution="emulated", update=False, visit=names)
+        self._names = set(names)
+
+    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
+        outputs, _ = super()._site(name, eqn, operands, held)
+        if name not in self._names:
+            return outputs, {}
+        lookup = self._trace.sites[name].kind == "gather"
+        lhs, rhs = reversed(operands) if lookup else operands
+        taken = tuple(self._taken((name, s), x, held) for s, x in zip(SIDES, (lhs, rhs)))
+        return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
+
+    def _taken(self, key: tuple[str, str], x: jax.Array, held: Held) -> Operand:
+        plan = self._plans.get(key)
+        return x if plan is None else self._quantized(key, plan, x, held, {})[0]
+
+
+def site_values(apply: Callable, names: Sequence[str]) -> Callable:
+    """Returns `values(assignment, state, variables, *args, **kwargs) -> {name: SiteValues}`.
+
+    The model runs as `quantize_with_state(apply).evaluate` runs it, so what enters a site comes
+    from earlier sites in the formats of the assignment; {} for both is the float model. Jit it
+    together with what is made of the values, and it is compiled once for batches of a shape.
+
+    Args:
+      apply: a function of variables and data.
+      names: of sites, as `find_sites` gives them. Sites under jit and remat are reached.
+
+    Raises (when called):
+      PTQError: a name is not of a site (the message has the nearest), or of one whose values cannot
+        be taken out: inside of a scan, cond, while or a function with a derivative rule of its own.
+      SiteError: the assignment or the state is not of this function.
+    """
+
+    def values(
+        assignment: Assignment, state: CalibrationState, variables: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, SiteValues]:
+        trace = trace_function(apply, variables, args, kwargs, {})
+        check_assignment(assignment, trace.sites)
+        check_site_names(names, trace.sites)
+        for name in names:
+            if reason := why_out_of_reach(trace, name):
+                raise PTQError(f"The values of site {name!r} cannot be captured: {reason}.")
+        plans = make_plans(trace, assignment, None)
+        held = Held(checked_state(state, trace, plans), {})
+        _, found = _Capture(trace, plans, names).run(held)
+        return {name: found[name, "values"] for name in names}
+
+    return values

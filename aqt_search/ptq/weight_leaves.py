@@ -1,0 +1,119 @@
+"""The leaf that a site's weight is, so that a weight can be changed where the model keeps it.
+
+A weight may reach its site through casts, reshapes and transpositions, which are undone. Where more
+happens on the way (weight standardization, a LoRA sum), or the leaf is used elsewhere too, no leaf
+holds the weight alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+
+from aqt_search import sites as site_analysis
+from aqt_search.interpreter import Trace
+from aqt_search.ptq.captures import equations_at
+from aqt_search.transform import is_array
+
+_REARRANGEMENTS = (
+    "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy",
+)  # fmt: skip
+_CALLS = site_analysis.INLINED_CALLS + site_analysis.REMAT_CALLS
+
+
+class WeightLeaf(NamedTuple):
+    """Where a site's weight is kept: a leaf of the variables."""
+
+    index: int  # among the array leaves of the variables
+    operand: Callable[[jax.Array], jax.Array]  # the leaf as it enters the site
+
+    def read(self, variables: Any) -> jax.Array:
+        """The operand that the variables hold."""
+        arrays = [leaf for leaf in jax.tree.leaves(variables) if is_array(leaf)]
+        return self.operand(arrays[self.index])
+
+    def write(self, variables: Any, operand: jax.Array) -> Any:
+        """The variables whose leaf enters the site as `operand`."""
+        leaves, tree = jax.tree.flatten(variables)
+        places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
+        place = places[self.index]
+        leaf = jax.ShapeDtypeStruct(leaves[place].shape, leaves[place].dtype)
+        # The transpose of a linear function that only moves elements is its inverse.
+        (leaves[place],) = jax.linear_transpose(self.operand, leaf)(operand)
+        return jax.tree.unflatten(tree, leaves)
+
+
+class NoLeaf(Exception):
+    """No leaf holds the weight alone; the message says why."""
+
+
+def weight_leaf(trace: Trace, name: str, side: str) -> WeightLeaf:
+    """The leaf of the variables that enters `side` of site `name`, which must not be in a loop.
+
+    Raises:
+      NoLeaf: the operand is computed from the leaf, or something else reads the leaf, too.
+    """
+    (path,) = (path for path, site in trace.site_paths.items() if site == name)
+    *around, (jaxpr, eqn) = equations_at(trace.closed.jaxpr, path)
+    sides = ("rhs", "lhs") if trace.sites[name].kind == "gather" else ("lhs", "rhs")
+    position, steps = _followed(jaxpr, eqn.invars[sides.index(side)])
+    for jaxpr, eqn in reversed(around):
+        position, earlier = _followed(jaxpr, eqn.invars[position])
+        steps = [*earlier, *steps]
+    return WeightLeaf(position, _composed(steps))
+
+
+def _followed(jaxpr: jex_core.Jaxpr, atom) -> tuple[int, list[jex_core.JaxprEqn]]:
+    """The input of a jaxpr that a value is a rearrangement of, and the equations in between."""
+    defined_by = {v: (eqn, place) for eqn in jaxpr.eqns for place, v in enumerate(eqn.outvars)}
+    reads = _reads(jaxpr)
+    steps: list[jex_core.JaxprEqn] = []
+    while True:
+        if isinstance(atom, jex_core.Literal) or atom in jaxpr.constvars:
+            raise NoLeaf("its weight is a constant of the function")
+        if reads.get(atom, 0) > 1:
+            raise NoLeaf("its weight is used elsewhere in the model, too")
+        if atom in jaxpr.invars:
+            return jaxpr.invars.index(atom), steps
+        eqn, place = defined_by[atom]
+        if eqn.primitive.name in _CALLS:
+            ((body, _),) = site_analysis.sub_jaxprs(eqn)
+            position, inner = _followed(body, body.outvars[place])
+            steps, atom = [*inner, *steps], eqn.invars[position]
+        elif _only_moves(eqn):
+            steps, atom = [eqn, *steps], eqn.invars[0]
+        else:
+            raise NoLeaf(
+                f"its weight is not a parameter as such, but computed by {eqn.primitive.name}"
+            )
+
+
+def _only_moves(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether every element goes to one place, as it is or cast."""
+    same_size = eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    return eqn.primitive.name in _REARRANGEMENTS and same_size
+
+
+def _reads(jaxpr: jex_core.Jaxpr) -> dict[Any, int]:
+    """How often each variable is read by what is used of a jaxpr, its results included."""
+    results, _ = site_analysis.used_equations(jaxpr, [True] * len(jaxpr.outvars))
+    used = [eqn for eqn, flags in zip(jaxpr.eqns, results) if any(flags) or eqn.effects]
+    reads: dict[Any, int] = {}
+    for atom in (*(v for eqn in used for v in eqn.invars), *jaxpr.outvars):
+        if not isinstance(atom, jex_core.Literal):
+            reads[atom] = reads.get(atom, 0) + 1
+    return reads
+
+
+def _composed(steps: list[jex_core.JaxprEqn]) -> Callable[[jax.Array], jax.Array]:
+    """The function that a chain of equations of one operand each is."""
+
+    def operand(leaf: jax.Array) -> jax.Array:
+        for eqn in steps:
+            leaf = eqn.primitive.bind(leaf, **eqn.params)
+        return leaf
+
+    return operand
