@@ -116,7 +116,8 @@ def test_the_rule_is_batched_and_needs_no_error_without_a_delta():
     q = Quantizer("int3", calibration=CLIPPING, gradient=ewgs(0.5))
     both = jax.vmap(lambda x: gradient(q, x))(np.stack([X, 2 * X]))
     np.testing.assert_allclose(both[0], gradient(q), rtol=1e-6)
-    assert ewgs(0.0) == STRAIGHT_THROUGH and ewgs(0.0, clips=False) == PASS_THROUGH
+    assert ewgs(0.0) == STRAIGHT_THROUGH
+    assert ewgs(0.0, clips=False) == PASS_THROUGH
 
 
 def test_a_step_towards_the_level_counts_for_more():
