@@ -1,6 +1,6 @@
 """Memory and time of a training step through soft palettes (DKM), as multiples of plain QAT's.
 
-    python -m benchmarks.palette_memory                   # about 3 minutes
+    python -m benchmarks.palette_memory
     python -m benchmarks.palette_memory --seconds 1
 
 The layer is a 3 x 3 convolution of 512 to 512 channels: 2.36 M weights. Memory is the peak by XLA's
