@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search import cost
+from aqt_search import cost, models
 from aqt_search.models.channels import round_channels
 from aqt_search.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from aqt_search.models.mobilenet_v2 import MobileNetV2, Stage, mobilenet_v2
@@ -354,7 +354,7 @@ def test_relu_may_take_the_place_of_relu6(version):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * scale)
     assert np.abs(expected - reference_logits(version, variables, images)).max() > 0.01 * scale
     with pytest.raises(ValueError, match="swish"):
-        small(version, activation="swish")
+        models.build(f"mobilenet_{version}", 10, activation="swish")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
