@@ -66,10 +66,7 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
         suffix = f"_seed{seed}" if len(sweep.seeds) > 1 else ""
         changed = functools.partial(_changed, config, seed=seed, **dict(place))
         for baseline in sweep.baselines:
-            whole = baseline if isinstance(baseline, (tuple, list)) else (baseline,)
-            name, rules, changes = (*whole, *(None, {})[len(whole) - 1 :])
-            if rules is None:
-                rules = () if name == "float" else search.uniform_rules(config, name)
+            name, rules, changes = _baseline(config, baseline)
             own = changed(formats=rules, series=name, **changes)
             kind = "uniform" if rules else "float"
             points.append(Point(prefix + name + suffix, kind, train.prepare, own))
@@ -90,6 +87,14 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
                 retrained = prefix + "_".join(["retrained", *parts[1:]]) + suffix
                 points.append(Point(retrained, "retrained", train.prepare, own, follows=True))
     return points
+
+
+def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, dict[str, Any]]:
+    """(name, rules, changes of keys) of an entry of `sweep.baselines`."""
+    if isinstance(spec, str):
+        return spec, () if spec == "float" else search.uniform_rules(config, spec), {}
+    name, rules, *changes = spec
+    return name, rules, changes[0] if changes else {}
 
 
 def _stage_of(base: Point, stage: tuple, workdir: Path) -> Point:

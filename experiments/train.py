@@ -53,6 +53,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     if config.checkpoint:
         there = finished_run.load(config, Path(config.checkpoint), images).variables
         state = state._replace(params=there["params"], batch_stats=there["batch_stats"])
+        if parts.range_loss is not None:  # its margins start from these weights
+            state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
     claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))

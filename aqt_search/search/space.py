@@ -184,7 +184,6 @@ def make_space(
     rules: Iterable[tuple[str, Any]],
     *,
     decide: str = "site",
-    adapt: Callable[[Site, SiteFormats], SiteFormats] = _as_chosen,
 ) -> Space:
     """Builds a space from ordered rules: the first that matches a site's name holds for it.
 
@@ -202,7 +201,6 @@ def make_space(
       decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
         the network (the same first part of the name, where names begin alike the first that
         differs), "rule" all sites of a rule, "model" all sites, whose rules offer the same.
-      adapt: of a site and its formats under a point, what they become: `experiments.quantizers`.
 
     Raises:
       RuleError: a rule matches no site or is never reached.
@@ -234,7 +232,7 @@ def make_space(
     for number, choice in searched.items():
         if choice.fixed:
             fixed |= {name: site_formats(sites[name], choice.fixed) for name in taken[number]}
-    space = Space(sites, tuple(decisions), fixed, adapt)
+    space = Space(sites, tuple(decisions), fixed)
     space.assignment(np.zeros(len(decisions), int))  # raises where options cannot share a program
     return space
 
