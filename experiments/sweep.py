@@ -71,7 +71,10 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
             kind = "uniform" if rules else "float"
             points.append(Point(prefix + name + suffix, kind, train.prepare, own))
             base = points[-1]
-            points += [_stage_of(base, stage, workdir) for stage in sweep.stages]
+            points += [
+                _stage_of(base, f"{prefix}{name}_{stage[0]}{suffix}", stage, workdir)
+                for stage in sweep.stages
+            ]
         for (space, changes), target in itertools.product(
             sweep.spaces or [("", {})], sweep.targets
         ):
@@ -97,19 +100,19 @@ def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, d
     return name, rules, changes[0] if changes else {}
 
 
-def _stage_of(base: Point, stage: tuple, workdir: Path) -> Point:
-    """The point of a stage on the weights of a baseline."""
-    name, job, changes = stage
+def _stage_of(base: Point, name: str, stage: tuple, workdir: Path) -> Point:
+    """The point `name` of a stage on the weights of a baseline."""
+    series, job, changes = stage
     if job not in _STAGES:
         raise from_config.ConfigError(
-            f"Stage {name!r} of sweep.stages has the job {job!r}; expected one of"
+            f"Stage {series!r} of sweep.stages has the job {job!r}; expected one of"
             f" {', '.join(_STAGES)}."
         )
     own = _changed(base.config, **changes)
     own.checkpoint = str(workdir / "points" / base.name)
-    own.series = f"{base.config.series} {name}"
+    own.series = f"{base.config.series} {series}"
     kind = {"train": "uniform", "palettize": "palette"}.get(job, job)
-    return Point(f"{base.name}_{name}", kind, _STAGES[job], own, follows=True)
+    return Point(name, kind, _STAGES[job], own, follows=True)
 
 
 def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
