@@ -55,6 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.quantizers.activation = "absmax"
     config.quantizers.weight_gradient = "straight_through"
     config.quantizers.activation_gradient = "straight_through"
+    # A scale per output "channel", one for the "tensor", or one per block along the contraction.
+    config.quantizers.weight_granularity = "channel"  # or "tensor", "block(32)"
     # Patterns of sites whose weights are companded by tanh: with "centred(fixed(1.0))" and
     # "pass_through" these are DoReFa-Net's (aqt_search.dorefa).
     config.quantizers.companded = ()

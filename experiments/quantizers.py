@@ -17,6 +17,7 @@ import ml_collections
 import aqt_search as aqs
 from aqt_search import calibration, gradient_rules, learned_scales
 from aqt_search.calibration import Calibration
+from aqt_search.granularity import PER_TENSOR, Granularity, per_block
 from aqt_search.quantizer import Quantizer, quantizer
 from experiments.from_config import ConfigError, checked_values
 
@@ -38,6 +39,12 @@ GRADIENTS: Mapping[str, Callable[..., gradient_rules.GradientRule]] = {
     "straight_through": lambda: gradient_rules.STRAIGHT_THROUGH,
     "pass_through": lambda: gradient_rules.PASS_THROUGH,
     "ewgs": gradient_rules.ewgs,
+}
+# None is an operand's own: a scale per channel.
+GRANULARITIES: Mapping[str, Callable[..., Granularity | None]] = {
+    "channel": lambda: None,
+    "tensor": lambda: PER_TENSOR,
+    "block": per_block,
 }
 
 
@@ -101,18 +108,35 @@ def named_gradient(spec: str) -> gradient_rules.GradientRule:
     return GRADIENTS[name](*arguments)
 
 
+def named_granularity(spec: str) -> Granularity | None:
+    """The granularity called `spec`: "channel", "tensor" or "block(size)".
+
+    Raises:
+      ConfigError: unknown name.
+      TypeError, ValueError: arguments that it does not take.
+    """
+    name, arguments = _parts(spec)
+    _known(name, tuple(GRANULARITIES), "granularity")
+    return GRANULARITIES[name](*arguments)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizers:
-    """The calibrations and gradient rules of the roles, by name."""
+    """The calibrations and gradient rules of the roles, by name; which weights share a scale."""
 
     calibrations: Mapping[str, Calibration]
     gradients: Mapping[str, gradient_rules.GradientRule]
+    weight_granularity: Granularity | None
 
     @property
     def is_default(self) -> bool:
         """Whether formats alone say it all."""
         rules, found = set(self.gradients.values()), set(self.calibrations.values())
-        return rules == {gradient_rules.STRAIGHT_THROUGH} and found == {calibration.absmax()}
+        return (
+            rules == {gradient_rules.STRAIGHT_THROUGH}
+            and found == {calibration.absmax()}
+            and self.weight_granularity is None
+        )
 
     def of_site(self, site: aqs.Site, formats: aqs.SiteFormats) -> aqs.SiteFormats:
         """The site's formats with the quantizers of its operands' roles."""
@@ -126,7 +150,10 @@ class Quantizers:
             if spec is None or site.kind == "gather" or not _is_plain(spec):
                 return spec
             return dataclasses.replace(
-                quantizer(spec), calibration=self.calibrations[role], gradient=self.gradients[role]
+                quantizer(spec),
+                granularity=self.weight_granularity if role == "weight" else None,
+                calibration=self.calibrations[role],
+                gradient=self.gradients[role],
             )
 
         return formats._replace(lhs=of("lhs"), rhs=of("rhs"))
@@ -162,4 +189,5 @@ def configured_quantizers(
         return Quantizers(
             {role: named_calibration(options[role], formats) for role in _ROLES},
             {role: named_gradient(options[f"{role}_gradient"]) for role in _ROLES},
+            named_granularity(options.weight_granularity),
         )

@@ -49,9 +49,9 @@ def _spec_json(spec: Any) -> str | dict[str, Any] | None:
     if spec is None:
         return None
     if isinstance(spec, aqs.Quantizer) and not _is_named(spec):
-        # Its calibration and gradient rule are the configuration's.
-        spec = aqs.Quantizer(spec.fmt, spec.granularity, unsigned=spec.unsigned)
-    if isinstance(spec, aqs.Quantizer) and not spec.unsigned and spec.granularity is None:
+        # All else is the configuration's (config.quantizers).
+        spec = aqs.Quantizer(spec.fmt, unsigned=spec.unsigned)
+    if isinstance(spec, aqs.Quantizer) and not spec.unsigned:
         name = spec_name(dataclasses.replace(spec, unsigned=True))
         return {"format": name, "unsigned": False}
     return spec_name(spec)

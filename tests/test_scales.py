@@ -235,6 +235,30 @@ def test_a_search_learns_a_step_size_for_every_format(data_dir):
 
 
 @pytest.mark.parametrize(
+    "granularity, scales", [("channel", CLASSES), ("tensor", 1), ("block(2)", 3 * CLASSES)]
+)
+def test_weights_share_scales_as_configured(granularity, scales):
+    config = digits_resnet8.get_config()
+    config.formats = ((".*", "int4"),)
+    config.quantizers.weight_granularity = granularity
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(4, FEATURES)), rng.normal(size=(FEATURES, CLASSES))
+    args = {"kernel": jnp.float32(w)}, jnp.float32(x)
+
+    def apply(params, x):
+        return x @ params["kernel"]
+
+    sites = aqs.find_sites(apply, *args)
+    assignment = configured_assignment(config, sites)
+    frozen = aqs.freeze(apply, assignment, *args).weights["kernel"]["rhs"]
+    assert frozen.scale.size == scales  # 5 features make blocks of 2, 2 and 1
+    groups = {"channel": w, "tensor": w.reshape(-1), "block(2)": w[:2]}[granularity]
+    top = np.abs(groups).max(0)
+    np.testing.assert_allclose(np.ravel(frozen.scale)[: top.size], np.ravel(top) / 7, rtol=1e-6)
+    assert results.policy_json(assignment) == {"kernel": {"lhs": "int4", "rhs": "int4"}}
+
+
+@pytest.mark.parametrize(
     "changes, told",
     [
         ({"quantizers.weight": "lsqq"}, "Unknown calibration 'lsqq'"),
@@ -243,6 +267,8 @@ def test_a_search_learns_a_step_size_for_every_format(data_dir):
         ({"quantizers.weight": "centred(min_max)"}, "symmetric"),
         ({"quantizers.weight": "mse 3"}, "no name"),
         ({"quantizers.companded": ("nowhere",)}, "nowhere"),
+        ({"quantizers.weight_granularity": "row"}, "Unknown granularity 'row'"),
+        ({"quantizers.weight_granularity": "block(0)"}, "at least one element"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(data_dir, tmp_path, changes, told):
