@@ -158,7 +158,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep.spaces = ()
     config.sweep.retrain = False  # also train each search's formats from scratch, to compare
     # What is done to the weights of every baseline afterwards, each a point of its own: (name, job,
-    # changes of keys), job "train", "ptq" or "palettize".
+    # changes of keys), job "train", "ptq" or "palettize"; or (name, job, changes, baselines), to go
+    # on from these alone.
     config.sweep.stages = ()
     # A baseline, on whose weights the sensitivity of every layer is measured; "" for none.
     config.sweep.sensitivity = ""

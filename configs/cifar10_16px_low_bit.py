@@ -5,12 +5,57 @@
         --config.data.name=folder:/path/to/cifar10
 
 `:mobilenet_v2` is the depthwise network, `:quick` one seed of one epoch. Range losses act on the
-float network alone; see configs/digits_low_bit.py for what follows.
+float network alone, as in configs/digits_low_bit.py; the first and the last layer have 8 bits.
+Training through 2 bits goes on from the float weights, at half the epochs and a quarter of the
+learning rate.
 """
 
 import ml_collections
 
 from configs import cifar10_16px_mobilenet_v2, cifar10_16px_resnet8, digits_low_bit
+
+W8A8 = ((".*", "int8"),)
+
+
+def low_bit(weight: str) -> tuple:
+    """Weights in a format, everything else in 8 bits."""
+    return (("stem|head", "int8"), (".*", {"weight": weight, "activation": "int8"}))
+
+
+def after_training(weight: str, *steps: str) -> dict:
+    """Post-training quantization with the best scale for the weights, then `steps`."""
+    return {"formats": low_bit(weight), "quantizers.weight": "mse", "ptq.steps": steps}
+
+
+def _stages(epochs: float, learning_rate: float) -> tuple:
+    through_2_bits = {
+        "formats": low_bit("int2"), "range_loss.rules": (), "epochs": epochs / 2,
+        "optimizer.learning_rate": learning_rate / 4, "optimizer.warmup_epochs": 0.0,
+    }  # fmt: skip
+    every = (
+        ("w8a8", "ptq", {"formats": W8A8}),
+        ("w2a8_max", "ptq", {"formats": low_bit("int2")}),
+        ("w2a8_mse", "ptq", after_training("int2")),
+        ("w2a8_adaround", "ptq", after_training("int2", *digits_low_bit.ROUNDED)),
+        ("w2a8_qat", "train", through_2_bits),
+        ("w2a8_lsq", "train", through_2_bits | {"quantizers.weight": "lsq"}),
+        ("palette2", "palettize", {"palette.rules": ((".*", 2),)}),
+        ("palette1", "palettize", {"palette.rules": ((".*", 1),)}),
+    )
+    # How to round, and a scale per tensor, have nothing to do with range losses.
+    rounded = tuple(
+        (
+            f"w{bits}a8_{how}",
+            "ptq",
+            after_training(f"int{bits}", "fold_batch_norm", how),
+            ("plain",),
+        )
+        for bits in (4, 3)
+        for how in ("adaround", "gptq")
+    )
+    steps = ("fold_batch_norm", "equalize", "correct_bias")
+    one_scale = {"formats": W8A8, "quantizers.weight_granularity": "tensor", "ptq.steps": steps}
+    return every + rounded + (("w8a8_tensor", "ptq", one_scale, ("plain",)),)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -24,5 +69,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sweep.targets = ()
     config.sweep.retrain = False
     config.sweep.sensitivity = ""
-    config.sweep.stages = digits_low_bit.STAGES
+    config.sweep.stages = _stages(config.epochs, config.optimizer.learning_rate)
     return config

@@ -73,7 +73,7 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
             base = points[-1]
             points += [
                 _stage_of(base, f"{prefix}{name}_{stage[0]}{suffix}", stage, workdir)
-                for stage in sweep.stages
+                for stage in _stages(sweep, name)
             ]
         for (space, changes), target in itertools.product(
             sweep.spaces or [("", {})], sweep.targets
@@ -98,6 +98,23 @@ def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, d
         return spec, () if spec == "float" else search.uniform_rules(config, spec), {}
     name, rules, *changes = spec
     return name, rules, changes[0] if changes else {}
+
+
+def _stages(sweep: ml_collections.ConfigDict, baseline: str) -> list[tuple]:
+    """The (name, job, changes) of `sweep.stages` that go on from a baseline."""
+    found = []
+    baselines = [spec if isinstance(spec, str) else spec[0] for spec in sweep.baselines]
+    for series, job, changes, *only in sweep.stages:
+        names = only[0] if only else baselines
+        odd = [name for name in names if name not in baselines]
+        if odd:
+            raise from_config.ConfigError(
+                f"Stage {series!r} of sweep.stages goes on from {odd[0]!r}, which is none of the"
+                f" baselines {', '.join(baselines)}."
+            )
+        if baseline in names:
+            found.append((series, job, changes))
+    return found
 
 
 def _stage_of(base: Point, name: str, stage: tuple, workdir: Path) -> Point:

@@ -129,18 +129,20 @@ def test_what_cannot_be_is_an_error_that_names_it(trained, data_dir, tmp_path, c
 
 def test_the_points_of_a_stage_are_one_group_over_the_seeds(data_dir, tmp_path):
     config = configured(data_dir)
-    config.sweep.update({"baselines": ("float",), "targets": (), "seeds": (0, 1)})
-    config.sweep.stages = (("w2a8", "ptq", {"formats": digits_low_bit.W2A8}),)
+    config.sweep.update({"baselines": ("float", "int8"), "targets": (), "seeds": (0, 1)})
+    config.sweep.stages = (("w2a8", "ptq", {"formats": digits_low_bit.W2A8}, ("float",)),)
     points = {point.name: point for point in sweep.sweep_points(config, tmp_path)}
-    assert set(points) == {f"float{s}_seed{n}" for s in ("", "_w2a8") for n in (0, 1)}
+    names = ("float", "float_w2a8", "int8")
+    assert set(points) == {f"{name}_seed{n}" for name in names for n in (0, 1)}
     for number in (0, 1):
         own = points[f"float_w2a8_seed{number}"].config
         assert own.checkpoint == str(tmp_path / "points" / f"float_seed{number}")
         assert own.seed == number
 
 
-def test_an_unknown_stage_is_an_error(data_dir, tmp_path):
+@pytest.mark.parametrize("stage", [("x", "distill", {}), ("x", "ptq", {}, ("distilled",))])
+def test_an_unknown_stage_is_an_error(data_dir, tmp_path, stage):
     config = configured(data_dir)
-    config.sweep.baselines, config.sweep.stages = ("float",), (("x", "distill", {}),)
+    config.sweep.baselines, config.sweep.stages = ("float",), (stage,)
     with pytest.raises(ConfigError, match="distill"):
         sweep.sweep_points(config, tmp_path)
