@@ -35,10 +35,23 @@ class TrainState(NamedTuple):
         return variables | ({SCALES: self.scales} if jax.tree.leaves(self.scales) else {})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_variables(model: Any, image_shape: tuple[int, ...], key: jax.Array) -> Any:
+def _init(model: Any, image_shape: tuple[int, ...], key: jax.Array) -> Any:
     images = jnp.zeros((1, *image_shape), jnp.float32)
     return model.init({"params": key, "dropout": key}, images, train=False)
+
+
+@functools.cache
+def _jitted_init(backend: str) -> Callable:
+    # At XLA's default level LLVM takes 2.5 seconds for the random bits of every layer, 24 for a
+    # ResNet-8. At level 1 they are 4, and the program runs once.
+    options = {"xla_backend_optimization_level": 1} if backend == "cpu" else None
+    return jax.jit(_init, static_argnums=(0, 1), compiler_options=options)
+
+
+def _initial_variables(model: Any, image_shape: tuple[int, ...], key: jax.Array) -> Any:
+    traced = isinstance(key, jax.core.Tracer)  # options are for the outermost program alone
+    init = _init if traced else _jitted_init(jax.default_backend())
+    return init(model, image_shape, key)
 
 
 def init_train_state(
