@@ -106,7 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
     # experiments.compare_searchers: other searchers on the weights of a finished search.
     config.searchers = ml_collections.ConfigDict()
     config.searchers.checkpoint = ""  # the workdir of the search
-    config.searchers.names = ("random", "greedy", "evolution", "policy_gradient")  # "brute_force"
+    # All but "brute_force", for small spaces.
+    config.searchers.names = ("random", "greedy", "evolution", "critic", "policy_gradient")
     config.searchers.evaluations = 100  # points that each may judge
     config.searchers.images = 1000  # held-out images: half to judge, half to report
 

@@ -23,6 +23,7 @@ from aqt_search import data
 from aqt_search.search.searchers import (
     Outcome,
     brute_force,
+    critic_search,
     evolution,
     greedy,
     policy_gradient,
@@ -39,6 +40,7 @@ SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
     "random": random_search,
     "greedy": greedy,
     "evolution": evolution,
+    "critic": critic_search,
     "policy_gradient": policy_gradient,
     "brute_force": brute_force,
 }

@@ -237,7 +237,7 @@ def test_other_searchers_on_the_weights_of_a_search(swept, images):
     config, workdir = swept
     folder = workdir / "points" / "search_1.5"
     point = next(p for p in sweep.sweep_points(config, workdir) if p.name == "search_1.5")
-    names = ("random", "greedy", "evolution", "policy_gradient")
+    names = ("random", "greedy", "evolution", "critic", "policy_gradient")
     values = {"checkpoint": str(folder), "evaluations": 24, "images": 100, "names": names}
     point.config.searchers.update(values)
     found = compare_searchers.compare(point.config, images)
@@ -250,7 +250,7 @@ def test_other_searchers_on_the_weights_of_a_search(swept, images):
         assert row["evaluations"] <= 24
         assert set(row["formats"]) == set(read(folder / "space.json"))
         assert 0 <= row["accuracy_other_half"] <= 1
-    assert len(compare_searchers.format_outcomes(found).splitlines()) == 6
+    assert len(compare_searchers.format_outcomes(found).splitlines()) == 2 + len(names)
     point.config.searchers.names = ("grid",)
     with pytest.raises(from_config.ConfigError, match=r"grid: expected some of random"):
         compare_searchers.compare(point.config, images)

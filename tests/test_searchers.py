@@ -16,6 +16,7 @@ from aqt_search.search.cost_table import CostTable
 from aqt_search.search.searchers import (
     best_within,
     brute_force,
+    critic_search,
     evolution,
     greedy,
     in_batches,
@@ -34,6 +35,7 @@ SEARCHERS = {
     "random": functools.partial(random_search, spread=0.3),
     "greedy": greedy,
     "evolution": evolution,
+    "critic": critic_search,
     "policy_gradient": policy_gradient,
 }
 ALL = SEARCHERS | {"brute_force": brute_force}
@@ -384,6 +386,8 @@ def test_bad_targets_and_budgets_are_refused(search):
         (evolution, {}, 3, "at least 4"),
         (evolution, {"population": 20}, 10, "population is 20"),
         (policy_gradient, {}, 8, "at least 9"),
+        (critic_search, {}, 8, "at least 9"),
+        (critic_search, {"samples": 1}, 10, "samples is 1"),
         (policy_gradient, {"samples": 1}, 10, "samples is 1"),
         (policy_gradient, {"cost_samples": 0}, 10, "cost_samples 0"),
     ],

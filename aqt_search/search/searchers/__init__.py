@@ -12,6 +12,7 @@ Every one is a function `search(evaluate, costs, target, evaluations, seed) -> O
 """
 
 from aqt_search.search.searchers.brute_force import brute_force
+from aqt_search.search.searchers.critic_search import critic_search
 from aqt_search.search.searchers.evolution import evolution
 from aqt_search.search.searchers.greedy import greedy
 from aqt_search.search.searchers.outcome import (
@@ -31,6 +32,7 @@ __all__ = [
     "Outcome",
     "best_within",
     "brute_force",
+    "critic_search",
     "evolution",
     "greedy",
     "in_batches",

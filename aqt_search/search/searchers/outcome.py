@@ -82,6 +82,13 @@ def joined(parts: Sequence[Evaluated]) -> Evaluated:
     return Evaluated(*(np.concatenate(columns) for columns in zip(*parts)))
 
 
+def finite(qualities: np.ndarray) -> np.ndarray:
+    """float32, the lowest finite quality in place of those that are not; 0 if none is."""
+    known = np.isfinite(qualities)
+    lowest = qualities[known].min() if known.any() else 0.0
+    return np.where(known, qualities, lowest).astype(np.float32)
+
+
 def best_within(evaluated: Evaluated, limit: float) -> Outcome:
     """The judged point of highest quality with cost <= limit.
 

@@ -18,6 +18,7 @@ from aqt_search.search.searchers.outcome import (
     best_within,
     check_evaluations,
     cost_limit,
+    finite,
     joined,
     judge,
 )
@@ -80,7 +81,7 @@ def policy_gradient(
         points = sample_points(rng, log_p, cost_samples)
         ratios = np.float32(costs.of_many(points) / target)[:, None]
         groups = (
-            (choices, _finite(parts[-1].qualities), weight),
+            (choices, finite(parts[-1].qualities), weight),
             (points, -penalty("absolute", ratios, beta), 0.0),
         )
         state = _update(state, groups, costs.mask, learning_rate)
@@ -112,10 +113,3 @@ def _update(state: PolicyState, groups, mask, learning_rate) -> PolicyState:
     )
     logits = optax.apply_updates(state.logits, updates)
     return state._replace(logits=logits, opt_state=opt_state, updates=state.updates + 1)
-
-
-def _finite(qualities: np.ndarray) -> np.ndarray:
-    """float32, the lowest finite quality in place of those that are not."""
-    finite = np.isfinite(qualities)
-    lowest = qualities[finite].min() if finite.any() else 0.0
-    return np.where(finite, qualities, lowest).astype(np.float32)
