@@ -12,6 +12,12 @@ block. Weights have a scale per channel, activations an unsigned one per tensor.
 runs ResNet-8 on CIFAR-10 at 16 x 16, what two CPU cores can do; `:imagenet` is the study at full
 size (ResNet-29 and 50, 250 epochs), which has not been run here; `:quick` trains for one epoch.
 The report says which fronts dominate, and shows the gap between training and test accuracy.
+
+Test accuracy in % at widths 0.375, 0.75 and 1.5 (commit 9b5e133, one seed, 4 epochs): bf16 50.99,
+56.71, 59.92; int8 51.11, 57.03, 60.43; int4 47.59, 53.51, 55.88; int4 with 8-bit ends 49.24, 54.90,
+57.96. So bf16 is dominated, point by point, by int8 at a quarter of its cost; at equal accuracy the
+front of int4 with 8-bit ends costs 0.12 times what bf16 costs, and 0.53 times what int8 costs.
+Training less test accuracy: 7.0, 6.8, 5.8 and 7.0 points in the mean over the widths.
 """
 
 import ml_collections
