@@ -15,6 +15,7 @@ from aqt_search.search.one_shot import SearchState, init_policy
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.workdir import CONFIG_FILE, read_json
+from configs import base
 from experiments import from_config, results
 from experiments.assignment import configured_assignment
 from experiments.search import configured_space, first_assignment, search_options
@@ -55,7 +56,7 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
             f"{folder} holds no finished run: it has no"
             f" {results.RESULT_FILE} and {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
-    there = read_json(folder / CONFIG_FILE)
+    there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)
     differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differing:
@@ -65,6 +66,15 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
             " and changes of it."
         )
     return ml_collections.ConfigDict(there)
+
+
+def _completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration with the keys that came after it: their defaults are what it did."""
+    merged = {**defaults, **config}
+    for key, value in merged.items():
+        if isinstance(defaults.get(key), dict):
+            merged[key] = _completed(value, defaults[key])
+    return merged
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sensitivities against numpy in float64, and the job on the digits."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -294,6 +295,20 @@ def test_weights_of_a_search(folder, images):
     write_json(run / "result.json", {"kind": "uniform"})
     with pytest.raises(CheckpointError, match="does not fit"):
         finished_run.trained_variables(config, run, parts)
+
+
+def test_a_run_may_be_older_than_keys_of_the_configuration(folder, images):
+    leave_run(folder, images, "older", "uniform")
+    run, asked = folder / "older", configured(folder, "older")
+    whole = json.loads((run / "config.json").read_text())
+    older = copy.deepcopy(whole)
+    del older["model"]["activation"], older["ptq"], older["quantizers"]["weight_granularity"]
+    write_json(run / "config.json", older)
+    found = finished_run.run_config(asked, run)
+    assert json.loads(json.dumps(found.to_dict())) == whole  # defaults all
+    asked.model.activation = "relu"  # which it had not
+    with pytest.raises(from_config.ConfigError, match=r"model.activation: there , now relu"):
+        finished_run.run_config(asked, run)
 
 
 def test_images_are_each_taken_once(folder, images):
