@@ -33,7 +33,10 @@ def log_probabilities(logits: jax.Array, mask: np.ndarray, temperature: float = 
 
 def sample_many(key: jax.Array, log_p: jax.Array, count: int) -> jax.Array:
     """`count` independent points: [count, decisions], int32."""
-    return jax.random.categorical(key, log_p, axis=-1, shape=(count, log_p.shape[0]))
+    # As jax.random.categorical draws them, whose random bits in several dimensions take LLVM a
+    # second longer to compile.
+    noise = jax.random.gumbel(key, (count * log_p.size,)).reshape(count, *log_p.shape)
+    return jnp.argmax(noise + log_p[None], axis=-1)
 
 
 def centred(rewards: jax.Array) -> jax.Array:
