@@ -49,11 +49,11 @@ def _spec_json(spec: Any) -> str | dict[str, Any] | None:
     if spec is None:
         return None
     if isinstance(spec, aqs.Quantizer) and not _is_named(spec):
-        # All else is the configuration's (config.quantizers).
-        spec = aqs.Quantizer(spec.fmt, unsigned=spec.unsigned)
-    if isinstance(spec, aqs.Quantizer) and not spec.unsigned:
-        name = spec_name(dataclasses.replace(spec, unsigned=True))
-        return {"format": name, "unsigned": False}
+        # What config.quantizers tells.
+        plain = aqs.Quantizer(spec.fmt)
+        given = {key: getattr(plain, key) for key in ("granularity", "calibration", "gradient")}
+        name = spec_name(dataclasses.replace(spec, unsigned=True, **given))
+        return name if spec.unsigned else {"format": name, "unsigned": False}
     return spec_name(spec)
 
 

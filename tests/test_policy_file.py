@@ -29,6 +29,6 @@ def test_written_and_read(case, tmp_path):
 
 
 def test_what_has_no_name_is_refused():
-    spec = aqs.Quantizer("int4", aqs.PER_TENSOR)
+    spec = aqs.Quantizer("int4", edge="half_step")
     with pytest.raises(aqs.FormatError, match="has no name"):
         policy_json(aqs.assign(SITES, [(".*", spec)]))
