@@ -10,7 +10,7 @@ import ast
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
@@ -21,6 +21,7 @@ from aqt_search.granularity import PER_TENSOR, Granularity, per_block
 from aqt_search.quantizer import Quantizer, quantizer
 from experiments.from_config import ConfigError, checked_values
 
+T = TypeVar("T")
 _ROLES = ("weight", "activation")
 
 # By name: a calibration of the arguments behind the name.
@@ -96,28 +97,16 @@ def named_calibration(spec: str, formats: Sequence[str] = ()) -> Calibration:
     return CALIBRATIONS[name](*arguments)
 
 
-def named_gradient(spec: str) -> gradient_rules.GradientRule:
-    """The gradient rule called `spec`: a name of `GRADIENTS`, or name(argument, ...).
+def named(spec: str, table: Mapping[str, Callable[..., T]], what: str) -> T:
+    """What `spec` calls of `table`, `GRADIENTS` or `GRANULARITIES`: name or name(argument, ...).
 
     Raises:
-      ConfigError: unknown name.
+      ConfigError: unknown name; the message says `what` was looked for.
       TypeError, ValueError: arguments that it does not take.
     """
     name, arguments = _parts(spec)
-    _known(name, tuple(GRADIENTS), "gradient")
-    return GRADIENTS[name](*arguments)
-
-
-def named_granularity(spec: str) -> Granularity | None:
-    """The granularity called `spec`: "channel", "tensor" or "block(size)".
-
-    Raises:
-      ConfigError: unknown name.
-      TypeError, ValueError: arguments that it does not take.
-    """
-    name, arguments = _parts(spec)
-    _known(name, tuple(GRANULARITIES), "granularity")
-    return GRANULARITIES[name](*arguments)
+    _known(name, tuple(table), what)
+    return table[name](*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +177,6 @@ def configured_quantizers(
     with checked_values("quantizers"):
         return Quantizers(
             {role: named_calibration(options[role], formats) for role in _ROLES},
-            {role: named_gradient(options[f"{role}_gradient"]) for role in _ROLES},
-            named_granularity(options.weight_granularity),
+            {role: named(options[f"{role}_gradient"], GRADIENTS, "gradient") for role in _ROLES},
+            named(options.weight_granularity, GRANULARITIES, "granularity"),
         )

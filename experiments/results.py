@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 import aqt_search as aqs
+from aqt_search.granularity import Granularity
 from aqt_search.quantizer import NAMED_QUANTIZERS, operand_spec, spec_name
 from aqt_search.training.evaluation import (
     StaticEvaluation,
@@ -28,16 +29,28 @@ from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import write_json
 from aqt_search.weight_statistics import weight_statistics
 from experiments.from_config import Images, evaluation_batches, quantized, statistics_batches
+from experiments.quantizers import GRANULARITIES, named
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
 WEIGHTS_FILE = "weights.json"
 
 
-def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str, Any]]:
-    """Site -> names of the formats of both operands, and of gradients where they have one."""
+def policy_json(
+    assignment: Mapping[str, aqs.SiteFormats], weight_granularity: Granularity | None = None
+) -> dict[str, dict[str, Any]]:
+    """Site -> names of the formats of both operands, and of gradients where they have one.
+
+    Calibrations and gradient rules are left to `config.quantizers`.
+
+    Args:
+      weight_granularity: that of `config.quantizers`, which is left to it, too.
+
+    Raises:
+      FormatError: a quantizer differs from its format's in anything else.
+    """
     return {
         name: {
-            field: _spec_json(spec)
+            field: _spec_json(spec, weight_granularity)
             for field, spec in formats._asdict().items()
             if spec is not None or field in ("lhs", "rhs")
         }
@@ -45,14 +58,15 @@ def policy_json(assignment: Mapping[str, aqs.SiteFormats]) -> dict[str, dict[str
     }
 
 
-def _spec_json(spec: Any) -> str | dict[str, Any] | None:
+def _spec_json(spec: Any, weight_granularity: Granularity | None) -> str | dict[str, Any] | None:
     if spec is None:
         return None
     if isinstance(spec, aqs.Quantizer) and not _is_named(spec):
-        # What config.quantizers tells.
         plain = aqs.Quantizer(spec.fmt)
-        given = {key: getattr(plain, key) for key in ("granularity", "calibration", "gradient")}
-        name = spec_name(dataclasses.replace(spec, unsigned=True, **given))
+        left = {"calibration": plain.calibration, "gradient": plain.gradient}
+        if spec.granularity == weight_granularity:
+            left["granularity"] = None
+        name = spec_name(dataclasses.replace(spec, unsigned=True, **left))
         return name if spec.unsigned else {"format": name, "unsigned": False}
     return spec_name(spec)
 
@@ -203,7 +217,8 @@ def finish(
         **facts,
     }
     write_json(workdir / SITES_FILE, sites_json(sites))
-    write_json(workdir / POLICY_FILE, policy_json(assignment))
+    granularity = named(config.quantizers.weight_granularity, GRANULARITIES, "granularity")
+    write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
     shape, scales = images.splits.image_shape, judged.variables.get("scales")
     statistics = weights_json(model, judged.assignment, variables, shape, scales, float_variables)
     write_json(workdir / WEIGHTS_FILE, statistics)

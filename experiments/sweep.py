@@ -59,7 +59,7 @@ class Point(NamedTuple):
 def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point]:
     """The points of `config.sweep`, in the order they are run."""
     sweep = config.sweep
-    points = []
+    points, stages = [], _stages(sweep)
     values = [[(key, value) for value in choices] for key, choices in sweep.grid]
     for seed, *place in itertools.product(sweep.seeds, *values):
         prefix = "".join(f"{_label(key, value)}_" for key, value in place)
@@ -73,7 +73,8 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
             base = points[-1]
             points += [
                 _stage_of(base, f"{prefix}{name}_{stage[0]}{suffix}", stage, workdir)
-                for stage in _stages(sweep, name)
+                for *stage, baselines in stages
+                if name in baselines
             ]
         for (space, changes), target in itertools.product(
             sweep.spaces or [("", {})], sweep.targets
@@ -100,8 +101,8 @@ def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, d
     return name, rules, changes[0] if changes else {}
 
 
-def _stages(sweep: ml_collections.ConfigDict, baseline: str) -> list[tuple]:
-    """The (name, job, changes) of `sweep.stages` that go on from a baseline."""
+def _stages(sweep: ml_collections.ConfigDict) -> list[tuple]:
+    """(name, job, changes, the baselines it goes on from) of every entry of `sweep.stages`."""
     found = []
     baselines = [spec if isinstance(spec, str) else spec[0] for spec in sweep.baselines]
     for series, job, changes, *only in sweep.stages:
@@ -112,8 +113,7 @@ def _stages(sweep: ml_collections.ConfigDict, baseline: str) -> list[tuple]:
                 f"Stage {series!r} of sweep.stages goes on from {odd[0]!r}, which is none of the"
                 f" baselines {', '.join(baselines)}."
             )
-        if baseline in names:
-            found.append((series, job, changes))
+        found.append((series, job, changes, names))
     return found
 
 

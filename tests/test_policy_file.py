@@ -28,7 +28,9 @@ def test_written_and_read(case, tmp_path):
     assert read_policy(path) == assignment
 
 
-def test_what_has_no_name_is_refused():
-    spec = aqs.Quantizer("int4", edge="half_step")
+@pytest.mark.parametrize(
+    "spec", [aqs.Quantizer("int4", aqs.PER_TENSOR), aqs.Quantizer("int4", edge="half_step")]
+)
+def test_what_has_no_name_is_refused(spec):
     with pytest.raises(aqs.FormatError, match="has no name"):
         policy_json(aqs.assign(SITES, [(".*", spec)]))

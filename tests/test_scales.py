@@ -28,6 +28,7 @@ from configs import digits_resnet8
 from experiments import finished_run, from_config, results, search, train
 from experiments.assignment import configured_assignment
 from experiments.from_config import ConfigError
+from experiments.quantizers import GRANULARITIES, named
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 DEVICES = 2
@@ -255,7 +256,8 @@ def test_weights_share_scales_as_configured(granularity, scales):
     groups = {"channel": w, "tensor": w.reshape(-1), "block(2)": w[:2]}[granularity]
     top = np.abs(groups).max(0)
     np.testing.assert_allclose(np.ravel(frozen.scale)[: top.size], np.ravel(top) / 7, rtol=1e-6)
-    assert results.policy_json(assignment) == {"kernel": {"lhs": "int4", "rhs": "int4"}}
+    written = results.policy_json(assignment, named(granularity, GRANULARITIES, "granularity"))
+    assert written == {"kernel": {"lhs": "int4", "rhs": "int4"}}
 
 
 @pytest.mark.parametrize(

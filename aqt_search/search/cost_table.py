@@ -11,6 +11,7 @@ import numpy as np
 from aqt_search.search.options import SpaceError
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CostTable:
     """A cost that adds up over groups of sites with one or two decisions each.

@@ -127,7 +127,7 @@ def pooled_values(critic: CriticState, groups: np.ndarray, mask: np.ndarray) -> 
     variance = 2 * critic.variance / jnp.maximum(critic.count, 1e-9)
     shared = mask & (groups.T @ groups.sum(axis=1) > 1)[:, None]
     excess = jnp.where(shared, jnp.square(deviation) - variance, 0.0)
-    true = jnp.maximum(jnp.sum(excess) / max(1, shared.sum()), 1e-12)
+    true = jnp.maximum(jnp.sum(excess) / jnp.maximum(jnp.sum(shared), 1), 1e-12)
     return mean + deviation * true / (true + variance)
 
 

@@ -11,18 +11,9 @@ from aqt_search.search import critic
 from aqt_search.search import policy as policies
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.policy import PolicyState
-from aqt_search.search.searchers.outcome import (
-    Evaluate,
-    Evaluated,
-    Outcome,
-    best_within,
-    check_evaluations,
-    cost_limit,
-    finite,
-    joined,
-    judge,
-)
-from aqt_search.search.searchers.points import sample_points, tilted_log_probabilities
+from aqt_search.search.searchers.learned_policy import learn, updates_of
+from aqt_search.search.searchers.outcome import Evaluate, Outcome, cost_limit
+from aqt_search.search.searchers.points import tilted_log_probabilities
 from aqt_search.training.parallel import AXIS
 
 
@@ -53,40 +44,31 @@ def critic_search(
         or no judged point that fits has a finite quality.
     """
     limit = cost_limit(costs, target, tolerance)
-    if samples < 2:
-        raise ValueError(
-            f"samples is {samples}; expected at least 2: the critic compares those of one update."
-        )
-    check_evaluations(evaluations, samples + 1, f"an update of {samples} samples and a last point")
-    updates = (evaluations - 1) // samples
-    period, mask = critic.Period(0, updates - 1), tuple(map(tuple, costs.mask.tolist()))
-    table = costs.table, costs.first, costs.second, costs.fixed
-    state = critic.init_policy(costs.mask)
-    log_p = np.asarray(tilted_log_probabilities(costs, target))
-    rng = np.random.default_rng(seed)
-    parts: list[Evaluated] = []
-    for number in range(updates):
-        choices = sample_points(rng, log_p, samples)
-        parts.append(judge(evaluate, costs, choices))
-        quality = finite(parts[-1].qualities)
-        state = _update(state, choices, quality, number, table, target, mask, period, tolerance)
-        log_p = np.asarray(policies.log_probabilities(state.logits, costs.mask))
-    parts.append(judge(evaluate, costs, np.argmax(log_p, axis=-1)[None]))
-    return best_within(joined(parts), limit)
+    updates = updates_of(evaluations, samples)
+    step = functools.partial(_update, period=critic.Period(0, updates - 1), tolerance=tolerance)
+
+    def update(state, choices, quality, number, _):
+        state = step(state, choices, quality, number, costs, target)
+        return state, np.asarray(policies.log_probabilities(state.logits, costs.mask))
+
+    start = critic.init_policy(costs.mask), tilted_log_probabilities(costs, target)
+    return learn(
+        evaluate, costs, limit, start, update,
+        updates=updates, samples=samples, rng=np.random.default_rng(seed),
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("mask", "period", "tolerance"))
+@functools.partial(jax.jit, static_argnames=("period", "tolerance"))
 def _update(
-    state: PolicyState, choices, quality, number, table, target, mask, period, tolerance
+    state: PolicyState, choices, quality, number, costs: CostTable, target, *, period, tolerance
 ) -> PolicyState:
     """One step of the critic; the last one settles on the answer."""
-    groups, mask = critic.groups_of(range(len(mask))), np.array(mask)
-    costs = CostTable(*table, mask)
+    groups = critic.groups_of(range(len(costs.mask)))
 
     def update(state):
         return critic.critic_step(
             state, choices, quality, {"cost": costs}, {"cost": target}, number, period, groups,
-            mask, keep=1.0, tolerance=tolerance, one_sided=False,
+            costs.mask, keep=1.0, tolerance=tolerance, one_sided=False,
         )[0]  # fmt: skip
 
     return jax.vmap(update, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)(state)

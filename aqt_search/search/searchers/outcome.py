@@ -82,7 +82,7 @@ def joined(parts: Sequence[Evaluated]) -> Evaluated:
     return Evaluated(*(np.concatenate(columns) for columns in zip(*parts)))
 
 
-def finite(qualities: np.ndarray) -> np.ndarray:
+def finite_or_lowest(qualities: np.ndarray) -> np.ndarray:
     """float32, the lowest finite quality in place of those that are not; 0 if none is."""
     known = np.isfinite(qualities)
     lowest = qualities[known].min() if known.any() else 0.0

@@ -11,17 +11,8 @@ from aqt_search.search import policy as policies
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.policy import PolicyState
 from aqt_search.search.reward import entropy_weight, penalty
-from aqt_search.search.searchers.outcome import (
-    Evaluate,
-    Evaluated,
-    Outcome,
-    best_within,
-    check_evaluations,
-    cost_limit,
-    finite,
-    joined,
-    judge,
-)
+from aqt_search.search.searchers.learned_policy import learn, updates_of
+from aqt_search.search.searchers.outcome import Evaluate, Outcome, cost_limit
 from aqt_search.search.searchers.points import sample_points, tilted_log_probabilities
 
 _LOWEST_LOG_PROBABILITY = -5.0  # at the start: an option that is never drawn is never learned of
@@ -59,35 +50,35 @@ def policy_gradient(
         or cost samples, or no judged point that fits has a finite quality.
     """
     limit = cost_limit(costs, target, tolerance)
-    if samples < 2 or cost_samples < 2:
+    if cost_samples < 2:
         raise ValueError(
-            f"samples is {samples} and cost_samples {cost_samples}; expected at least 2 of each:"
-            " advantages compare the samples of one update."
+            f"cost_samples {cost_samples} is too few; expected at least 2: those of one update are"
+            " compared."
         )
-    check_evaluations(evaluations, samples + 1, f"an update of {samples} samples and a last point")
-    updates = (evaluations - 1) // samples
+    updates = updates_of(evaluations, samples)
     state = policies.init_policy(costs.mask, optax.adam(learning_rate))
-    start = np.maximum(tilted_log_probabilities(costs, target), _LOWEST_LOG_PROBABILITY)
-    state = state._replace(logits=jnp.float32(start))
+    tilted = np.maximum(tilted_log_probabilities(costs, target), _LOWEST_LOG_PROBABILITY)
+    state = state._replace(logits=jnp.float32(tilted))
     weights = entropy_weight(
         "cosine", np.arange(updates), start=0, total=updates, end_weight=final_entropy_weight
     )
     rng = np.random.default_rng(seed)
-    parts: list[Evaluated] = []
-    for weight in weights:
-        log_p = np.asarray(_log_probabilities(state.logits, costs.mask))
-        choices = sample_points(rng, log_p, samples)
-        parts.append(judge(evaluate, costs, choices))
+
+    def with_log_p(state):
+        return state, np.asarray(_log_probabilities(state.logits, costs.mask))
+
+    def update(state, choices, quality, number, log_p):
         points = sample_points(rng, log_p, cost_samples)
         ratios = np.float32(costs.of_many(points) / target)[:, None]
         groups = (
-            (choices, finite(parts[-1].qualities), weight),
+            (choices, quality, weights[number]),
             (points, -penalty("absolute", ratios, beta), 0.0),
         )
-        state = _update(state, groups, costs.mask, learning_rate)
-    answer = np.argmax(np.where(costs.mask, state.logits, -np.inf), axis=-1)
-    parts.append(judge(evaluate, costs, answer[None]))
-    return best_within(joined(parts), limit)
+        return with_log_p(_update(state, groups, costs.mask, learning_rate))
+
+    return learn(
+        evaluate, costs, limit, with_log_p(state), update, updates=updates, samples=samples, rng=rng
+    )
 
 
 _log_probabilities = jax.jit(policies.log_probabilities)
