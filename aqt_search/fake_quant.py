@@ -136,7 +136,7 @@ def straight_through(
     (with `PASS_THROUGH` dx everywhere). Learned bounds add to it, where the format has a scale,
 
         (values - x) d(high - low) / (high - low) inside ("lsq"; nothing with "pact")
-        d high above them, d low below
+        d high above them, d low below; values d high / high where low is -high
 
     the derivative of clip(x / scale + zero) * scale under a rounding of derivative 1 (LSQ: Esser et
     al. 2020, arXiv 1902.08153, equation 3; PACT: Choi et al. 2018, arXiv 1805.06085, equation 4).
@@ -160,13 +160,16 @@ def _slope_of_bounds(x, bounds: Bounds, values, inside, tangents: Bounds, how: R
     """What a change of the bounds does to the values."""
     shape = x.shape
     x, values, inside = (split_blocks(v, how.granularity) for v in (x, values, inside))
-    high, d_high = bounds.high, tangents.high
-    low, d_low = (-high, -d_high) if bounds.low is None else (bounds.low, tangents.low)
-    width = jnp.maximum(high - low, jnp.finfo(high.dtype).tiny)
-    residual = (values - x) * ((d_high - d_low) / width)
-    if how.calibration.derivative == "pact":
-        residual = jnp.zeros_like(residual)
-    slope = jnp.where(inside, residual, jnp.where(x > high, d_high, d_low))
+    residual = jnp.zeros_like(x) if how.calibration.derivative == "pact" else values - x
+    tiny = jnp.finfo(bounds.high.dtype).tiny
+    if bounds.low is None:
+        # Outside, values are a multiple of high: one factor, transposed to one sum over all of x.
+        factor = jnp.where(inside, residual, values)
+        slope = factor * (tangents.high / jnp.maximum(bounds.high, tiny))
+    else:
+        widening = (tangents.high - tangents.low) / jnp.maximum(bounds.high - bounds.low, tiny)
+        outside = jnp.where(x > bounds.high, tangents.high, tangents.low)
+        slope = jnp.where(inside, residual * widening, outside)
     return join_blocks(slope, how.granularity, shape)
 
 

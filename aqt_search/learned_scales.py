@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,16 @@ def _picked(values: jax.Array, row: jax.Array) -> jax.Array:
     return jnp.tensordot(row, values, 1)
 
 
+def _while_unset(started: Callable, value: jax.Array, x: jax.Array) -> jax.Array:
+    """`started(value, x)` as long as some of the value is 0: later steps need not look at all of x.
+
+    Replicas have the same values, if not the same formats, so that all of them take one branch:
+    `started` may sum over them.
+    """
+    x = jax.lax.stop_gradient(x)
+    return jax.lax.cond(jnp.any(value == 0), started, lambda value, x: value, value, x)
+
+
 @functools.cache
 def lsq(*formats: str) -> Calibration:
     """A learned step size s: high = s * max_value (LSQ: Esser et al. 2020, arXiv 1902.08153).
@@ -123,13 +134,15 @@ def lsq(*formats: str) -> Calibration:
         return Bounds(step * grid.max_value.astype(jnp.float32))
 
     def apply(state, x, over, grid, error):
-        row = _row(formats, grid)
-        mean = over.sum(jnp.abs(x)) / _count(x, over)
-        first = (2 * mean / jnp.sqrt(grid.max_value)).astype(jnp.float32)
-        first = jnp.where(jnp.isfinite(first), first, 0)
         step = state["step"].value
-        chosen = row.reshape(-1, *(1,) * first.ndim) > 0
-        step = jnp.where(chosen & (step == 0), first, step)
+        chosen = _row(formats, grid).reshape(-1, *(1,) * (step.ndim - 1)) > 0
+
+        def started(step, x):
+            mean = over.sum(jnp.abs(x)) / _count(x, over)
+            first = (2 * mean / jnp.sqrt(grid.max_value)).astype(jnp.float32)[None]
+            return jnp.where(chosen & (step == 0) & jnp.isfinite(first), first, step)
+
+        step = _while_unset(started, step, x)
         factor = jax.lax.rsqrt(_count(x, over) * grid.max_value.astype(jnp.float32))
         scaled = {"step": Learned(scaled_gradient(step, factor))}
         return Bounds(read(scaled, grid).high.astype(x.dtype)), {"step": Learned(step)}
@@ -156,10 +169,11 @@ def pact(start: float | None = None) -> Calibration:
         return Bounds(jnp.abs(state["alpha"].value))
 
     def apply(state, x, over, grid, error):
-        first = over.max(jnp.abs(x)).astype(jnp.float32)
-        first = jnp.where(jnp.isfinite(first), first, 0)
-        alpha = state["alpha"].value
-        alpha = jnp.where(alpha == 0, first, alpha)
+        def started(alpha, x):
+            first = over.max(jnp.abs(x)).astype(jnp.float32)
+            return jnp.where((alpha == 0) & jnp.isfinite(first), first, alpha)
+
+        alpha = _while_unset(started, state["alpha"].value, x)
         return Bounds(jnp.abs(alpha).astype(x.dtype)), {"alpha": Learned(alpha)}
 
     return Calibration(init, apply, read, derivative="pact")
