@@ -66,16 +66,20 @@ def margin(share: float = 0.01) -> RangeLoss:
     return RangeLoss(lambda u: {"margin": jnp.max(jnp.abs(u))}, apply)
 
 
-def soft_min_max(temperature: float = 2.0) -> RangeLoss:
-    """s_max - s_min + exp(-|a|), with a learned temperature a (arXiv 2303.08253).
+def soft_min_max(temperature: float = 5.0) -> RangeLoss:
+    """s_max - s_min + exp(t - |a|), with a learned temperature a that starts at t.
 
         s_max = sum u e^(a (u - max u)) / sum e^(a (u - max u));  s_min likewise with -a and min u
 
     A small a pulls in many weights, a large one the largest alone. Both ends are pulled in apart,
-    which suits clustering: a palette need not be symmetric.
+    which suits clustering: a palette need not be symmetric. The paper (arXiv 2303.08253,
+    Soft-min-max) has t = 0, of weights as they are. The derivative of s_max - s_min in a is the
+    variance of u at both ends, 2 for normal u: more than exp(-a) at any a > 0, so that under t = 0
+    a would fall to 0, where the loss no longer depends on u. Under t it comes to t - log 2 for
+    normal u, and to more where the ends are narrower.
 
     Args:
-      temperature: what a starts at, above 0.
+      temperature: t, above 0.
     """
     if not temperature > 0:
         raise ValueError(f"soft_min_max takes a temperature above 0; got {temperature}.")
@@ -83,7 +87,7 @@ def soft_min_max(temperature: float = 2.0) -> RangeLoss:
     def apply(u: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
         a = jnp.abs(state["temperature"])
         soft_max, soft_min = (jnp.sum(u * jax.nn.softmax(s * a * u)) for s in (1, -1))
-        return soft_max - soft_min + jnp.exp(-a)
+        return soft_max - soft_min + jnp.exp(temperature - a)
 
     return RangeLoss(lambda u: {"temperature": jnp.float32(temperature)}, apply)
 
