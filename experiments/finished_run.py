@@ -29,6 +29,13 @@ class FinishedRun(NamedTuple):
     variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}, "scales" if any
 
 
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """The result of the run in `folder`; None if it has not ended, or failed."""
+    path = folder / results.RESULT_FILE
+    result = read_json(path) if path.exists() else {"error": ""}
+    return None if "error" in result else result
+
+
 def load(
     config: ml_collections.ConfigDict, folder: Path, images: from_config.Images | None = None
 ) -> FinishedRun:
@@ -51,10 +58,10 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
       ConfigError: there is no finished run, or one of another model, data set or seed: its held-out
         images would be others.
     """
-    if not (folder / results.RESULT_FILE).exists() or not (folder / CONFIG_FILE).exists():
+    if result_of(folder) is None or not (folder / CONFIG_FILE).exists():
         raise from_config.ConfigError(
-            f"{folder} holds no finished run: it has no"
-            f" {results.RESULT_FILE} and {CONFIG_FILE}. Give the --workdir of a run that has ended."
+            f"{folder} holds no finished run: it has no {results.RESULT_FILE} without an error, or"
+            f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
     there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)

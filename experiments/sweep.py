@@ -25,9 +25,10 @@ from aqt_search.report import format_table, load_records, write_report
 from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
-from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
+from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
 from experiments import from_config, palettize, ptq, results, search, sensitivity, train
 from experiments.command_line import run_job
+from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, locked, run_alone, run_together
 
 # What may differ between points of one program: it is an input, or not part of the program.
@@ -159,13 +160,6 @@ def failure(point: Point, folder: Path, error: Exception) -> dict[str, Any]:
     return result
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a point that has one and did not fail."""
-    path = folder / results.RESULT_FILE
-    result = read_json(path) if path.exists() else {"error": ""}
-    return None if "error" in result else result
-
-
 def image_loader() -> Callable[[Point], from_config.Images]:
     """Loads each data set once; the held-out images depend on the seed."""
     loaded: dict[Any, from_config.Images] = {}
@@ -193,7 +187,7 @@ def run_points(
     for group in sorted(groups.values(), key=lambda g: side_by_side and g[0].follows):
         waiting = []
         for point in group:
-            result = finished(folder / point.name)
+            result = result_of(folder / point.name)
             if result is None:
                 waiting.append(point)
             else:
@@ -272,7 +266,7 @@ def measure_sensitivity(
             f"sweep.sensitivity is {config.sweep.sensitivity!r}, which is none of the baselines"
             f" {[str(b) for b in config.sweep.baselines]}."
         )
-    if finished(workdir / "points" / named[0].name) is None:
+    if result_of(workdir / "points" / named[0].name) is None:
         logging.error("Point %s failed: its sensitivity is not measured.", named[0].name)
         return
     own = named[0].config.copy_and_resolve_references()

@@ -311,6 +311,16 @@ def test_a_run_may_be_older_than_keys_of_the_configuration(folder, images):
         finished_run.run_config(asked, run)
 
 
+def test_weights_of_a_run_that_failed_are_refused(folder, images):
+    """Its checkpoint is of some step before the end."""
+    leave_run(folder, images, "failed", "uniform")
+    run, asked = folder / "failed", configured(folder, "failed")
+    finished_run.run_config(asked, run)
+    write_json(run / "result.json", {"kind": "uniform", "error": "LoopError: stopped"})
+    with pytest.raises(from_config.ConfigError, match="no finished run"):
+        finished_run.run_config(asked, run)
+
+
 def test_images_are_each_taken_once(folder, images):
     for limit, size in ((1000, 50), (1000, 1000), (60, 25)):
         config = configured(folder, "", **{"sensitivity.images": limit})
