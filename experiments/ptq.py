@@ -6,7 +6,7 @@
 
 The table printed, and ptq.json, have the accuracy on held-out images after every step, and the
 sites that a step had to leave. The workdir holds what other runs leave, too: the result on the test
-images, the formats, and a checkpoint of the quantized weights with their static bounds.
+images, the formats, and in `quantized` the weights with their static bounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aqt_search.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.evaluation import StaticEvaluation, evaluate, reestimate_batch_stats
-from aqt_search.training.loop import CHECKPOINT_FOLDER, Run, Schedule
+from aqt_search.training.loop import Run, Schedule
 from aqt_search.training.workdir import claim_workdir, read_json, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
@@ -38,6 +38,7 @@ from experiments.command_line import run_job
 from experiments.job import Job, run_alone
 
 PTQ_FILE = "ptq.json"
+WEIGHTS_FOLDER = "quantized"  # not the folder that training goes on from
 _SEED_OFFSET = 5_000_011
 
 
@@ -289,7 +290,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         quantized, rows = quantize_in_steps(setting, variables, judge)
         write_json(workdir / PTQ_FILE, {"images": config.ptq.images, "steps": rows})
         evaluation = judged_by(setting, variables, quantized)
-        save_checkpoint(workdir / CHECKPOINT_FOLDER, 0, evaluation.variables, {})
+        save_checkpoint(workdir / WEIGHTS_FOLDER, 0, evaluation.variables, {})
         facts = {"kind": "ptq", "steps": 0, "seconds": time.monotonic() - start}
         return results.finish(
             config, workdir, images, model, sites, formats, quantized.variables, facts,

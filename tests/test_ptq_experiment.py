@@ -76,6 +76,9 @@ def test_bounds_without_data_come_from_batch_norm(trained, data_dir, tmp_path):
            "ptq.steps": ("fold_batch_norm", "correct_bias")},
     )  # fmt: skip
     result = ptq.run(config, tmp_path / "free", images)
+    (tmp_path / "free" / "result.json").unlink()  # as killed just before the end
+    again = ptq.run(config, tmp_path / "free", images)
+    assert (again["accuracy"], again["loss"]) == (result["accuracy"], result["loss"])
     rows = read(tmp_path / "free" / "ptq.json")["steps"]
     assert result["accuracy"] > 0.5
     assert abs(rows[-1]["accuracy"] - rows[0]["accuracy"]) < 0.05  # 8 bits are enough for digits
