@@ -184,7 +184,7 @@ def _points_section(records: Sequence[Record]) -> str:
         style = "front" if row.on_front else "dominated"
         body.append(f'<tr class="{style}">{"".join(cells)}</tr>')
     return (
-        '<h2>All points</h2><div class="scroll"><table id="points"><thead><tr>'
+        '<h2>All points</h2><div class="scroll tall"><table id="points"><thead><tr>'
         f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         '<p class="note">Accuracy is that of the test set. 1 GBOP = 10<sup>9</sup> bit operations: '
         "MACs times lhs bits times rhs bits. Miss is positive where the point costs more than its "
