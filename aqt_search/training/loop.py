@@ -164,7 +164,8 @@ class _Lane:
     def __init__(self, run: Run):
         self.run = run
         self.folder = run.workdir / CHECKPOINT_FOLDER
-        self.state, self.done, self.seconds = run.state, 0, 0.0
+        self.state, self.done = run.state, 0
+        self.seconds = self.spent = 0.0  # before this start, and up to the newest checkpoint
         self.error: RuntimeError | None = None
         self.writer: MetricWriter | None = None
         restored = restore_latest(self.folder, jax.tree.map(np.asarray, run.state))
@@ -251,10 +252,8 @@ class _Loop:
         for index, lane in enumerate(self._lanes):
             if not lane.error:
                 lane.state = self._fetch(self._state, index)
-                lane.save(lane.state, number, self._seconds(lane))
-
-    def _seconds(self, lane: _Lane) -> float:
-        return lane.seconds + time.monotonic() - self._started
+                lane.spent = lane.seconds + time.monotonic() - self._started
+                lane.save(lane.state, number, lane.spent)
 
     def results(self) -> list[LoopResult | RuntimeError]:
-        return [lane.error or LoopResult(lane.state, self._seconds(lane)) for lane in self._lanes]
+        return [lane.error or LoopResult(lane.state, lane.spent) for lane in self._lanes]
