@@ -292,7 +292,7 @@ class Killed:
                     process.send_signal(number)
                     break
                 time.sleep(0.005)
-            out, err = process.communicate(timeout=900)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
         return process.returncode, out, err
