@@ -135,11 +135,13 @@ def straight_through(
 
     (with `PASS_THROUGH` dx everywhere). Learned bounds add to it, where the format has a scale,
 
-        (values - x) d(high - low) / (high - low) inside ("lsq"; nothing with "pact")
-        d high above them, d low below; values d high / high where low is -high
+        (values - x) d scale / scale inside ("lsq"; nothing with "pact")
+        values d scale / scale - scale d zero outside
 
-    the derivative of clip(x / scale + zero) * scale under a rounding of derivative 1 (LSQ: Esser et
-    al. 2020, arXiv 1902.08153, equation 3; PACT: Choi et al. 2018, arXiv 1805.06085, equation 4).
+    the derivative of (round(clip(x / scale + zero)) - round(zero)) * scale under roundings of
+    derivative 1: zero is min_value - low / scale, and has no part in it where low is -high (LSQ:
+    Esser et al. 2020, arXiv 1902.08153, equation 3; PACT: Choi et al. 2018, arXiv 1805.06085,
+    equation 4).
     """
     return values
 
@@ -148,29 +150,39 @@ def straight_through(
 def _straight_through_jvp(how, primals, tangents):
     x, bounds, values, inside, unscaled = primals
     tangent = tangents[0]
-    if inside is not None:  # None, too, where the gradient rule does not clip
-        tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
     if how.calibration.derivative is not None and bounds is not None:
-        slope = _slope_of_bounds(x, bounds, values, inside, tangents[1], how)
-        tangent = tangent + jnp.where(unscaled > 0, 0, slope).astype(tangent.dtype)
+        slopes = jax.tree.map(lambda t: jnp.where(unscaled > 0, 0, t), tangents[1])
+        tangent = _with_slope_of_bounds(x, bounds, values, unscaled, tangent, slopes, how)
+    elif inside is not None:  # None, too, where the gradient rule does not clip
+        tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
     return straight_through(*primals, how), tangent
 
 
-def _slope_of_bounds(x, bounds: Bounds, values, inside, tangents: Bounds, how: Recipe):
-    """What a change of the bounds does to the values."""
-    shape = x.shape
-    x, values, inside = (split_blocks(v, how.granularity) for v in (x, values, inside))
-    residual = jnp.zeros_like(x) if how.calibration.derivative == "pact" else values - x
-    tiny = jnp.finfo(bounds.high.dtype).tiny
+def _with_slope_of_bounds(x, bounds: Bounds, values, unscaled, tangent, slopes: Bounds, how):
+    """The tangent of `values` under those of x and of the bounds."""
+    (shape, dtype), split = (x.shape, x.dtype), lambda v: split_blocks(v, how.granularity)
+    x, values, tangent = split(x.astype(bounds.high.dtype)), split(values), split(tangent)
+    low = -bounds.high if bounds.low is None else bounds.low
+    # Told here, not where x is rounded, so that no mask is kept for the backward pass.
+    inside = ((x >= low) & (x <= bounds.high)) | (unscaled > 0)
+    zeros, tiny = jnp.zeros_like(x), jnp.finfo(bounds.high.dtype).tiny
     if bounds.low is None:
-        # Outside, values are a multiple of high: one factor, transposed to one sum over all of x.
+        residual = zeros if how.calibration.derivative == "pact" else values - x
+        # Outside, values are a multiple of high.
         factor = jnp.where(inside, residual, values)
-        slope = factor * (tangents.high / jnp.maximum(bounds.high, tiny))
+        slope = factor * (slopes.high / jnp.maximum(bounds.high, tiny))
+        tangent = jnp.where(inside, tangent, zeros) + slope
     else:
-        widening = (tangents.high - tangents.low) / jnp.maximum(bounds.high - bounds.low, tiny)
-        outside = jnp.where(x > bounds.high, tangents.high, tangents.low)
-        slope = jnp.where(inside, residual * widening, outside)
-    return join_blocks(slope, how.granularity, shape)
+        widening = (slopes.high - slopes.low) / jnp.maximum(bounds.high - low, tiny)
+        shift = slopes.low - low * widening
+
+        def spread(slope):
+            return jnp.broadcast_to(slope, x.shape)
+
+        # Transposed to sums of products, and not of selections: XLA:CPU writes those down before.
+        within = tangent + x * spread(-widening) + spread(-shift)
+        tangent = jnp.where(inside, within, zeros) + values * spread(widening) + spread(shift)
+    return join_blocks(tangent, how.granularity, shape).astype(dtype)
 
 
 @fake_quant_packed.defjvp

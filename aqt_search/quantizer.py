@@ -372,7 +372,7 @@ def encode(
         return found
     low = -bounds.high if bounds.low is None else bounds.low
     codes = where(jnp.isfinite(x), found.codes, jnp.nan)
-    if not how.gradient.clips:
-        return Codes(codes, found.scale, None)
+    if not how.gradient.clips or how.calibration.derivative is not None:
+        return Codes(codes, found.scale, None)  # learned bounds tell where they are differentiated
     inside = ((x >= low) & (x <= bounds.high)) | (grid.unscaled > 0)
     return Codes(codes, found.scale, inside)

@@ -124,9 +124,7 @@ def batch_quant64(x, low, high, gamma, offset, q_min, q_max, g):
     values = (codes - np.round(zero)) * scale / gamma
     inside = (x >= (q_min - zero) * scale / gamma) & (x <= (q_max - zero) * scale / gamma)
     # d values / d gamma: -values / gamma, and where the rounding lets it through x / gamma
-    slope = np.where(
-        inside, x - values, np.where(x > 0, zero - q_max, zero - q_min) * scale / gamma
-    )
+    slope = np.where(inside, x, 0) - values
     return values, (g * slope / gamma).sum(), -(g * ~inside).sum() * scale / gamma
 
 
