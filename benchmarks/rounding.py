@@ -52,8 +52,8 @@ def main() -> None:
     sites = aqs.find_sites(apply, variables, images[0])
     rules = [(".*", {"weight": Quantizer("int4", calibration=mse()), "activation": "int8"})]
     calibrated = ptq.calibrate(apply, aqs.assign(sites, rules), variables, images)
-    print(f"ResNet-{depth}, {len(sites)} sites, {250 * batches} images of {size} x {size}", end=", ")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"ResNet-{depth}, {len(sites)} sites, {250 * batches} images of {size} x {size}")
+    print(f"{jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}")
     step = runner(make_programs(depth, 128, size)["float32"])
     seconds = time_in_turns({"step": step}, 5)["step"]
     print(f"float32 training step, batch 128: {statistics.median(seconds):.3f} s")

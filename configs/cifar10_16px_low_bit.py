@@ -40,6 +40,8 @@ import ml_collections
 from configs import cifar10_16px_mobilenet_v2, cifar10_16px_resnet8, digits_low_bit
 
 W8A8 = ((".*", "int8"),)
+# The same numbers as without a format, in the form of a depthwise convolution that is fast on CPU.
+DEPTHWISE = (("depthwise", "fp32"),)
 
 
 def low_bit(weight: str) -> tuple:
@@ -57,10 +59,24 @@ QUANTIZED = (
     ("w2a8_max", "ptq", {"formats": low_bit("int2")}),
     ("w2a8_mse", "ptq", after_training("int2")),
 )
-# A scale per tensor and, below, how to round have nothing to do with range losses.
-STEPS = ("fold_batch_norm", "equalize", "correct_bias")
-ONE_SCALE = {"formats": W8A8, "quantizers.weight_granularity": "tensor", "ptq.steps": STEPS}
-W8A8_TENSOR = ("w8a8_tensor", "ptq", ONE_SCALE, ("plain",))
+
+
+def per_tensor() -> tuple:
+    """Weights with one scale per tensor, BatchNorm folded; then equalized, with biases corrected."""
+    return tuple(
+        (
+            f"w{bits}a8_tensor{name}",
+            "ptq",
+            {
+                "formats": ((".*", {"weight": f"int{bits}", "activation": "int8"}),),
+                "quantizers.weight_granularity": "tensor",
+                "ptq.steps": ("fold_batch_norm", *steps),
+            },
+            ("plain",),  # has nothing to do with range losses, nor has how to round, below
+        )
+        for bits in (8, 6, 4)
+        for name, steps in (("", ()), ("_equalized", ("equalize", "correct_bias")))
+    )
 
 
 def _stages(epochs: float, learning_rate: float) -> tuple:
@@ -73,8 +89,8 @@ def _stages(epochs: float, learning_rate: float) -> tuple:
         ("w2a8_adaround", "ptq", after_training("int2", *digits_low_bit.ROUNDED)),
         ("w2a8_qat", "train", through_2_bits),
         ("w2a8_lsq", "train", through_2_bits | {"quantizers.weight": "lsq"}),
-        ("palette2", "palettize", {"palette.rules": ((".*", 2),)}),
-        ("palette1", "palettize", {"palette.rules": ((".*", 1),)}),
+        ("palette2", "palettize", {"formats": (), "palette.rules": ((".*", 2),)}),
+        ("palette1", "palettize", {"formats": (), "palette.rules": ((".*", 1),)}),
     )
     rounded = tuple(
         (
@@ -86,21 +102,21 @@ def _stages(epochs: float, learning_rate: float) -> tuple:
         for bits in (4, 3)
         for how in ((), ("adaround",), ("gptq",))
     )
-    return (*every, *rounded, W8A8_TENSOR)
+    return (*every, *rounded, *per_tensor())
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    networks = digits_low_bit.float_networks()
     if arg == "mobilenet_v2":
         config = cifar10_16px_mobilenet_v2.get_config()
         config.model.activation = "relu"  # scales cannot be moved through relu6
-        stages = (*QUANTIZED, W8A8_TENSOR)
+        networks = tuple((name, DEPTHWISE, changes) for name, _, changes in networks)
     else:
         config = cifar10_16px_resnet8.get_config(arg)
-        stages = _stages(config.epochs, config.optimizer.learning_rate)
-    config.sweep.baselines = digits_low_bit.float_networks()
+    config.sweep.baselines = networks
     config.sweep.spaces = ()
     config.sweep.targets = ()
     config.sweep.retrain = False
     config.sweep.sensitivity = ""
-    config.sweep.stages = stages
+    config.sweep.stages = _stages(config.epochs, config.optimizer.learning_rate)
     return config
