@@ -62,7 +62,7 @@ QUANTIZED = (
 
 
 def per_tensor() -> tuple:
-    """Weights with one scale per tensor, BatchNorm folded; then equalized, with biases corrected."""
+    """One scale for the weights of a tensor, BatchNorm folded; then equalized, biases corrected."""
     return tuple(
         (
             f"w{bits}a8_tensor{name}",

@@ -24,6 +24,7 @@ from aqt_search.training.checkpoint import CheckpointError
 from aqt_search.training.loop import DivergedError, InterruptedRunError
 from aqt_search.training.metrics import MetricsError
 from aqt_search.training.workdir import WorkdirError
+from experiments.allocator import keep_freed_memory
 from experiments.from_config import ConfigError
 
 # What a user, a disk or the data did wrong, each with a message that says what to do.
@@ -109,6 +110,7 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+        keep_freed_memory()
         with named_errors():
             job(load_config(config), Path(workdir.value))
 

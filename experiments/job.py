@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from aqt_search.training.loop import LoopResult, Run, Schedule, run_side_by_side, run_steps
-from aqt_search.training.workdir import lock_workdir
+from aqt_search.training.workdir import claim_workdir, lock_workdir
 from experiments import from_config
 
 
@@ -32,6 +32,15 @@ class Job(NamedTuple):
 
 # prepare(config, workdir, images) of a kind of job; the workdir is locked.
 Prepare = Callable[[ml_collections.ConfigDict, Path, from_config.Images], Job]
+
+
+# Keys that change nothing of what a run does; of a run in a sweep, neither do the other points.
+_NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep")
+
+
+def claim_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Makes the folder that of this run, or checks that it is: `claim_workdir`."""
+    claim_workdir(workdir, config.to_dict(), ignore=_NOT_OF_A_RUN)
 
 
 def run_alone(

@@ -38,10 +38,10 @@ from aqt_search.training.evaluation import StaticEvaluation, reestimate_batch_st
 from aqt_search.training.loop import LoopResult, Run, Schedule
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.train_step import TrainState, init_train_state
-from aqt_search.training.workdir import claim_workdir, read_json, write_json
+from aqt_search.training.workdir import read_json, write_json
 from experiments import finished_run, from_config, results
 from experiments.command_line import run_job
-from experiments.job import Job, run_alone
+from experiments.job import Job, claim_run, run_alone
 
 PALETTE_FILE, SIZES_FILE = "palette.npz", "palette.json"
 _SEED_OFFSET = 6_000_011  # of the order of the training images
@@ -242,7 +242,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         trained = {"params": end.state.params, "batch_stats": stats["model"]}
         return store(config, workdir, parts, trained, stats["centroids"], end.seconds)
 
-    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    claim_run(workdir, config)
     return Job(step, run, schedule, finish)
 
 

@@ -31,11 +31,11 @@ from aqt_search.training import parallel
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.evaluation import StaticEvaluation, evaluate, reestimate_batch_stats
 from aqt_search.training.loop import Run, Schedule
-from aqt_search.training.workdir import claim_workdir, read_json, write_json
+from aqt_search.training.workdir import read_json, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
 from experiments.command_line import run_job
-from experiments.job import Job, run_alone
+from experiments.job import Job, claim_run, run_alone
 
 PTQ_FILE = "ptq.json"
 WEIGHTS_FOLDER = "quantized"  # not the folder that training goes on from
@@ -297,7 +297,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
             judged=evaluation, float_variables=variables,
         )  # fmt: skip
 
-    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    claim_run(workdir, config)
     return Job(None, Run(workdir, (), []), Schedule(0, 1, 1), finish)
 
 

@@ -38,10 +38,10 @@ from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import unreplicate
-from aqt_search.training.workdir import claim_workdir, write_json, write_text
+from aqt_search.training.workdir import write_json, write_text
 from experiments import from_config, results
 from experiments.command_line import run_job
-from experiments.job import Job, run_alone
+from experiments.job import Job, claim_run, run_alone
 from experiments.quantizers import configured_quantizers
 
 _PROBABILITY = "probability"
@@ -161,7 +161,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         return finish_search(config, workdir, images, parts, space, options, targets, found)
 
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    claim_run(workdir, config)
     run = Run(
         workdir, state, streams, {name: np.float32(t) for name, t in targets.items()},
         describe=lambda s: probabilities(unreplicate(s.policy.logits), space, options.temperature),

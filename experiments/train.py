@@ -20,11 +20,10 @@ from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.train_step import TrainState
-from aqt_search.training.workdir import claim_workdir
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
 from experiments.command_line import run_job
-from experiments.job import Job, run_alone
+from experiments.job import Job, claim_run, run_alone
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
@@ -57,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
             state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+    claim_run(workdir, config)
     run = Run(workdir, state, [stream], as_data(assignment))
     return Job(step, run, parts.schedule, finish)
 

@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 
-from aqt_search.training.workdir import lock_workdir
+from aqt_search.training.workdir import WorkdirError, lock_workdir
 from configs import digits_resnet8
 from experiments import from_config, search, sweep, train
 from experiments.command_line import named_errors
+from experiments.job import claim_run
 
 JOBS = {"train": train, "search": search, "sweep": sweep}
 
@@ -184,6 +185,14 @@ def test_a_diverged_run_and_a_workdir_of_another_configuration(capsys, tmp_path,
         "optimizer.learning_rate: there 1e+30, now 0.1", "--workdir",
     ):  # fmt: skip
         assert words in err
+
+
+def test_a_point_goes_on_after_a_stage_was_added_to_its_sweep(tmp_path, data_dir):
+    claim_run(tmp_path, configured(data_dir))
+    more = {"sweep.stages": (("w4a8", "ptq", {}),)}
+    claim_run(tmp_path, configured(data_dir, **more))
+    with pytest.raises(WorkdirError, match="seed: there 0, now 3"):
+        claim_run(tmp_path, configured(data_dir, seed=3))
 
 
 def test_a_defect_is_not_dressed_up_as_bad_input():
