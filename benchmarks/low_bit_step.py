@@ -31,6 +31,7 @@ from aqt_search.training.scales import with_scales
 from aqt_search.training.train_step import init_train_state, make_update
 from benchmarks import timing
 from benchmarks.search_step import Program, random_batch, runner
+from experiments.allocator import keep_freed_memory
 
 LOSSES = ("l_inf", "margin", "soft_min_max", "kurtosis")
 ABSMAX = Quantizer("int4")
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-8, 16 x 16, batch 32")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
     args = parser.parse_args()
+    keep_freed_memory()  # as every job does
     size = (8, 32, 16) if args.quick else (20, 128, 32)
     programs = make_programs(*size)
     seconds = timing.time_in_turns({n: runner(p) for n, p in programs.items()}, args.rounds)

@@ -5,7 +5,8 @@
 Every point is a run in <workdir>/points/<name>. The same command goes on where an interrupted sweep
 stopped: finished points are kept, failed ones are tried again. With `sweep.side_by_side` points
 that share a program run at the same time, one on each device. At the end <workdir> holds
-front.json, front.png and report.html, and with `sweep.sensitivity` sensitivity.json.
+front.json, front.png and report.html, and with `sweep.sensitivity` sensitivity.json; programs that
+are compiled are kept in <workdir>/compiled for all points.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 from absl import logging
 
@@ -31,6 +33,7 @@ from experiments.command_line import run_job
 from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, locked, run_alone, run_together
 
+COMPILED_FOLDER = "compiled"
 # What may differ between points of one program: it is an input, or not part of the program.
 _INPUTS = ("seed", "series", "formats", "policy", "checkpoint", "sweep", "log_every")
 _STAGES = {"train": train.prepare, "ptq": ptq.prepare, "palettize": palettize.prepare}
@@ -274,8 +277,19 @@ def measure_sensitivity(
     sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
 
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in a folder, unless JAX keeps them elsewhere already.
+
+    The points of a sweep, seeds above all, compile the same programs.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job of the command line."""
+    keep_compiled(workdir / COMPILED_FOLDER)
     report = run(config, workdir)
     print()
     print(format_table(load_records(report.parent)))

@@ -354,6 +354,20 @@ def test_any_evaluation_batch_size_is_divided_over_the_devices(data_dir, images)
     assert sizes == [76] * 5  # 360 images, 2 devices
 
 
+def test_a_sweep_keeps_its_programs_unless_jax_keeps_them_elsewhere(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    sweep.keep_compiled(tmp_path)
+    assert jax.config.jax_compilation_cache_dir == before[names[0]]  # this file's own
+    try:
+        jax.config.update(names[0], None)
+        sweep.keep_compiled(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 CONFIG = "--config=configs/digits_resnet8.py"
