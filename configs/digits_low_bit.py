@@ -7,11 +7,13 @@ Each float network (without a range loss, and with each) is quantized after trai
 `STAGES`, trained through 2-bit weights, and compressed to palettes. The report has all of it.
 """
 
+from collections.abc import Mapping
+
 import ml_collections
 
 from configs import digits_resnet8
 
-LOSSES = ("l_inf", "margin", "soft_min_max")
+WEIGHTS = {"l_inf": 0.01, "margin": 0.01, "soft_min_max": 0.01}  # of the range losses
 W2A8 = ((".*", {"weight": "int2", "activation": "int8"}),)
 W8A8 = ((".*", "int8"),)
 MSE = {"formats": W2A8, "quantizers.weight": "mse"}
@@ -35,10 +37,13 @@ STAGES = (
 )
 
 
-def float_networks(losses: tuple[str, ...] = LOSSES) -> tuple:
-    """The networks that the stages start from."""
-    plain = ("plain", (), {})
-    return (plain, *((name, (), {"range_loss.rules": ((".*", name),)}) for name in losses))
+def float_networks(weights: Mapping[str, float] = WEIGHTS) -> tuple:
+    """The networks that the stages start from: without a range loss, and with each."""
+
+    def changes(name: str) -> dict:
+        return {"range_loss.rules": ((".*", name),), "range_loss.weight": weights[name]}
+
+    return (("plain", (), {}), *((name, (), changes(name)) for name in weights))
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -47,5 +52,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sweep.targets = ()
     config.sweep.stages = STAGES
     if arg == "quick":
-        config.sweep.baselines = float_networks(("margin",))
+        config.sweep.baselines = float_networks({"margin": WEIGHTS["margin"]})
     return config

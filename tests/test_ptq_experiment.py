@@ -86,7 +86,7 @@ def test_bounds_without_data_come_from_batch_norm(trained, data_dir, tmp_path):
 
 def test_a_sweep_quantizes_every_network_it_has_trained(data_dir, tmp_path):
     config = configured(data_dir, epochs=1.0, **{"optimizer.warmup_epochs": 0.0})
-    config.sweep.baselines = digits_low_bit.float_networks(("margin",))[1:]
+    config.sweep.baselines = digits_low_bit.float_networks({"margin": 0.01})[1:]
     config.sweep.stages = (
         ("w2a8", "ptq", {"formats": digits_low_bit.W2A8}),
         ("w2a8_qat", "train", {"formats": digits_low_bit.W2A8, "range_loss.rules": ()}),
