@@ -39,7 +39,7 @@ import ml_collections
 
 from configs import cifar10_16px_mobilenet_v2, cifar10_16px_resnet8, digits_low_bit
 
-# Of the range losses. That of soft_min_max, which pulls at both ends, was chosen on held-out images.
+# Of the range losses. soft_min_max pulls at both ends: 0.005 was chosen on held-out images.
 WEIGHTS = {"l_inf": 0.01, "margin": 0.01, "soft_min_max": 0.005}
 W8A8 = ((".*", "int8"),)
 # The same numbers as without a format, in the form of a depthwise convolution that is fast on CPU.
