@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
     codes: jax.Array  # the carrier's dtype, the operand's shape
     scale: jax.Array  # float, as `granularity.scale_shape`
     zero: jax.Array | None  # what stands for 0, after the carrier's shift
-    inside: jax.Array | None  # where the gradient passes; None: everywhere
+    inside: jax.Array | None  # where the gradient passes; None: everywhere, or not told here
 
 
 @functools.partial(outline, static_argnums=(5, 6))

@@ -329,7 +329,7 @@ class Codes(NamedTuple):
 
     codes: jax.Array  # float numbers on the format's grid
     scale: Scale
-    inside: jax.Array | None  # which elements lie within the bounds; None: all do
+    inside: jax.Array | None  # which elements lie within the bounds; None: all, or not told here
 
     def values(self) -> jax.Array:
         """What the codes stand for."""
