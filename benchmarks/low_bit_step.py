@@ -34,20 +34,23 @@ from benchmarks.search_step import Program, random_batch, runner
 from experiments.allocator import keep_freed_memory
 
 LOSSES = ("l_inf", "margin", "soft_min_max", "kurtosis")
-ABSMAX = Quantizer("int4")
-# By name: how weights and activations are quantized, both in int4.
-QUANTIZERS: Mapping[str, tuple[Quantizer, Quantizer]] = {
-    "int4, absmax": (ABSMAX, ABSMAX),
-    "int4, LSQ": (Quantizer("int4", calibration=lsq()),) * 2,
-    "int4, LSQ of 4 formats": (
-        Quantizer("int4", calibration=lsq("int2", "int3", "int4", "int8")),
-    ) * 2,
-    "int4, LSQ and BatchQuant": (
-        Quantizer("int4", calibration=lsq()), Quantizer("int4", calibration=batch_quant()),
-    ),
-    "int4, absmax and PACT": (ABSMAX, Quantizer("int4", calibration=pact())),
-    "int4, absmax and EWGS": (dataclasses.replace(ABSMAX, gradient=ewgs(1e-3)),) * 2,
-}  # fmt: skip
+
+
+def quantizers() -> Mapping[str, tuple[Quantizer, Quantizer]]:
+    """By name: how weights and activations are quantized, both in int4."""
+    absmax = Quantizer("int4")
+    return {
+        "int4, absmax": (absmax, absmax),
+        "int4, LSQ": (Quantizer("int4", calibration=lsq()),) * 2,
+        "int4, LSQ of 4 formats": (
+            Quantizer("int4", calibration=lsq("int2", "int3", "int4", "int8")),
+        ) * 2,
+        "int4, LSQ and BatchQuant": (
+            Quantizer("int4", calibration=lsq()), Quantizer("int4", calibration=batch_quant()),
+        ),
+        "int4, absmax and PACT": (absmax, Quantizer("int4", calibration=pact())),
+        "int4, absmax and EWGS": (dataclasses.replace(absmax, gradient=ewgs(1e-3)),) * 2,
+    }  # fmt: skip
 
 
 class _Setup:
@@ -88,7 +91,7 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> dict[str, Pro
     for name in LOSSES:
         loss = range_loss(setup.sites, [(".*", name)])
         programs[f"float32, {name}"] = setup.program(name, {}, loss)
-    for name, (weight, activation) in QUANTIZERS.items():
+    for name, (weight, activation) in quantizers().items():
         rules = [(".*", {"weight": weight, "activation": activation})]
         programs[name] = setup.program(name, aqs.assign(setup.sites, rules))
     return programs
