@@ -11,9 +11,12 @@ are compiled are kept in <workdir>/compiled for all points.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
+import platform
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -277,13 +280,25 @@ def measure_sensitivity(
     sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
 
+def _processor() -> str:
+    """A name for this kind of processor and what it can do."""
+    told = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):  # Linux alone has it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = ("model name", "flags", "CPU part", "Features")
+        told += sorted({line for line in lines if line.startswith(names)})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+
+
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs in a folder, unless JAX keeps them elsewhere already.
 
-    The points of a sweep, seeds above all, compile the same programs.
+    The points of a sweep, seeds above all, compile the same programs. Every kind of processor has a
+    folder of its own within, as JAX does not tell them apart: a workdir may move between machines.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        own = folder.absolute() / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(own))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -362,7 +362,11 @@ def test_a_sweep_keeps_its_programs_unless_jax_keeps_them_elsewhere(tmp_path):
     try:
         jax.config.update(names[0], None)
         sweep.keep_compiled(tmp_path)
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        kept = jax.config.jax_compilation_cache_dir
+        assert Path(kept).parent == tmp_path
+        jax.config.update(names[0], None)
+        sweep.keep_compiled(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == kept  # of the same processor
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
