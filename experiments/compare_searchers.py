@@ -32,9 +32,10 @@ from aqt_search.search.searchers import (
 )
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
-from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
+from aqt_search.training.workdir import lock_workdir, write_json
 from experiments import finished_run, from_config, search
 from experiments.command_line import run_job
+from experiments.job import claim_run
 
 SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
     "random": random_search,
@@ -152,7 +153,7 @@ def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job of the command line."""
     with lock_workdir(workdir):
         found = compare(config)
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+        claim_run(workdir, config)
         write_json(workdir / SEARCHERS_FILE, found)
     print(format_outcomes(found))
 

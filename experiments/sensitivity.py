@@ -23,9 +23,10 @@ import numpy as np
 from aqt_search import data
 from aqt_search.formats import numeric_format
 from aqt_search.search.sensitivity import FLOAT, Sensitivity, sensitivity
-from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
+from aqt_search.training.workdir import lock_workdir, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
+from experiments.job import claim_run
 
 SENSITIVITY_FILE, FIGURE_FILE = "sensitivity.json", "sensitivity.png"
 SPLITS = ("reward", "train")
@@ -145,7 +146,7 @@ def run(
     with lock_workdir(workdir):
         measure = prepare(config, images)
         # Claimed last, so that a refused configuration does not keep the folder.
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+        claim_run(workdir, config)
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
         write(found, workdir)

@@ -11,18 +11,14 @@ are compiled are kept in <workdir>/compiled for all points.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import itertools
 import json
-import platform
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 from absl import logging
 
@@ -33,6 +29,7 @@ from aqt_search.training.parallel import replica_count
 from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
 from experiments import from_config, palettize, ptq, results, search, sensitivity, train
 from experiments.command_line import run_job
+from experiments.compiled_programs import keep_compiled
 from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, locked, run_alone, run_together
 
@@ -278,28 +275,6 @@ def measure_sensitivity(
     own = named[0].config.copy_and_resolve_references()
     own.sensitivity.checkpoint = str(workdir / "points" / named[0].name)
     sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
-
-
-def _processor() -> str:
-    """A name for this kind of processor and what it can do."""
-    told = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):  # Linux alone has it
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = ("model name", "flags", "CPU part", "Features")
-        told += sorted({line for line in lines if line.startswith(names)})
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
-
-
-def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in a folder, unless JAX keeps them elsewhere already.
-
-    The points of a sweep, seeds above all, compile the same programs. Every kind of processor has a
-    folder of its own within, as JAX does not tell them apart: a workdir may move between machines.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        own = folder.absolute() / _processor()
-        jax.config.update("jax_compilation_cache_dir", str(own))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:

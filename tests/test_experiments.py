@@ -18,6 +18,7 @@ from aqt_search.training import parallel
 from aqt_search.training.metrics import read_metrics
 from configs import digits_resnet8
 from experiments import compare_searchers, from_config, search, sweep, train
+from experiments.compiled_programs import keep_compiled
 
 ROOT = Path(__file__).parent.parent
 SEARCHED = ("e2m1", "int4", "e4m3")
@@ -357,15 +358,15 @@ def test_any_evaluation_batch_size_is_divided_over_the_devices(data_dir, images)
 def test_a_sweep_keeps_its_programs_unless_jax_keeps_them_elsewhere(tmp_path):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    sweep.keep_compiled(tmp_path)
+    keep_compiled(tmp_path)
     assert jax.config.jax_compilation_cache_dir == before[names[0]]  # this file's own
     try:
         jax.config.update(names[0], None)
-        sweep.keep_compiled(tmp_path)
+        keep_compiled(tmp_path)
         kept = jax.config.jax_compilation_cache_dir
         assert Path(kept).parent == tmp_path
         jax.config.update(names[0], None)
-        sweep.keep_compiled(tmp_path)
+        keep_compiled(tmp_path)
         assert jax.config.jax_compilation_cache_dir == kept  # of the same processor
     finally:
         for name, value in before.items():

@@ -1,0 +1,32 @@
+"""Compiled programs that are kept on disk, for the points of a sweep and for when it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from pathlib import Path
+
+import jax
+
+
+def _processor() -> str:
+    """A name for this kind of processor and what it can do."""
+    told = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):  # Linux alone has it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = ("model name", "flags", "CPU part", "Features")
+        told += sorted({line for line in lines if line.startswith(names)})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in a folder, unless JAX keeps them elsewhere already.
+
+    The points of a sweep, seeds above all, compile the same programs. Every kind of processor has a
+    folder of its own within, as JAX does not tell them apart: a workdir may move between machines.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        own = folder.absolute() / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(own))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
