@@ -10,8 +10,8 @@
 The packages `aqt_search.search`, `.models`, `.data`, `.training`, `.report` are imported by name.
 """
 
-from aqt_search import cost, roofline
-from aqt_search.calibration import (
+from aqt_search.costs import cost, roofline
+from aqt_search.numerics.calibration import (
     Bounds,
     Calibration,
     absmax,
@@ -26,22 +26,28 @@ from aqt_search.calibration import (
     percentile,
     running_max,
 )
-from aqt_search.fake_quant import fake_quant, fake_quant_with_state, init_state
-from aqt_search.formats import (
+from aqt_search.numerics.fake_quant import fake_quant, fake_quant_with_state, init_state
+from aqt_search.numerics.formats import (
     FormatError,
     NumericFormat,
     numeric_format,
     round_to_format,
     stack_formats,
 )
-from aqt_search.freeze import Frozen, freeze, serve
-from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, per_block, per_channel
-from aqt_search.ops import conv_general_dilated, dot_general, einsum, take
-from aqt_search.qtensor import QTensor, quantize_tensor
-from aqt_search.quantizer import Quantizer, quantizer
-from aqt_search.rules import RuleError, assign
-from aqt_search.sites import Operand, Site, SiteError, SiteFormats
-from aqt_search.transform import (
+from aqt_search.numerics.granularity import (
+    PER_CHANNEL,
+    PER_TENSOR,
+    Granularity,
+    per_block,
+    per_channel,
+)
+from aqt_search.numerics.qtensor import QTensor, quantize_tensor
+from aqt_search.numerics.quantizer import Quantizer, quantizer
+from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, take
+from aqt_search.tracing.freeze import Frozen, freeze, serve
+from aqt_search.tracing.rules import RuleError, assign
+from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
+from aqt_search.tracing.transform import (
     StatefulFunction,
     find_sites,
     quantize,

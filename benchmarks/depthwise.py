@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.depthwise import shifted_products
+from aqt_search.products.depthwise import shifted_products
 from benchmarks import timing
 from benchmarks.peers import NHWC
 

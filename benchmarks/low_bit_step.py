@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import aqt_search as aqs
-from aqt_search.gradient_rules import ewgs
-from aqt_search.learned_scales import batch_quant, lsq, pact
 from aqt_search.models.resnet import resnet
-from aqt_search.quantizer import Quantizer
-from aqt_search.range_loss import range_loss
+from aqt_search.numerics.gradient_rules import ewgs
+from aqt_search.numerics.learned_scales import batch_quant, lsq, pact
+from aqt_search.numerics.quantizer import Quantizer
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.scales import with_scales
 from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.weights.range_loss import range_loss
 from benchmarks import timing
 from benchmarks.search_step import Program, random_batch, runner
 from experiments.allocator import keep_freed_memory

@@ -22,9 +22,9 @@ import numpy as np
 
 import aqt_search as aqs
 from aqt_search import ptq
-from aqt_search.calibration import mse
 from aqt_search.models.resnet import resnet
-from aqt_search.quantizer import Quantizer
+from aqt_search.numerics.calibration import mse
+from aqt_search.numerics.quantizer import Quantizer
 from benchmarks.low_bit_step import make_programs
 from benchmarks.search_step import runner
 from benchmarks.timing import time_in_turns

@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.gradient_clip = 0.0  # largest global norm; 0 for none
 
     # Ordered (pattern, loss) rules: "l_inf", "margin", "soft_min_max", "kurtosis", or None. The
-    # range loss of the weights is added to the loss, times `weight` (aqt_search.range_loss).
+    # range loss of the weights is added to the loss, times `weight` (weights/range_loss.py).
     config.range_loss = ml_collections.ConfigDict()
     config.range_loss.rules = ()
     config.range_loss.weight = 0.01
@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     # A scale per output "channel", one for the "tensor", or one per block along the contraction.
     config.quantizers.weight_granularity = "channel"  # or "tensor", "block(32)"
     # Patterns of sites whose weights are companded by tanh: with "centred(fixed(1.0))" and
-    # "pass_through" these are DoReFa-Net's (aqt_search.dorefa).
+    # "pass_through" these are DoReFa-Net's (aqt_search.weights.dorefa).
     config.quantizers.companded = ()
 
     config.evaluation = ml_collections.ConfigDict()
@@ -120,7 +120,7 @@ def get_config() -> ml_collections.ConfigDict:
     # "critic" (aqt_search.search.critic), "policy_gradient" (FLIQS: beta, advantage, and what
     # stands from cost_samples on, but for the delay, are its own), or "random", to compare with.
     config.search.searcher = "critic"
-    config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.roofline)
+    config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.costs.roofline)
     config.search.target = 1.1  # cost target ...
     config.search.relative_to = "int4"  # ... as a multiple of this format's cost; "" for units
     config.search.further_costs = ()  # with targets of their own: (cost, target, relative_to), ...

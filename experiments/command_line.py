@@ -12,15 +12,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from aqt_search.data import DataError
-from aqt_search.formats import FormatError
+from aqt_search.numerics.formats import FormatError
 from aqt_search.palette import PaletteError
 from aqt_search.ptq import PTQError
 from aqt_search.report import ReportError
-from aqt_search.rules import RuleError
-from aqt_search.search.guard import CollapsedSearchError
 from aqt_search.search.options import SpaceError
-from aqt_search.sites import SiteError
+from aqt_search.tracing.rules import RuleError
+from aqt_search.tracing.sites import SiteError
 from aqt_search.training.checkpoint import CheckpointError
+from aqt_search.training.guard import CollapsedSearchError
 from aqt_search.training.loop import DivergedError, InterruptedRunError
 from aqt_search.training.metrics import MetricsError
 from aqt_search.training.workdir import WorkdirError

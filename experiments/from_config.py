@@ -17,9 +17,7 @@ import optax
 
 import aqt_search as aqs
 from aqt_search import data, models
-from aqt_search.dorefa import companded_model
-from aqt_search.range_loss import ModelRangeLoss, range_loss
-from aqt_search.rules import match_rules
+from aqt_search.tracing.rules import match_rules
 from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
 from aqt_search.training.optimizer import make_optimizer
@@ -27,6 +25,8 @@ from aqt_search.training.parallel import AXIS, replica_count
 from aqt_search.training.scales import with_scales
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.train_step import TrainState, init_train_state
+from aqt_search.weights.dorefa import companded_model
+from aqt_search.weights.range_loss import ModelRangeLoss, range_loss
 
 # Streams of one run draw from the same seed; these keep their orders apart.
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003

@@ -33,7 +33,7 @@ from aqt_search.palette import (
     soft_apply,
 )
 from aqt_search.palette.rules import select_weights
-from aqt_search.sites import parameter_name
+from aqt_search.tracing.sites import parameter_name
 from aqt_search.training.evaluation import StaticEvaluation, reestimate_batch_stats
 from aqt_search.training.loop import LoopResult, Run, Schedule
 from aqt_search.training.parallel import AXIS

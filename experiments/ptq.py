@@ -26,7 +26,7 @@ import numpy as np
 
 import aqt_search as aqs
 from aqt_search import data, ptq
-from aqt_search.sites import is_unquantized
+from aqt_search.tracing.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.evaluation import StaticEvaluation, evaluate, reestimate_batch_stats

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search import calibration, gradient_rules, learned_scales
-from aqt_search.calibration import Calibration
-from aqt_search.granularity import PER_TENSOR, Granularity, per_block
-from aqt_search.quantizer import Quantizer, quantizer
+from aqt_search.numerics import calibration, gradient_rules, learned_scales
+from aqt_search.numerics.calibration import Calibration
+from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_block
+from aqt_search.numerics.quantizer import Quantizer, quantizer
 from experiments.from_config import ConfigError, checked_values
 
 T = TypeVar("T")

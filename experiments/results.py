@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search.granularity import Granularity
-from aqt_search.quantizer import NAMED_QUANTIZERS, operand_spec, spec_name
+from aqt_search.numerics.granularity import Granularity
+from aqt_search.numerics.quantizer import NAMED_QUANTIZERS, operand_spec, spec_name
 from aqt_search.training.evaluation import (
     StaticEvaluation,
     evaluate,
@@ -27,7 +27,7 @@ from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import write_json
-from aqt_search.weight_statistics import weight_statistics
+from aqt_search.weights.statistics import weight_statistics
 from experiments.from_config import Images, evaluation_batches, quantized, statistics_batches
 from experiments.quantizers import GRANULARITIES, named
 

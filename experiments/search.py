@@ -20,10 +20,9 @@ import ml_collections
 import numpy as np
 
 import aqt_search as aqs
-from aqt_search.formats import format_name
+from aqt_search.numerics.formats import format_name
 from aqt_search.search import policy as policies
 from aqt_search.search.answer import most_probable, most_probable_on_target
-from aqt_search.search.guard import QualityGuard
 from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,
@@ -35,6 +34,7 @@ from aqt_search.search.options import Choice, parsed_rule
 from aqt_search.search.searchers import random_search
 from aqt_search.search.space import Space, make_space
 from aqt_search.training.assignment_batch import evaluate_assignments
+from aqt_search.training.guard import QualityGuard
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import unreplicate

@@ -21,8 +21,8 @@ import ml_collections
 import numpy as np
 
 from aqt_search import data
-from aqt_search.formats import numeric_format
-from aqt_search.search.sensitivity import FLOAT, Sensitivity, sensitivity
+from aqt_search.numerics.formats import numeric_format
+from aqt_search.training.sensitivity import FLOAT, Sensitivity, sensitivity
 from aqt_search.training.workdir import lock_workdir, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job

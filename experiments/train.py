@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from aqt_search.sites import is_unquantized
+from aqt_search.tracing.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.loop import LoopResult, Run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.calibration import Bounds, Over, is_asymmetric
+from aqt_search.numerics.calibration import Bounds, Over, is_asymmetric
 
 # What XLA makes of the programs is not the question here: what compiles fastest will do.
 jit = functools.partial(

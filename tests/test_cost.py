@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search import SiteError, SiteFormats, cost
+from aqt_search import SiteError, SiteFormats
+from aqt_search.costs import cost
 from aqt_search.models.resnet import resnet
 
 

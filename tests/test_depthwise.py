@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search import depthwise
-from aqt_search.depthwise import applies, shifted_products
+from aqt_search.products import depthwise
+from aqt_search.products.depthwise import applies, shifted_products
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Shapes, dimension numbers, further arguments of lax.

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.calibration import centred, fixed
-from aqt_search.dorefa import companded, companded_model
-from aqt_search.gradient_rules import PASS_THROUGH
-from aqt_search.quantizer import Quantizer
+from aqt_search.numerics.calibration import centred, fixed
+from aqt_search.numerics.gradient_rules import PASS_THROUGH
+from aqt_search.numerics.quantizer import Quantizer
+from aqt_search.weights.dorefa import companded, companded_model
 
 
 class Net(nn.Module):

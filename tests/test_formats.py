@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.formats import code_values
+from aqt_search.numerics.formats import code_values
 
 ML_DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,

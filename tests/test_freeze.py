@@ -14,7 +14,7 @@ from flax import nnx
 
 import aqt_search as aqs
 from aqt_search import SiteError, SiteFormats
-from aqt_search.freeze import Dropped
+from aqt_search.tracing.freeze import Dropped
 
 # What XLA makes of the programs is not the question here: the least of LLVM's work will do.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

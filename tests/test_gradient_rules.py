@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.calibration import centred, mean_deviation
-from aqt_search.gradient_rules import PASS_THROUGH, STRAIGHT_THROUGH, ewgs
-from aqt_search.learned_scales import lsq
-from aqt_search.quantizer import FormatError, Quantizer
+from aqt_search.numerics.calibration import centred, mean_deviation
+from aqt_search.numerics.gradient_rules import PASS_THROUGH, STRAIGHT_THROUGH, ewgs
+from aqt_search.numerics.learned_scales import lsq
+from aqt_search.numerics.quantizer import FormatError, Quantizer
 
 X = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 G = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.granularity import free_axes, join_blocks, resolve, scale_shape, split_blocks
+from aqt_search.numerics.granularity import (
+    free_axes,
+    join_blocks,
+    resolve,
+    scale_shape,
+    split_blocks,
+)
 
 # Granularity, shape of the tensor, shape of its scales.
 SCALES = [

@@ -9,9 +9,9 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import PER_TENSOR, Quantizer, per_block, per_channel
-from aqt_search.fake_quant import fake_quant_with_state, init_state
-from aqt_search.formats import FormatError, stack_formats
-from aqt_search.learned_scales import batch_quant, lsq, merge_learned, pact, split_learned
+from aqt_search.numerics.fake_quant import fake_quant_with_state, init_state
+from aqt_search.numerics.formats import FormatError, stack_formats
+from aqt_search.numerics.learned_scales import batch_quant, lsq, merge_learned, pact, split_learned
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 16)).astype(np.float32)

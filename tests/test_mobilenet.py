@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search import cost, models
+from aqt_search import models
+from aqt_search.costs import cost
 from aqt_search.models.channels import round_channels
 from aqt_search.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from aqt_search.models.mobilenet_v2 import MobileNetV2, Stage, mobilenet_v2

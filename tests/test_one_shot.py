@@ -15,7 +15,6 @@ from scipy.stats import chi2
 import aqt_search as aqs
 from aqt_search.search import policy as policies
 from aqt_search.search.answer import most_probable
-from aqt_search.search.guard import CollapsedSearchError, QualityGuard
 from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,
@@ -28,6 +27,7 @@ from aqt_search.search.one_shot import (
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import make_space
 from aqt_search.training import parallel
+from aqt_search.training.guard import CollapsedSearchError, QualityGuard
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.train_step import init_train_state, make_update
 

@@ -16,7 +16,7 @@ from aqt_search.palette import (
     soft_apply,
     soft_clusters,
 )
-from aqt_search.rules import RuleError
+from aqt_search.tracing.rules import RuleError
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search.palette import PaletteError, dequantized, encoded, load, serve
-from aqt_search.rules import RuleError
+from aqt_search.tracing.rules import RuleError
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.workdir import claim_workdir, write_json
 from configs import digits_resnet8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.operands import values_of
+from aqt_search.products.operands import values_of
 from aqt_search.ptq import PTQError, site_values
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.quantizer import (
+from aqt_search.numerics.quantizer import (
     NAMED_QUANTIZERS,
     SCALE_FORMATS,
     operand_spec,

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.range_loss import (
+from aqt_search.tracing.rules import RuleError
+from aqt_search.training.optimizer import make_optimizer
+from aqt_search.training.parallel import AXIS
+from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.weights.range_loss import (
     RANGE_LOSSES,
     kurtosis,
     l_inf,
@@ -15,10 +19,6 @@ from aqt_search.range_loss import (
     range_loss,
     soft_min_max,
 )
-from aqt_search.rules import RuleError
-from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.parallel import AXIS
-from aqt_search.training.train_step import init_train_state, make_update
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 4)

@@ -21,7 +21,7 @@ from aqt_search.report.weight_table import (
     site_rows,
     worst_weights,
 )
-from aqt_search.weight_statistics import WeightStatistics
+from aqt_search.weights.statistics import WeightStatistics
 from experiments import results
 
 SITES = ("stem/kernel", "block/kernel", "head/kernel")

@@ -11,9 +11,9 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import SiteError, SiteFormats
-from aqt_search.formats import code_values
+from aqt_search.costs.roofline import CHIPS, Chip, Rates, latency_ms
 from aqt_search.models.resnet import resnet
-from aqt_search.roofline import CHIPS, Chip, Rates, latency_ms
+from aqt_search.numerics.formats import code_values
 
 INTEGERS = [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
 NARROW_FLOATS = [f"e{x}m{y}" for x in range(2, 8) for y in range(8 - x)]  # 8 bits or fewer

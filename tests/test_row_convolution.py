@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqt_search.row_convolution import applies, row_convolution
+from aqt_search.products.row_convolution import applies, row_convolution
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Shapes, dimension numbers, further arguments of lax.

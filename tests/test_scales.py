@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import aqt_search as aqs
-from aqt_search.learned_scales import batch_quant, lsq, merge_learned, split_learned
-from aqt_search.quantizer import Quantizer
+from aqt_search.numerics.learned_scales import batch_quant, lsq, merge_learned, split_learned
+from aqt_search.numerics.quantizer import Quantizer
 from aqt_search.search.one_shot import (
     SearchOptions,
     SearchState,

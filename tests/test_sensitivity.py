@@ -15,10 +15,10 @@ import aqt_search as aqs
 from aqt_search.report.sensitivity import load_sensitivity
 from aqt_search.report.sensitivity_plot import sensitivity_figure
 from aqt_search.search.one_shot import SearchState, init_policy
-from aqt_search.search.sensitivity import sensitivity
 from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import CheckpointError, save_checkpoint
 from aqt_search.training.evaluation import evaluate
+from aqt_search.training.sensitivity import sensitivity
 from aqt_search.training.train_step import init_train_state
 from aqt_search.training.workdir import WorkdirError, claim_workdir, write_json
 from configs import digits_resnet8

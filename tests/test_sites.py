@@ -15,10 +15,11 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import aqt_search as aqs
-from aqt_search import SiteFormats, cost
-from aqt_search import sites as site_analysis
+from aqt_search import SiteFormats
+from aqt_search.costs import cost
 from aqt_search.models.resnet import resnet
-from aqt_search.nonnegative import is_nonnegative_constant
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.nonnegative import is_nonnegative_constant
 
 
 def sample(*shape, seed=0):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.formats import format_name
+from aqt_search.numerics.formats import format_name
 from aqt_search.search.options import NAMED_OPTIONS, SpaceError
 from aqt_search.search.space import make_space
 

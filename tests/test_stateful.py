@@ -10,7 +10,7 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import SiteError, SiteFormats
-from aqt_search.formats import numeric_format
+from aqt_search.numerics.formats import numeric_format
 
 # What XLA makes of the programs is not the question here: the least of LLVM's work will do.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

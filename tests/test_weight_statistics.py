@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.formats import FormatError
-from aqt_search.signal_to_noise import noise_to_signal, sqnr_db
-from aqt_search.sites import SiteError
-from aqt_search.weight_statistics import BINS, weight_statistics
+from aqt_search.numerics.formats import FormatError
+from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
+from aqt_search.tracing.sites import SiteError
+from aqt_search.weights.statistics import BINS, weight_statistics
 
 RNG = np.random.default_rng(0)
 X = jax.ShapeDtypeStruct((2, 12), np.float32)

@@ -36,7 +36,7 @@ from aqt_search.palette.rules import (
     weight_leaves,
 )
 from aqt_search.palette.soft_kmeans import soft_copies
-from aqt_search.sites import Site
+from aqt_search.tracing.sites import Site
 
 Centroids = dict[str, jax.Array]  # [copies, k, dimension], float32, by site
 

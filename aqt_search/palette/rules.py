@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aqt_search.rules import RuleError, match_rules
-from aqt_search.sites import Site, parameter_name
+from aqt_search.tracing.rules import RuleError, match_rules
+from aqt_search.tracing.sites import Site, parameter_name
 
 
 class PaletteError(ValueError):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.qtensor import pack_codes, unpack_codes
 from aqt_search.palette.huffman import huffman_bits
 from aqt_search.palette.kmeans import check_finite, kmeans, nearest
 from aqt_search.palette.rules import (
@@ -27,8 +28,7 @@ from aqt_search.palette.rules import (
     select_weights,
     weight_leaves,
 )
-from aqt_search.qtensor import pack_codes, unpack_codes
-from aqt_search.sites import Site
+from aqt_search.tracing.sites import Site
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ import optax
 
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.reconstruction import Moments, StaticGrid, reconstruct
-from aqt_search.transform import Assignment, CalibrationState
+from aqt_search.tracing.transform import Assignment, CalibrationState
 
 _ZETA, _GAMMA = 1.1, -0.1  # how far the sigmoid is stretched beyond 0 and 1
 _WARM_START = 0.2  # share of the steps without the regularizer

@@ -17,8 +17,8 @@ from aqt_search.ptq.dataflow import SiteFlow, dataflow
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import check_batches
-from aqt_search.sites import is_unquantized
-from aqt_search.transform import Assignment, CalibrationState
+from aqt_search.tracing.sites import is_unquantized
+from aqt_search.tracing.transform import Assignment, CalibrationState
 
 _FEWEST_VALUES = 2  # of an output channel, over all batches
 

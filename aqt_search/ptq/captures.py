@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex_core
 
-from aqt_search import sites as site_analysis
-from aqt_search.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
-from aqt_search.operands import Operand
+from aqt_search.products.operands import Operand
 from aqt_search.ptq.errors import PTQError
-from aqt_search.sites import Path, Site
-from aqt_search.transform import (
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
+from aqt_search.tracing.sites import Path, Site
+from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import History
-from aqt_search.interpreter import SIDES
-from aqt_search.operands import values_of
+from aqt_search.numerics.calibration import History
+from aqt_search.products.operands import values_of
 from aqt_search.ptq.bias_correction import why_not_correctable
 from aqt_search.ptq.captures import check_site_names, site_values
 from aqt_search.ptq.channel_moments import (
@@ -34,8 +33,9 @@ from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import static_assignment
-from aqt_search.sites import SiteFormats, is_unquantized
-from aqt_search.transform import Assignment, CalibrationState, quantize_with_state
+from aqt_search.tracing.interpreter import SIDES
+from aqt_search.tracing.sites import SiteFormats, is_unquantized
+from aqt_search.tracing.transform import Assignment, CalibrationState, quantize_with_state
 
 Statistics = Mapping[str, NormalStatistics]
 

@@ -14,10 +14,10 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search import sites as site_analysis
-from aqt_search.interpreter import Trace
-from aqt_search.sites import Path, Site
-from aqt_search.transform import is_array, trace_function
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.interpreter import Trace
+from aqt_search.tracing.sites import Path, Site
+from aqt_search.tracing.transform import is_array, trace_function
 
 _INLINED = (
     *site_analysis.INLINED_CALLS,

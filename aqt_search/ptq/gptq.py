@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.reconstruction import Moments, StaticGrid, reconstruct
-from aqt_search.transform import Assignment, CalibrationState
+from aqt_search.tracing.transform import Assignment, CalibrationState
 
 
 def gptq(

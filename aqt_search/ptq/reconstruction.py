@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.fake_quant import bounds_of, carrier_dtype, pack_grids, unpack_grid
-from aqt_search.formats import Grid, round_to_grid
-from aqt_search.granularity import join_blocks, split_blocks
-from aqt_search.interpreter import SIDES, Plan, Trace, make_plans
-from aqt_search.operands import values_of
+from aqt_search.numerics.fake_quant import bounds_of, carrier_dtype, pack_grids, unpack_grid
+from aqt_search.numerics.formats import Grid, round_to_grid
+from aqt_search.numerics.granularity import join_blocks, split_blocks
+from aqt_search.numerics.quantizer import scale_of
+from aqt_search.products.operands import values_of
 from aqt_search.ptq.captures import (
     SiteValues,
     check_site_names,
@@ -38,8 +38,8 @@ from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.product_matrix import NoMatrix, ProductMatrix, product_matrix
 from aqt_search.ptq.static_bounds import check_batches
 from aqt_search.ptq.weight_leaves import NoLeaf, WeightLeaf, weight_leaf
-from aqt_search.quantizer import scale_of
-from aqt_search.transform import (
+from aqt_search.tracing.interpreter import SIDES, Plan, Trace, make_plans
+from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,

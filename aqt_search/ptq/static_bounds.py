@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import History, frozen_after
-from aqt_search.interpreter import SIDES
+from aqt_search.numerics.calibration import History, frozen_after
+from aqt_search.numerics.quantizer import quantizer
 from aqt_search.ptq.captures import reachable_sites, site_values
 from aqt_search.ptq.errors import PTQError, SkippedSite
-from aqt_search.quantizer import quantizer
-from aqt_search.sites import Site, SiteFormats
-from aqt_search.transform import (
+from aqt_search.tracing.interpreter import SIDES
+from aqt_search.tracing.sites import Site, SiteFormats
+from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,

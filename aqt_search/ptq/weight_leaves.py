@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex_core
 
-from aqt_search import sites as site_analysis
-from aqt_search.interpreter import Trace
 from aqt_search.ptq.captures import equations_at
-from aqt_search.transform import is_array
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.interpreter import Trace
+from aqt_search.tracing.transform import is_array
 
 _REARRANGEMENTS = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy",

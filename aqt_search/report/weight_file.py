@@ -16,7 +16,7 @@ _NUMBERS = (
 
 @dataclasses.dataclass(frozen=True)
 class WeightRow:
-    """A weight w and q, its values as served; see `aqt_search.weight_statistics`.
+    """A weight w and q, its values as served; see `aqt_search.weights.statistics`.
 
     Numbers that are not defined are NaN. Histograms have an odd number of bins, whose centres go
     from -bound to bound; () where there is none.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aqt_search.formats import NumericFormat, format_name
-from aqt_search.rules import FormatSpec
-from aqt_search.sites import SiteFormats
+from aqt_search.numerics.formats import NumericFormat, format_name
+from aqt_search.tracing.rules import FormatSpec
+from aqt_search.tracing.sites import SiteFormats
 
 
 class SpaceError(ValueError):

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import FormatError, NumericFormat, numeric_format
-from aqt_search.outline import outline
-from aqt_search.quantizer import Quantizer, quantizer, stack_quantizers
-from aqt_search.rules import FormatSpec, assign, match_rules, site_formats
+from aqt_search.numerics.formats import FormatError, NumericFormat, numeric_format
+from aqt_search.numerics.outline import outline
+from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import Choice, SpaceError, option_label, parsed_rule
-from aqt_search.sites import Site, SiteFormats, is_unquantized
+from aqt_search.tracing.rules import FormatSpec, assign, match_rules, site_formats
+from aqt_search.tracing.sites import Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
 

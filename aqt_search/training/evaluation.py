@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.tracing.transform import quantize_with_state, with_static_activations
 from aqt_search.training import parallel
 from aqt_search.training.batch_norm import batch_statistics, running_momentum
 from aqt_search.training.scales import SCALES, batch_arguments, with_learned
 from aqt_search.training.train_step import cross_entropy
-from aqt_search.transform import quantize_with_state, with_static_activations
 
 
 class Evaluation(NamedTuple):

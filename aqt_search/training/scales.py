@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aqt_search.learned_scales import merge_learned, split_learned
+from aqt_search.numerics.learned_scales import merge_learned, split_learned
+from aqt_search.tracing.transform import StatefulFunction
 from aqt_search.training.parallel import AXIS
-from aqt_search.transform import StatefulFunction
 
 SCALES = "scales"
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from aqt_search.learned_scales import Learned
+from aqt_search.numerics.learned_scales import Learned
 
 
 def _constant(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from aqt_search import sites as site_analysis
-from aqt_search.calibration import moving_average
-from aqt_search.carriers import check_execution
-from aqt_search.formats import NumericFormat
-from aqt_search.interpreter import Held, Interpreter, Plan, Trace, init_states, make_plans
-from aqt_search.quantizer import Quantizer, quantizer
-from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
+from aqt_search.numerics.calibration import moving_average
+from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.quantizer import Quantizer, quantizer
+from aqt_search.products.carriers import check_execution
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.interpreter import Held, Interpreter, Plan, Trace, init_states, make_plans
+from aqt_search.tracing.sites import Site, SiteError, SiteFormats, is_unquantized
 
 Assignment = Mapping[str, SiteFormats]
 CalibrationState = dict[str, dict[str, Any]]  # what calibrations remember, by site and operand

@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from aqt_search.calibration import Bounds
-from aqt_search.fake_quant import fake_quant_packed, with_gradient_rule
-from aqt_search.granularity import Granularity
-from aqt_search.qtensor import QTensor
-from aqt_search.quantizer import Recipe
-from aqt_search.quantizer import has_zero_point as calibrates_zero_point
+from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.fake_quant import fake_quant_packed, with_gradient_rule
+from aqt_search.numerics.granularity import Granularity
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantizer import Recipe
+from aqt_search.numerics.quantizer import has_zero_point as calibrates_zero_point
 
 
 @jax.tree_util.register_dataclass

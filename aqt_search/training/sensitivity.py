@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import Bounds, Calibration
-from aqt_search.fake_quant import fake_quant
-from aqt_search.formats import NumericFormat, numeric_format, stack_formats
-from aqt_search.quantizer import Quantizer, operand_format, quantizer
+from aqt_search.numerics.calibration import Bounds, Calibration
+from aqt_search.numerics.fake_quant import fake_quant
+from aqt_search.numerics.formats import NumericFormat, numeric_format, stack_formats
+from aqt_search.numerics.quantizer import Quantizer, operand_format, quantizer
+from aqt_search.numerics.signal_to_noise import sqnr_db
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import Space, make_space
-from aqt_search.signal_to_noise import sqnr_db
-from aqt_search.sites import Operand, Site
+from aqt_search.tracing.sites import Operand, Site
+from aqt_search.tracing.transform import quantize, quantize_with_state
 from aqt_search.training.assignment_batch import (
     evaluate_assignments,
     forward_arguments,
     on_one_replica,
 )
-from aqt_search.transform import quantize, quantize_with_state
 
 OPERANDS = ("both", "weight", "activation")
 FLOAT = "float"  # the reference in which nothing is quantized

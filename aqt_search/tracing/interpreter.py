@@ -17,9 +17,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search import products
-from aqt_search import sites as site_analysis
-from aqt_search.fake_quant import (
+from aqt_search.numerics.fake_quant import (
     bounds_of,
     carrier_dtype,
     check_key,
@@ -27,13 +25,15 @@ from aqt_search.fake_quant import (
     init_bounds,
     pack_grids,
 )
-from aqt_search.formats import NumericFormat, is_traced
-from aqt_search.granularity import PER_TENSOR, per_channel, resolve
-from aqt_search.layout import Layout, conv_layout, dot_layout
-from aqt_search.operands import Quantized, quantized_operand
-from aqt_search.qtensor import QTensor, quantize_tensor
-from aqt_search.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
-from aqt_search.sites import Path, Site, SiteError, SiteFormats
+from aqt_search.numerics.formats import NumericFormat, is_traced
+from aqt_search.numerics.granularity import PER_TENSOR, per_channel, resolve
+from aqt_search.numerics.qtensor import QTensor, quantize_tensor
+from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
+from aqt_search.products.layout import Layout, conv_layout, dot_layout
+from aqt_search.products.operands import Quantized, quantized_operand
+from aqt_search.products.product import product
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.sites import Path, Site, SiteError, SiteFormats
 
 MISSING = object()
 
@@ -282,7 +282,7 @@ class Interpreter:
             return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
 
         gradients = tuple(self._gradient((name, field)) for field in GRADIENTS)
-        result = products.product(
+        result = product(
             bind, _layout(eqn), tuple(quantized), tuple(formats), self._execution, gradients
         )
         return [result], states

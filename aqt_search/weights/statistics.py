@@ -18,16 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.fake_quant import (
+from aqt_search.numerics.fake_quant import (
     bounds_of,
     carrier_dtype,
     codes_of_operand,
     pack_grids,
     unpack_grid,
 )
-from aqt_search.formats import NumericFormat, code_values, leading_power, numeric_format
-from aqt_search.granularity import join_blocks, split_blocks
-from aqt_search.interpreter import (
+from aqt_search.numerics.formats import NumericFormat, code_values, leading_power, numeric_format
+from aqt_search.numerics.granularity import join_blocks, split_blocks
+from aqt_search.numerics.qtensor import concrete_format
+from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
+from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
+from aqt_search.tracing.interpreter import (
     MISSING,
     SIDES,
     Held,
@@ -39,11 +42,8 @@ from aqt_search.interpreter import (
     make_plans,
     site_equations,
 )
-from aqt_search.qtensor import concrete_format
-from aqt_search.quantizer import Quantizer, Recipe, quantizer
-from aqt_search.signal_to_noise import noise_to_signal, sqnr_db
-from aqt_search.sites import SiteError, SiteFormats
-from aqt_search.transform import (
+from aqt_search.tracing.sites import SiteError, SiteFormats
+from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,

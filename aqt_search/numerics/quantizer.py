@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aqt_search import calibration as calibrations
-from aqt_search.calibration import Bounds, Calibration, Over
-from aqt_search.formats import (
+from aqt_search.numerics import calibration as calibrations
+from aqt_search.numerics.calibration import Bounds, Calibration, Over
+from aqt_search.numerics.formats import (
     ROUNDINGS,
     FormatError,
     Grid,
@@ -30,9 +30,9 @@ from aqt_search.formats import (
     stack_formats,
     unsigned_twin,
 )
-from aqt_search.gradient_rules import PASS_THROUGH, STRAIGHT_THROUGH, GradientRule
-from aqt_search.granularity import Granularity, per_block, shared_axes
-from aqt_search.outline import where
+from aqt_search.numerics.gradient_rules import PASS_THROUGH, STRAIGHT_THROUGH, GradientRule
+from aqt_search.numerics.granularity import Granularity, per_block, shared_axes
+from aqt_search.numerics.outline import where
 
 SCALE_FORMATS = {"float32": 32, "e8m0": 8, "e4m3": 8}  # bits of a stored scale
 EDGES = ("max_value", "half_step")

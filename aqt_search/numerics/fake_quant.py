@@ -10,18 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import Bounds
-from aqt_search.formats import Grid, NumericFormat, as_grid, floating_array, unsigned_twin
-from aqt_search.gradient_rules import scaled_by_error
-from aqt_search.granularity import (
+from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, floating_array, unsigned_twin
+from aqt_search.numerics.gradient_rules import scaled_by_error
+from aqt_search.numerics.granularity import (
     PER_TENSOR,
     join_blocks,
     per_channel,
     resolve,
     split_blocks,
 )
-from aqt_search.outline import outline
-from aqt_search.quantizer import Codes, Quantizer, Recipe, calibrate, encode, quantizer, recipe
+from aqt_search.numerics.outline import outline
+from aqt_search.numerics.quantizer import (
+    Codes,
+    Quantizer,
+    Recipe,
+    calibrate,
+    encode,
+    quantizer,
+    recipe,
+)
 
 
 def pack_grids(

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from aqt_search.formats import NumericFormat
-from aqt_search.quantizer import Quantizer, operand_spec, quantizer
-from aqt_search.sites import Site, SiteError, SiteFormats, is_unquantized
+from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.quantizer import Quantizer, operand_spec, quantizer
+from aqt_search.tracing.sites import Site, SiteError, SiteFormats, is_unquantized
 
 # One format (or quantizer) for both operands, None for no quantization, or formats by operand.
 FormatSpec = str | NumericFormat | Quantizer | None | Mapping[str, Any] | SiteFormats

@@ -15,9 +15,11 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search import sites as site_analysis
-from aqt_search.carriers import check_execution
-from aqt_search.interpreter import (
+from aqt_search.numerics.qtensor import QTensor, concrete_format
+from aqt_search.numerics.quantizer import Quantizer, quantizer
+from aqt_search.products.carriers import check_execution
+from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.interpreter import (
     MISSING,
     Held,
     Interpreter,
@@ -26,10 +28,8 @@ from aqt_search.interpreter import (
     init_states,
     make_plans,
 )
-from aqt_search.qtensor import QTensor, concrete_format
-from aqt_search.quantizer import Quantizer, quantizer
-from aqt_search.sites import Path, SiteError, SiteFormats
-from aqt_search.transform import (
+from aqt_search.tracing.sites import Path, SiteError, SiteFormats
+from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.calibration import Bounds, Calibration, Over
-from aqt_search.formats import Grid, as_grid, numeric_format, unsigned_twin
+from aqt_search.numerics.calibration import Bounds, Calibration, Over
+from aqt_search.numerics.formats import Grid, as_grid, numeric_format, unsigned_twin
 
 
 class Learned(NamedTuple):

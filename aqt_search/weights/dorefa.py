@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aqt_search.sites import Site, SiteError, parameter_name
+from aqt_search.tracing.sites import Site, SiteError, parameter_name
 
 
 def companded(weight: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 `analyze` walks a closed jaxpr once, abstractly. It follows which values come from parameters, which
 from data, and which can never be negative, enters every call-like primitive, and lists the products
-and lookups whose results are used. `aqt_search.transform` runs the same jaxpr with those quantized.
+and lookups whose results are used. `aqt_search.tracing.transform` runs the same jaxpr with those
+quantized.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.granularity import free_axes
-from aqt_search.nonnegative import is_nonnegative_constant, is_unsigned, nonnegative_results
+from aqt_search.numerics.granularity import free_axes
+from aqt_search.tracing.nonnegative import is_nonnegative_constant, is_unsigned, nonnegative_results
 
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated")
 LOOKUP_PRIMITIVES = ("gather",)  # sites where they take rows of a weight: see `lookup_axis`

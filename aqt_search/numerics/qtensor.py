@@ -12,9 +12,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from aqt_search.calibration import Bounds
-from aqt_search.fake_quant import carrier_dtype, codes_of_operand, pack_grids, prepare, unpack_grid
-from aqt_search.formats import (
+from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.fake_quant import (
+    carrier_dtype,
+    codes_of_operand,
+    pack_grids,
+    prepare,
+    unpack_grid,
+)
+from aqt_search.numerics.formats import (
     FormatError,
     NumericFormat,
     code_values,
@@ -24,8 +30,8 @@ from aqt_search.formats import (
     is_traced,
     numeric_format,
 )
-from aqt_search.granularity import Granularity, join_blocks, split_blocks
-from aqt_search.quantizer import Quantizer, quantizer
+from aqt_search.numerics.granularity import Granularity, join_blocks, split_blocks
+from aqt_search.numerics.quantizer import Quantizer, quantizer
 
 _STORAGE_DTYPES = {
     numeric_format(name): np.dtype(dtype)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search import depthwise
-from aqt_search.carriers import Work, carriers_of, check_execution, fastest
-from aqt_search.fake_quant import quantize_dequantize, straight_through, unpack_grid
-from aqt_search.formats import NumericFormat
-from aqt_search.layout import Layout
-from aqt_search.native import Bind, Forward, block_place, native_forward, refusal
-from aqt_search.operands import Operand, Quantized, abstract, values_of
-from aqt_search.qtensor import QTensor
+from aqt_search.numerics.fake_quant import quantize_dequantize, straight_through, unpack_grid
+from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.products import depthwise
+from aqt_search.products.carriers import Work, carriers_of, check_execution, fastest
+from aqt_search.products.layout import Layout
+from aqt_search.products.native import Bind, Forward, block_place, native_forward, refusal
+from aqt_search.products.operands import Operand, Quantized, abstract, values_of
 
 # Quantizers of the gradient in the products that give the gradients of lhs and of rhs: `Quantized`
 # without a tensor; None leaves it in floating point.

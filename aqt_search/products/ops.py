@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from opt_einsum import parser as einsum_parser
 
-from aqt_search import products
-from aqt_search.fake_quant import carrier_dtype, check_key, fake_quant, pack_grids
-from aqt_search.formats import NumericFormat, floating_array
-from aqt_search.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
-from aqt_search.layout import Layout, conv_layout, dot_layout, einsum_layout
-from aqt_search.native import Bind
-from aqt_search.operands import Operand, Quantized, quantized_operand
-from aqt_search.qtensor import QTensor
-from aqt_search.quantizer import Quantizer, quantizer, recipe
+from aqt_search.numerics.fake_quant import carrier_dtype, check_key, fake_quant, pack_grids
+from aqt_search.numerics.formats import NumericFormat, floating_array
+from aqt_search.numerics.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantizer import Quantizer, quantizer, recipe
+from aqt_search.products.layout import Layout, conv_layout, dot_layout, einsum_layout
+from aqt_search.products.native import Bind
+from aqt_search.products.operands import Operand, Quantized, quantized_operand
+from aqt_search.products.product import product
 
 Format = str | NumericFormat | Quantizer | None
 
@@ -95,7 +95,7 @@ def _product(
         _operand(lhs, formats[0], PER_TENSOR, layout.contracting[0], "lhs"),
         _operand(rhs, formats[1], PER_CHANNEL, layout.contracting[1], "rhs"),
     )
-    return products.product(
+    return product(
         bind, layout, operands, tuple(map(_format_of, (lhs, rhs), formats)), execution,
         tuple(_gradient(fmt, layout, side) for side, fmt in enumerate(gradients)),
     )  # fmt: skip

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.outline import outline
+from aqt_search.numerics.outline import outline
 
 MOST_TAPS = 49  # each is a few operations to compile: 7 x 7 is the largest that was measured
 

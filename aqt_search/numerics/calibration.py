@@ -2,7 +2,7 @@
 
 A calibration is a pair of pure functions, as in optax: `init` makes its state, `apply` looks at a
 tensor and returns the bounds with the state for the next one. Which scale follows from the bounds
-is the quantizer's business (`aqt_search.quantizer`).
+is the quantizer's business (`aqt_search.numerics.quantizer`).
 
     calibration = moving_average(absmax(), 0.9)
     state = calibration.init(scale_shape)
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.formats import Grid, as_grid, leading_power, numeric_format
+from aqt_search.numerics.formats import Grid, as_grid, leading_power, numeric_format
 
 
 class Bounds(NamedTuple):

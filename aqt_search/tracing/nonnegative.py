@@ -3,7 +3,8 @@
 Such a value can be stored unsigned: with the sign's bit left to the magnitude. The rules hold in
 floating-point arithmetic, with rounding, underflow and overflow to infinity. NaN and -0.0 count as
 non-negative, and nothing is said of a division by zero. A primitive without a rule gives False.
-`aqt_search.sites` applies the rules along a function and enters the jaxprs that equations hold.
+`aqt_search.tracing.sites` applies the rules along a function and enters the jaxprs that equations
+hold.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from aqt_search.formats import (
+from aqt_search.numerics.formats import (
     FormatError,
     Grid,
     NumericFormat,

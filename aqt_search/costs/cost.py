@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import jax
 
-from aqt_search.calibration import is_asymmetric
-from aqt_search.formats import is_unscaled
-from aqt_search.granularity import per_channel, resolve, scale_shape
-from aqt_search.quantizer import SCALE_FORMATS, Quantizer, quantizer
-from aqt_search.sites import Operand, Site, SiteError, SiteFormats
+from aqt_search.numerics.calibration import is_asymmetric
+from aqt_search.numerics.formats import is_unscaled
+from aqt_search.numerics.granularity import per_channel, resolve, scale_shape
+from aqt_search.numerics.quantizer import SCALE_FORMATS, Quantizer, quantizer
+from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 
 
 def _bits(operand: Operand, fmt) -> int | jax.Array:

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search import row_convolution
-from aqt_search.carriers import Carrier, accumulator, does_not_fit, encode_carrier
-from aqt_search.fake_quant import codes_of_operand, unpack_grid
-from aqt_search.granularity import join_blocks
-from aqt_search.layout import Layout, dot_layout
-from aqt_search.operands import (
+from aqt_search.numerics.fake_quant import codes_of_operand, unpack_grid
+from aqt_search.numerics.granularity import join_blocks
+from aqt_search.numerics.outline import outline, where
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantizer import Recipe
+from aqt_search.products import row_convolution
+from aqt_search.products.carriers import Carrier, accumulator, does_not_fit, encode_carrier
+from aqt_search.products.layout import Layout, dot_layout
+from aqt_search.products.operands import (
     Operand,
     Quantized,
     dtype_of,
@@ -24,9 +27,6 @@ from aqt_search.operands import (
     has_zero_point,
     is_centred,
 )
-from aqt_search.outline import outline, where
-from aqt_search.qtensor import QTensor
-from aqt_search.quantizer import Recipe
 
 # bind(lhs, rhs, preferred_element_type); None leaves the result's dtype as it would be.
 Bind = Callable[[jax.Array, jax.Array, Any], jax.Array]

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search import cost
-from aqt_search.formats import NumericFormat, is_integer, is_traced, numeric_format
-from aqt_search.quantizer import quantizer
-from aqt_search.sites import Operand, Site, SiteError, SiteFormats
+from aqt_search.costs import cost
+from aqt_search.numerics.formats import NumericFormat, is_integer, is_traced, numeric_format
+from aqt_search.numerics.quantizer import quantizer
+from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 
 
 class Rates(NamedTuple):

@@ -1,0 +1,1 @@
+"""What an assignment of formats costs."""

@@ -1,0 +1,1 @@
+"""A format is data: formats, scales, and tensors put into them."""

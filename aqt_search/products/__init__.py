@@ -1,0 +1,1 @@
+"""What you train is what you serve: products of quantized operands, emulated and native."""

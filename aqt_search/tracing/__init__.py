@@ -1,0 +1,1 @@
+"""Quantization is a function transformation: sites of a traced function, and running it again."""

@@ -1,0 +1,1 @@
+"""The weights themselves: statistics, losses of their range, companding."""
