@@ -1,4 +1,4 @@
-"""Every package of the library stands only on those before it; CONTRIBUTING.md says what is where."""
+"""Every package of the library stands only on those before it (see CONTRIBUTING.md)."""
 
 import ast
 import pathlib
