@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: search test fuzz lint benchmark clean
+.PHONY: search test fuzz lint docs benchmark clean
 
 # Searches the formats of a ResNet-8 on scikit-learn's digits, beside uniform baselines.
 search: $(INSTALLED)
@@ -20,6 +20,11 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# The site, into build/docs: runs the tutorials, checks every link, and stops at a warning.
+docs: .venv/installed_docs
+	$(RUN) -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning docs build/docs
+	@echo "Open build/docs/index.html"
+
 benchmark: $(INSTALLED)
 	$(RUN) -m benchmarks.search_step
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev,bench]
@@ -31,5 +36,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev]
 	@touch $(INSTALLED)
 
+.venv/installed_docs: $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev,docs]
+	@touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build

@@ -17,6 +17,19 @@ from aqt_search.models.resnet import CIFAR_STAGES, IMAGENET_STAGES, resnet
 from aqt_search.models.vit import SIZES as VITS
 from aqt_search.models.vit import deit, vit
 
+__all__ = [
+    "MODELS",
+    "build",
+    "deit",
+    "efficientnet",
+    "inception_v3",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilenet_v3",
+    "resnet",
+    "vit",
+]
+
 
 def _without_batch_statistics(build: Callable[..., Any]) -> Callable[..., Any]:
     """A builder that takes, and has no use for, the axis that batch statistics are shared over."""

@@ -1,9 +1,12 @@
 """Palettization: weights stored as indices into a small table of values or vectors.
 
-rules = [("head", Palette(bits=4)), (".*", Palette(bits=2))]
-paletted = palettize(params, sites, rules)          # k-means; or DKM's, centroids=...
-logits = serve(apply)(paletted, x)                  # through the same function
-save(path, paletted); paletted = load(path)
+    rules = [("head", Palette(bits=4)), (".*", Palette(bits=2))]
+    paletted = palettize(params, sites, rules)          # k-means; or DKM's, centroids=...
+    logits = serve(apply)(paletted, x)                  # through the same function
+    save(path, paletted); paletted = load(path)
+
+What is stored is a pytree as the parameters are, with a `PalettedTensor` in place of each weight that
+has a palette.
 """
 
 from aqt_search.palette.dkm import (
