@@ -7,7 +7,8 @@
     frozen = freeze(apply, assignment, params, x)              # weights as they are stored
     logits = serve(apply)(frozen, x)
 
-The packages `aqt_search.search`, `.models`, `.data`, `.training`, `.report` are imported by name.
+Packages are imported by name: `aqt_search.search` for searching formats while weights train,
+`.ptq`, `.palette`, `.models`, `.data`, `.training` and `.report`.
 """
 
 from aqt_search.costs import cost, roofline
@@ -34,12 +35,26 @@ from aqt_search.numerics.formats import (
     round_to_format,
     stack_formats,
 )
+from aqt_search.numerics.gradient_rules import (
+    PASS_THROUGH,
+    STRAIGHT_THROUGH,
+    GradientRule,
+    ewgs,
+)
 from aqt_search.numerics.granularity import (
     PER_CHANNEL,
     PER_TENSOR,
     Granularity,
     per_block,
     per_channel,
+)
+from aqt_search.numerics.learned_scales import (
+    Learned,
+    batch_quant,
+    lsq,
+    merge_learned,
+    pact,
+    split_learned,
 )
 from aqt_search.numerics.qtensor import QTensor, quantize_tensor
 from aqt_search.numerics.quantizer import Quantizer, quantizer
@@ -55,17 +70,22 @@ from aqt_search.tracing.transform import (
     with_keys,
     with_static_activations,
 )
+from aqt_search.weights.range_loss import range_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PASS_THROUGH",
     "PER_CHANNEL",
     "PER_TENSOR",
+    "STRAIGHT_THROUGH",
     "Bounds",
     "Calibration",
     "FormatError",
     "Frozen",
+    "GradientRule",
     "Granularity",
+    "Learned",
     "NumericFormat",
     "Operand",
     "QTensor",
@@ -77,12 +97,14 @@ __all__ = [
     "StatefulFunction",
     "absmax",
     "assign",
+    "batch_quant",
     "centred",
     "conv_general_dilated",
     "cost",
     "delayed",
     "dot_general",
     "einsum",
+    "ewgs",
     "fake_quant",
     "fake_quant_with_state",
     "find_sites",
@@ -90,11 +112,14 @@ __all__ = [
     "freeze",
     "frozen_after",
     "init_state",
+    "lsq",
     "mean_deviation",
+    "merge_learned",
     "min_max",
     "moving_average",
     "mse",
     "numeric_format",
+    "pact",
     "per_block",
     "per_channel",
     "percentile",
@@ -102,10 +127,12 @@ __all__ = [
     "quantize_tensor",
     "quantize_with_state",
     "quantizer",
+    "range_loss",
     "roofline",
     "round_to_format",
     "running_max",
     "serve",
+    "split_learned",
     "stack_formats",
     "take",
     "with_keys",

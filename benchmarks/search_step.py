@@ -21,17 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import aqt_search as aqs
+from aqt_search import search
 from aqt_search.models.resnet import resnet
-from aqt_search.search.one_shot import (
-    SearchOptions,
-    SearchState,
-    init_policy,
-    make_search_step,
-)
-from aqt_search.search.space import make_space
 from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.optimizer import make_optimizer
+from aqt_search.training.search_step import ClassifierSearchState, make_search_step
 from aqt_search.training.train_step import init_train_state, make_update
 from benchmarks import timing
 
@@ -87,16 +82,18 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     ]
     target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
     for formats, samples in ((TWO, 1), (SIXTEEN, 1), (FOUR, 1), (FOUR, 2)):
-        space = make_space(sites, [(".*", formats)])
-        one = {"searcher": "policy_gradient", "samples": 1, "advantage": "baseline"}
-        one = {} if samples > 1 else one
-        options = SearchOptions(total_steps=1000, delay=0.0, **one)
+        space = search.make_space(sites, [(".*", formats)])
         costs = {"gbops": space.cost_table(aqs.cost.gbops)}
-        step = make_search_step(qapply, update, space, costs, options)
-        state = SearchState(train, init_policy(space, options))
+        controls = {"total_steps": 1000, "delay": 0.0, "axis_name": parallel.AXIS}
+        one_shot = (
+            search.critic(space, costs, samples=samples, **controls)
+            if samples > 1
+            else search.policy_gradient(space, costs, samples=1, baseline_momentum=0.95, **controls)
+        )
+        step = make_search_step(qapply, update, space, one_shot)
+        state = ClassifierSearchState(train, one_shot.init({"gbops": target}))
         name = f"search, {len(formats)} formats, {samples} judged"
-        inputs = {"gbops": np.float32(target)}
-        programs.append(Program(name, step, state, inputs, (batch, held_out)))
+        programs.append(Program(name, step, state, (), (batch, held_out)))
     return programs
 
 

@@ -20,31 +20,15 @@ import ml_collections
 import numpy as np
 
 from aqt_search import data
-from aqt_search.search.searchers import (
-    Outcome,
-    brute_force,
-    critic_search,
-    evolution,
-    greedy,
-    policy_gradient,
-    random_search,
-    regret,
-)
+from aqt_search.search.searchers import SEARCHERS, regret
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.workdir import lock_workdir, write_json
-from experiments import finished_run, from_config, search
+from experiments import finished_run, from_config
 from experiments.command_line import run_job
+from experiments.configured_search import configured_search
 from experiments.job import claim_run
 
-SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
-    "random": random_search,
-    "greedy": greedy,
-    "evolution": evolution,
-    "critic": critic_search,
-    "policy_gradient": policy_gradient,
-    "brute_force": brute_force,
-}
 SEARCHERS_FILE = "searchers.json"
 _SEED_OFFSET = 5_000_011  # the order of the images is its own
 
@@ -65,12 +49,12 @@ def check_options(config: ml_collections.ConfigDict) -> None:
 
 def judges(
     config: ml_collections.ConfigDict,
-    images: from_config.Images,
-    model: Any,
+    parts: from_config.Parts,
     space: Space,
     variables: Mapping[str, Any],
 ) -> tuple[Callable, Callable]:
     """Judges of points, [n, decisions] -> accuracies [n], by either half of held-out images."""
+    images = parts.images
     source = images.splits.reward
     count = min(config.searchers.images, len(source))
     if count < 2:
@@ -82,7 +66,7 @@ def judges(
         mean=images.mean, std=images.std,
     )  # fmt: skip
     halves = [next(stream), next(stream)]  # of one order of the images: none is in both
-    qapply = from_config.quantized(model)
+    qapply = from_config.quantized(parts.model)
     assignments_of = jax.jit(jax.vmap(space.assignment))
 
     def judge_by(half: Mapping[str, np.ndarray]) -> Callable:
@@ -103,13 +87,12 @@ def compare(
     """What each searcher found; `images` saves loading them again."""
     check_options(config)
     run = finished_run.load(config, Path(config.searchers.checkpoint), images)
-    space = search.configured_space(run.config, run.parts.sites)
-    (name, target), *_ = search.cost_targets(run.config, run.parts.sites).items()
-    costs = space.cost_table(from_config.cost_function(name))
-    judge, report = judges(config, run.parts.images, run.parts.model, space, run.variables)
+    setting = configured_search(run.config, run.parts.sites, run.parts.schedule.total_steps)
+    space, (name, target) = setting.space, next(iter(setting.targets.items()))
+    judge, report = judges(config, run.parts, space, run.variables)
     outcomes = {
         searcher: SEARCHERS[searcher](
-            judge, costs, target, config.searchers.evaluations, config.seed
+            judge, setting.costs[name], target, config.searchers.evaluations, config.seed
         )
         for searcher in config.searchers.names
     }

@@ -11,14 +11,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from aqt_search.search.one_shot import SearchState, init_policy
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.workdir import CONFIG_FILE, read_json
 from configs import base
 from experiments import from_config, results
 from experiments.assignment import configured_assignment
-from experiments.search import configured_space, first_assignment, search_options
+from experiments.configured_search import configured_space, first_assignment
 
 
 class FinishedRun(NamedTuple):
@@ -107,16 +106,15 @@ def trained_variables(
         if not searched:
             assignment = configured_assignment(config, parts.sites)
             return from_config.initial_state(config, parts, assignment)
-        space = configured_space(config, parts.sites)
-        train = from_config.initial_state(config, parts, first_assignment(space))
-        options = search_options(config, parts.schedule.total_steps)
-        return SearchState(train, init_policy(space, options))
+        assignment = first_assignment(configured_space(config, parts.sites))
+        return {"train": from_config.initial_state(config, parts, assignment)}
 
     template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
-    restored = restore_latest(folder / CHECKPOINT_FOLDER, template)
+    # Of a search the weights alone: what its policy remembers may be of another version.
+    restored = restore_latest(folder / CHECKPOINT_FOLDER, template, part=searched)
     if restored is None:
         raise from_config.ConfigError(
             f"{folder} has no checkpoint in {CHECKPOINT_FOLDER}. Give another run, or run it again."
         )
-    train = restored.state.train if searched else restored.state
+    train = restored.state["train"] if searched else restored.state
     return train.variables

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import write_json
 from aqt_search.weights.statistics import weight_statistics
-from experiments.from_config import Images, evaluation_batches, quantized, statistics_batches
+from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
 from experiments.quantizers import GRANULARITIES, named
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
@@ -141,9 +141,7 @@ def _programs(model: Any) -> tuple[Callable, Callable]:
 
 def estimated(
     config: ml_collections.ConfigDict,
-    images: Images,
-    model: Any,
-    sites: Mapping[str, aqs.Site],
+    parts: Parts,
     assignment: Mapping[str, aqs.SiteFormats],
     variables: Mapping[str, Any],
 ) -> StaticEvaluation:
@@ -152,51 +150,69 @@ def estimated(
     With `evaluation.calibration_batches` 0 they are the running statistics, and each evaluation
     batch's own scales.
     """
-    apply, qapply = _programs(model)
+    apply, qapply = _programs(parts.model)
     if not config.evaluation.calibration_batches:
         return StaticEvaluation(qapply, assignment, variables)
-    batches = statistics_batches(config, images)
+    batches = statistics_batches(config, parts.images)
     statistics = reestimate_batch_stats(qapply, assignment, variables, batches)
     variables = {**variables, "batch_stats": statistics}
-    batches = statistics_batches(config, images)
-    return static_evaluation(apply, assignment, sites, variables, batches)
+    batches = statistics_batches(config, parts.images)
+    return static_evaluation(apply, assignment, parts.sites, variables, batches)
 
 
-def finish(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    images: Images,
-    model: Any,
-    sites: Mapping[str, aqs.Site],
-    assignment: Mapping[str, aqs.SiteFormats],
-    variables: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    *,
-    judged: StaticEvaluation | None = None,
-    float_variables: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+class Ended(NamedTuple):
+    """What a run ends with."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    parts: Parts
+    assignment: Mapping[str, aqs.SiteFormats]
+    variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}, with "scales" if any
+    # What is evaluated, where statistics and scales are known already.
+    judged: StaticEvaluation | None = None
+    # Weights before they were put on a grid, to compare with.
+    float_variables: Mapping[str, Any] | None = None
+
+
+def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates weights under an assignment, without training them further, and writes the files.
 
     BatchNorm statistics and activation scales are first estimated under the assignment, on training
     images.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...}, with "scales" where calibrations have state.
+      ended: the run.
       facts: what the caller knows: "kind", "seconds", "steps", and for a search its target.
-      judged: what is evaluated, where statistics and scales are known already.
-      float_variables: weights before they were put on a grid, to compare with.
 
     Returns:
       The result, as written.
     """
-    judged = judged or estimated(config, images, model, sites, assignment, variables)
-    sizes = {split: len(getattr(images.splits, split)) for split in ("reward", "test")}
+    config, workdir, parts, assignment, variables = ended[:5]
+    judged = ended.judged or estimated(config, parts, assignment, variables)
+    result = _result(ended, judged) | dict(facts)
+    write_json(workdir / SITES_FILE, sites_json(parts.sites))
+    granularity = named(config.quantizers.weight_granularity, GRANULARITIES, "granularity")
+    write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
+    statistics = weights_json(
+        parts.model, judged.assignment, variables, parts.images.splits.image_shape,
+        judged.variables.get(SCALES), ended.float_variables,
+    )  # fmt: skip
+    write_json(workdir / WEIGHTS_FILE, statistics)
+    write_json(workdir / RESULT_FILE, result)
+    return result
+
+
+def _result(ended: Ended, judged: StaticEvaluation) -> dict[str, Any]:
+    """What a result holds of every run; keys in the order they are written."""
+    config, workdir, parts, assignment = ended[:4]
+    splits = parts.images.splits
+    sizes = {split: len(getattr(splits, split)) for split in ("reward", "test")}
     sizes["train"] = config.evaluation.train_images
     held_out, test, train = (
-        evaluate(*judged, evaluation_batches(config, images, split)) if sizes[split] else None
+        evaluate(*judged, evaluation_batches(config, parts.images, split)) if sizes[split] else None
         for split in ("reward", "test", "train")
     )
-    result = {
+    return {
         "name": workdir.name,
         "model": config.model.name,
         "width": config.model.width,
@@ -208,22 +224,13 @@ def finish(
         "held_out_accuracy": held_out and held_out.accuracy,
         "train_accuracy": _last_metrics(workdir).get("accuracy"),
         "train_split_accuracy": train and train.accuracy,
-        "gbops": float(aqs.cost.gbops(sites, assignment)),
-        "weight_bytes": float(aqs.cost.weight_bytes(sites, assignment)),
+        "gbops": float(aqs.cost.gbops(parts.sites, assignment)),
+        "weight_bytes": float(aqs.cost.weight_bytes(parts.sites, assignment)),
         "target_gbops": None,
         "final_entropy": None,
         "without_retraining": None,
         "command": shlex.join(["python", "-m", *_command()]),
-        **facts,
     }
-    write_json(workdir / SITES_FILE, sites_json(sites))
-    granularity = named(config.quantizers.weight_granularity, GRANULARITIES, "granularity")
-    write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
-    shape, scales = images.splits.image_shape, judged.variables.get("scales")
-    statistics = weights_json(model, judged.assignment, variables, shape, scales, float_variables)
-    write_json(workdir / WEIGHTS_FILE, statistics)
-    write_json(workdir / RESULT_FILE, result)
-    return result
 
 
 def _last_metrics(workdir: Path) -> Mapping[str, Any]:

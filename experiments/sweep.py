@@ -27,11 +27,13 @@ from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
 from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
-from experiments import from_config, palettize, ptq, results, search, sensitivity, train
+from experiments import from_config, results
 from experiments.command_line import run_job
 from experiments.compiled_programs import keep_compiled
+from experiments.configured_search import uniform_rules
 from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, locked, run_alone, run_together
+from experiments.jobs import palettize, ptq, search, sensitivity, train
 
 COMPILED_FOLDER = "compiled"
 # What may differ between points of one program: it is an input, or not part of the program.
@@ -100,7 +102,7 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
 def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, dict[str, Any]]:
     """(name, rules, changes of keys) of an entry of `sweep.baselines`."""
     if isinstance(spec, str):
-        return spec, () if spec == "float" else search.uniform_rules(config, spec), {}
+        return spec, () if spec == "float" else uniform_rules(config, spec), {}
     name, rules, *changes = spec
     return name, rules, changes[0] if changes else {}
 

@@ -11,61 +11,12 @@ result on the test images (result.json).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
-from aqt_search.tracing.sites import is_unquantized
-from aqt_search.training import parallel
-from aqt_search.training.evaluation import as_data
-from aqt_search.training.loop import LoopResult, Run
-from aqt_search.training.train_step import TrainState
-from experiments import finished_run, from_config, results
-from experiments.assignment import configured_assignment
+from experiments import results
 from experiments.command_line import run_job
-from experiments.job import Job, claim_run, run_alone
-
-
-def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
-    """Training under fixed formats, which are an input of the step."""
-    parts = from_config.build_parts(config, images)
-    assignment = configured_assignment(config, parts.sites)
-    qapply = from_config.quantized(parts.model, parallel.AXIS)
-    update = from_config.make_update(config, parts, qapply)
-
-    def step(state: TrainState, formats, batch):
-        return update(state, formats, batch)[:2]
-
-    def finish(trained: LoopResult) -> dict[str, Any]:
-        is_float = all(is_unquantized(formats) for formats in assignment.values())
-        kind = "retrained" if config.policy else "float" if is_float else "uniform"
-        steps = parts.schedule.total_steps
-        facts = {"kind": kind, "steps": steps, "seconds": trained.seconds}
-        if config.policy:
-            facts["pair"] = Path(config.policy).parent.name
-        return results.finish(
-            config, workdir, images, parts.model, parts.sites, assignment,
-            trained.state.variables, facts,
-        )  # fmt: skip
-
-    state = from_config.initial_state(config, parts, assignment)
-    if config.checkpoint:
-        there = finished_run.load(config, Path(config.checkpoint), images).variables
-        state = state._replace(params=there["params"], batch_stats=there["batch_stats"])
-        if parts.range_loss is not None:  # its margins start from these weights
-            state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
-    stream = from_config.training_stream(config, images)
-    # Claimed last, so that a refused configuration does not keep the folder.
-    claim_run(workdir, config)
-    run = Run(workdir, state, [stream], as_data(assignment))
-    return Job(step, run, parts.schedule, finish)
-
-
-def run(
-    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
-) -> dict[str, Any]:
-    """Trains, evaluates and returns the result; `images` saves loading the data set again."""
-    return run_alone(prepare, config, workdir, images)
+from experiments.jobs.train import run
 
 
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 from aqt_search.training.workdir import WorkdirError, lock_workdir
 from configs import digits_resnet8
-from experiments import from_config, search, sweep, train
+from experiments import from_config, sweep
 from experiments.command_line import named_errors
 from experiments.job import claim_run
+from experiments.jobs import search, train
 
 JOBS = {"train": train, "search": search, "sweep": sweep}
 
@@ -47,6 +48,7 @@ def complaint(capsys, job, config, workdir, images=None):
 
 
 INT = ("int4", "int8")
+GRADIENT = {"search.searcher": "policy_gradient"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,16 @@ INT = ("int4", "int8")
         ("search", {"search.delay": 1.5}, ["config.search", "1.5", "[0, 1)"]),
         ("search", {"search.delay": 0.99}, ["config.search", "0.99", "train longer"]),
         ("search", {"search.measure": "f1"}, ["config.search", "'f1'", "accuracy"]),
-        ("search", {"search.samples": 1}, ["config.search", "centred", "samples to 2"]),
+        ("search", {"search.samples": 1}, ["config.search", "samples is 1", "at least 2"]),
+        ("search", {"search.searcher": "grid"}, ["config.search", "'grid'", "policy_gradient"]),
+        ("search", {"search.advantage": "raw"}, ["config.search", "'raw'", "centred"]),
+        ("search", {"search.penalty": "none"}, ["config.search", "'none'", "annealed"]),
+        ("search", {"search.temperature": 2.0}, ["'critic'", "leave temperature", "2.0"]),
+        ("search", {"search.reward": "hard"}, ["'critic'", "'hard'", "one_sided"]),
+        ("search", {"search.quality": "train"}, ["samples is 2", "'held_out'"]),
+        ("search", GRADIENT | {"search.cost_samples": 0}, ["annealed", "cost_samples to 2"]),
+        ("search", GRADIENT | {"search.samples": 1}, ["samples is 1", "baseline_momentum"]),
+        ("search", GRADIENT | {"search.reward": "soft"}, ["'soft'", "measure to 'accuracy'"]),
         ("search", {"search.cost": "watts"}, ["'watts'", "gbops", "latency_ms/h100"]),
         (
             "search",

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqt_search.search import critic as critics
 from aqt_search.search import policy as policies
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.critic import (
     CriticState,
-    Period,
-    critic_step,
+    critic_over,
     groups_of,
     init_critic,
-    init_policy,
     logits_on_target,
     observe,
     pooled_values,
+    temperature,
 )
-from aqt_search.training.parallel import AXIS
+from aqt_search.search.one_shot import Period
+
+AXIS = "replicas"
 
 MASK = np.ones((6, 3), bool)
 COLUMNS = np.array([[1.0, 2.0, 4.0], [0.5, 1.0, 2.0]] * 3)
@@ -47,17 +47,6 @@ def product_table():
     return CostTable(table, pairs[:, 0], pairs[:, 1], 0.5, MASK)
 
 
-def alone(fun):
-    """A function that shares over the replicas, with one replica."""
-
-    @functools.wraps(fun)
-    def run(*args):
-        found = jax.vmap(lambda _: fun(*args), axis_name=AXIS, axis_size=1)(jnp.zeros(1))
-        return jax.tree.map(lambda leaf: leaf[0], found)
-
-    return run
-
-
 @functools.partial(jax.jit, static_argnames=("names", "one_sided"))
 def _on_target(scores, log_p, targets, names, one_sided=False):
     costs = {name: TABLES[name] for name in names}
@@ -78,8 +67,8 @@ TABLES = {
 
 
 def seen(value, count, variance=1e-4):
-    return CriticState(jnp.asarray(value, jnp.float32), jnp.asarray(count, jnp.float32),
-                       jnp.float32(variance), jnp.float32(1))  # fmt: skip
+    value, count = jnp.asarray(value, jnp.float32), jnp.asarray(count, jnp.float32)
+    return CriticState(jnp.zeros_like(value), value, count, jnp.float32(variance), jnp.float32(1))
 
 
 @pytest.mark.parametrize("samples", [2, 3])
@@ -99,10 +88,8 @@ def test_it_learns_what_least_squares_finds(samples):
     def step(state, batch):
         return observe(state, *batch, 1.0), None
 
-    run = jax.jit(
-        alone(lambda: jax.lax.scan(step, init_critic(MASK), (choices, jnp.float32(quality)))[0])
-    )
-    found = run()
+    batches = choices, jnp.float32(quality)
+    found = jax.jit(lambda: jax.lax.scan(step, init_critic(MASK), batches)[0])()
     value = np.asarray(found.value) - np.asarray(found.value).mean(-1, keepdims=True)
     solved -= solved.mean(-1, keepdims=True)
     # The least-squares estimate itself is off by about 0.01 sqrt(1.5 / count) = 3e-4.
@@ -113,12 +100,9 @@ def test_it_learns_what_least_squares_finds(samples):
 
 def test_it_forgets():
     choices = jnp.array([[0] * 6, [1] * 6])
-    run = alone(
-        functools.partial(observe, choices=choices, quality=jnp.array([1.0, 0.0]), keep=0.5)
-    )
     state = init_critic(MASK)
     for _ in range(20):
-        state = run(state)
+        state = observe(state, choices, jnp.array([1.0, 0.0]), 0.5)
     np.testing.assert_allclose(state.count[:, 0], 1.0, rtol=1e-4)  # 0.5 / (1 - 0.5)
     assert (np.asarray(state.count[:, 2]) == 0).all()
 
@@ -126,13 +110,12 @@ def test_it_forgets():
 def test_replicas_learn_together():
     choices = np.random.default_rng(1).integers(0, 3, (2, 2, 6))
     quality = np.float32([[0.1, 0.3], [0.2, -0.4]])
-    run = jax.vmap(lambda c, q: observe(init_critic(MASK), c, q, 0.9), axis_name=AXIS)
+    run = jax.vmap(lambda c, q: observe(init_critic(MASK), c, q, 0.9, AXIS), axis_name=AXIS)
     state = jax.tree.map(np.asarray, run(choices, quality))
     for leaf in state:
         np.testing.assert_array_equal(leaf[0], leaf[1])
     own = [
-        np.asarray(alone(observe)(init_critic(MASK), c, q, 0.9).count)
-        for c, q in zip(choices, quality)
+        np.asarray(observe(init_critic(MASK), c, q, 0.9).count) for c, q in zip(choices, quality)
     ]
     np.testing.assert_allclose(state.count[0], sum(own), rtol=1e-6)
 
@@ -254,48 +237,50 @@ STEPS, START, TARGET, TOLERANCE = 600, 100, 7.0, 0.03
 @functools.cache
 def searcher(one_sided):
     """A search whose quality is a sum over decisions, plus noise."""
-    costs, targets = {"a": table_of(COLUMNS)}, {"a": TARGET}
-    groups = groups_of(["a"] * 6)
+    one_shot = critic_over(
+        MASK, groups_of(["a"] * 6), {"a": table_of(COLUMNS)}, total_steps=STEPS,
+        delay=START / STEPS, samples=2, tolerance=TOLERANCE, one_sided=one_sided,
+        memory=1 / (0.002 * STEPS), axis_name=None,
+    )  # fmt: skip
 
     def run(truth, noise, seed):
-        def step(policy, number):
+        def step(state, number):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            log_p = policies.log_probabilities(policy.logits, MASK)
-            choices = policies.sample_many(key, log_p, 2)
+            log_p = policies.log_probabilities(state.policy.logits, MASK)
+            choices = one_shot.sample(state, key)
             quality = truth[np.arange(6)[None], choices].sum(1)
             quality += noise * jax.random.normal(jax.random.fold_in(key, 1), (2,))
-            policy, _ = critic_step(
-                policy, choices, quality, costs, targets, number, Period(START, STEPS),
-                groups, MASK, keep=0.998, tolerance=TOLERANCE, one_sided=one_sided,
-            )  # fmt: skip
-            return policy, (log_p, choices)
+            state, _ = one_shot.update(state, choices, quality, key)
+            return state, (log_p, choices, one_shot.answer(state))
 
-        return jax.lax.scan(step, init_policy(MASK), jnp.arange(STEPS))
+        return jax.lax.scan(step, one_shot.init({"a": TARGET}), jnp.arange(STEPS))
 
-    return jax.jit(alone(run))
+    return jax.jit(run)
 
 
 def searched(seed, noise, one_sided=False):
-    """(truth, log-probabilities and samples of every step, the last policy)."""
+    """(truth, log-probabilities, samples and answer of every step, the last state)."""
     gains = 0.02 * np.random.default_rng(seed).random((6, 2))
     truth = np.concatenate([np.zeros((6, 1)), np.cumsum(gains, 1)], 1).astype(np.float32)
-    policy, (log_p, choices) = searcher(one_sided)(truth, noise, seed)
-    return truth, np.asarray(log_p), np.asarray(choices), policy
+    state, seen = searcher(one_sided)(truth, noise, seed)
+    return truth, *map(np.asarray, seen), state
 
 
 def test_a_search_rests_then_stays_on_target_then_settles():
     table = table_of(COLUMNS)
-    _, log_p, choices, policy = searched(0, 0.02)
+    _, log_p, choices, answers, state = searched(0, 0.02)
     assert (log_p[: START + 1] == log_p[0]).all()
     np.testing.assert_allclose(np.exp(log_p[0]), 1 / 3, rtol=1e-6)
     settles = Period(START, STEPS).settles
     assert settles == 550
     for p in np.exp(log_p[START + 1 : settles + 1 : 40]):
         assert float(table.expected(p)) == pytest.approx(TARGET, rel=1e-3)
-    answer = np.asarray(policy.logits).argmax(-1)
-    assert (choices[settles + 1 :] == answer).all()
-    assert abs(table.of_many(answer[None])[0] / TARGET - 1) <= TOLERANCE
-    assert policy.updates == 500
+    assert (choices[settles + 1 :] == answers[-1]).all()
+    assert (answers[settles:] == answers[-1]).all()
+    # It has an answer on target at any time after the delay, not only at the end.
+    off = np.abs(table.of_many(answers[START + 1 :]) / TARGET - 1)
+    assert off.max() <= TOLERANCE
+    assert state.step == STEPS
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
@@ -305,12 +290,11 @@ def test_a_search_finds_nearly_the_best_point(one_sided):
     costs = table_of(COLUMNS).of_many(points)
     lost = []
     for seed in range(8):
-        truth, _, _, policy = searched(seed, 0.01, one_sided=one_sided)
+        truth, _, _, answers, _ = searched(seed, 0.01, one_sided=one_sided)
         values = truth[np.arange(6), points].sum(1)
         off = costs / TARGET - 1
         fits = off <= TOLERANCE if one_sided else np.abs(off) <= TOLERANCE
-        answer = np.asarray(policy.logits).argmax(-1)
-        found = truth[np.arange(6), answer].sum()
+        found = truth[np.arange(6), answers[-1]].sum()
         span = values[fits].max() - np.median(values[fits])
         lost.append((values[fits].max() - found) / span)
     assert np.mean(lost) < 0.5
@@ -333,16 +317,14 @@ def test_jacobi_steps_do_not_overshoot():
         return observe(state, choices, quality, 1.0), None
 
     choices = rng.integers(0, 2, (3000, 2, 200))
-    found = jax.jit(alone(lambda: jax.lax.scan(step, init_critic(mask), choices)[0]))()
+    found = jax.jit(lambda: jax.lax.scan(step, init_critic(mask), choices)[0])()
     difference = np.asarray(found.value[:, 1] - found.value[:, 0])
     correlation = np.corrcoef(difference, truth[:, 1] - truth[:, 0])[0, 1]
     assert correlation > 0.95
 
 
 def test_the_constants_are_as_documented():
-    spread = critics.temperature(
-        jnp.tile(jnp.array([-1.0, 0.0, 1.0]), (6, 1)), MASK, jnp.float32(0)
-    )
+    spread = temperature(jnp.tile(jnp.array([-1.0, 0.0, 1.0]), (6, 1)), MASK, jnp.float32(0))
     assert float(spread) == pytest.approx(4 * np.sqrt(2 / 3), rel=1e-4)
-    last = critics.temperature(jnp.tile(jnp.array([-1.0, 0.0, 1.0]), (6, 1)), MASK, jnp.float32(1))
+    last = temperature(jnp.tile(jnp.array([-1.0, 0.0, 1.0]), (6, 1)), MASK, jnp.float32(1))
     assert float(last) == pytest.approx(0.02 * np.sqrt(2 / 3), rel=1e-4)

@@ -17,8 +17,9 @@ from aqt_search.report.records import bits_of_format
 from aqt_search.training import parallel
 from aqt_search.training.metrics import read_metrics
 from configs import digits_resnet8
-from experiments import compare_searchers, from_config, search, sweep, train
+from experiments import compare_searchers, from_config, sweep
 from experiments.compiled_programs import keep_compiled
+from experiments.jobs import search, train
 
 ROOT = Path(__file__).parent.parent
 SEARCHED = ("e2m1", "int4", "e4m3")

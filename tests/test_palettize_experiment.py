@@ -14,7 +14,7 @@ from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.workdir import claim_workdir, write_json
 from configs import digits_resnet8
 from experiments import from_config
-from experiments import palettize as job
+from experiments.jobs import palettize as job
 
 RULES = (("head", {"bits": 2, "dimension": 4}), ("stem", 4), (".*", None))
 

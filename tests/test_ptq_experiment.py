@@ -7,8 +7,9 @@ import pytest
 
 from aqt_search.report import load_records
 from configs import digits_low_bit, digits_resnet8
-from experiments import from_config, ptq, sweep, train
+from experiments import from_config, sweep
 from experiments.from_config import ConfigError
+from experiments.jobs import ptq, train
 
 
 @pytest.fixture(scope="module")

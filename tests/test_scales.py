@@ -12,22 +12,20 @@ import pytest
 import aqt_search as aqs
 from aqt_search.numerics.learned_scales import batch_quant, lsq, merge_learned, split_learned
 from aqt_search.numerics.quantizer import Quantizer
-from aqt_search.search.one_shot import (
-    SearchOptions,
-    SearchState,
-    init_policy,
-    make_search_step,
-)
+from aqt_search.search import critic
 from aqt_search.training import parallel
 from aqt_search.training.evaluation import static_evaluation
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import synchronized, with_learned, with_scales
+from aqt_search.training.search_step import ClassifierSearchState, make_search_step
 from aqt_search.training.train_step import cross_entropy, init_train_state, make_update
 from configs import digits_resnet8
-from experiments import finished_run, from_config, results, search, train
+from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
+from experiments.configured_search import configured_space, first_assignment
 from experiments.from_config import ConfigError
+from experiments.jobs import train
 from experiments.quantizers import GRANULARITIES, named
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
@@ -193,9 +191,7 @@ def test_a_run_learns_scales_and_keeps_them(data_dir, tmp_path):
     run = finished_run.load(config, tmp_path / "run", images)
     assignment = configured_assignment(run.config, run.parts.sites)
     # The weights as loaded give the accuracy that was reported.
-    judged = results.estimated(
-        config, images, run.parts.model, run.parts.sites, assignment, run.variables
-    )
+    judged = results.estimated(config, run.parts, assignment, run.variables)
     again = results.evaluate(*judged, from_config.evaluation_batches(config, images, "test"))
     assert again.accuracy == result["accuracy"]
 
@@ -207,25 +203,23 @@ def test_a_search_learns_a_step_size_for_every_format(data_dir):
     model, optimizer = Net(), optax.sgd(0.05)
     one = jax.ShapeDtypeStruct((1, FEATURES), np.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), one)
-    space = search.configured_space(config, aqs.find_sites(model.apply, variables, one))
-    init = functools.partial(
-        aqs.quantize_with_state(model.apply).init, search.first_assignment(space)
-    )
+    space = configured_space(config, aqs.find_sites(model.apply, variables, one))
+    init = functools.partial(aqs.quantize_with_state(model.apply).init, first_assignment(space))
     state = init_train_state(
         model, optimizer, (FEATURES,), 0, init_scales=lambda variables: init(variables, one)
     )
-    options = SearchOptions(total_steps=8, delay=0.5)
     qapply = with_scales(aqs.quantize_with_state(model.apply))
     costs = {"gbops": space.cost_table(aqs.cost.gbops)}
+    one_shot = critic(space, costs, total_steps=8, delay=0.5, axis_name=AXIS)
     step = parallel.pmap_step(
-        make_search_step(qapply, make_update(qapply, optimizer), space, costs, options)
+        make_search_step(qapply, make_update(qapply, optimizer), space, one_shot)
     )
-    held = parallel.replicate(SearchState(state, init_policy(space, options)))
-    targets = parallel.replicate({"gbops": np.float32(sum(costs["gbops"].range) / 2)})
+    first = one_shot.init({"gbops": sum(costs["gbops"].range) / 2})
+    held = parallel.replicate(ClassifierSearchState(state, first))
     sizes = []
     for number in range(8):
         batch, judged = (parallel.shard(batch_of(2 * number + i)) for i in range(2))
-        held, metrics = step(held, targets, batch, judged)
+        held, metrics = step(held, (), batch, judged)
         learned = split_learned(parallel.unreplicate(held).train.scales)[0]
         sizes.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(learned)]))
     assert np.all(np.isfinite(metrics["loss"]))

@@ -18,9 +18,9 @@ from aqt_search.search.searchers import (
     brute_force,
     critic_search,
     evolution,
+    gradient_search,
     greedy,
     in_batches,
-    policy_gradient,
     random_search,
     regret,
 )
@@ -36,7 +36,7 @@ SEARCHERS = {
     "greedy": greedy,
     "evolution": evolution,
     "critic": critic_search,
-    "policy_gradient": policy_gradient,
+    "policy_gradient": gradient_search,
 }
 ALL = SEARCHERS | {"brute_force": brute_force}
 EVALUATIONS = 64
@@ -385,11 +385,11 @@ def test_bad_targets_and_budgets_are_refused(search):
         (random_search, {"spread": 2.0}, 10, "spread is 2"),
         (evolution, {}, 3, "at least 4"),
         (evolution, {"population": 20}, 10, "population is 20"),
-        (policy_gradient, {}, 8, "at least 9"),
+        (gradient_search, {}, 8, "at least 9"),
         (critic_search, {}, 8, "at least 9"),
         (critic_search, {"samples": 1}, 10, "samples is 1"),
-        (policy_gradient, {"samples": 1}, 10, "samples is 1"),
-        (policy_gradient, {"cost_samples": 0}, 10, "cost_samples 0"),
+        (gradient_search, {"samples": 1}, 10, "samples is 1"),
+        (gradient_search, {"cost_samples": 0}, 10, "cost_samples is 0"),
     ],
 )
 def test_bad_controls_are_refused(search, options, evaluations, message):

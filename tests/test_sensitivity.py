@@ -14,17 +14,16 @@ from matplotlib.image import imread
 import aqt_search as aqs
 from aqt_search.report.sensitivity import load_sensitivity
 from aqt_search.report.sensitivity_plot import sensitivity_figure
-from aqt_search.search.one_shot import SearchState, init_policy
-from aqt_search.search.space import make_space
 from aqt_search.training.checkpoint import CheckpointError, save_checkpoint
 from aqt_search.training.evaluation import evaluate
+from aqt_search.training.search_step import ClassifierSearchState
 from aqt_search.training.sensitivity import sensitivity
 from aqt_search.training.train_step import init_train_state
 from aqt_search.training.workdir import WorkdirError, claim_workdir, write_json
 from configs import digits_resnet8
 from experiments import finished_run, from_config
-from experiments import sensitivity as job
-from experiments.search import search_options
+from experiments.configured_search import configured_search
+from experiments.jobs import sensitivity as job
 
 KEYS = {
     "formats", "sites", "reference", "accuracy", "loss", "sqnr_db", "reference_accuracy",
@@ -250,9 +249,8 @@ def leave_run(folder, images, name, kind):
         state = init_train_state(parts.model, parts.optimizer, images.splits.image_shape, 0)
         if kind != "search":
             return state
-        space = make_space(parts.sites, config.search.space)
-        options = search_options(config, parts.schedule.total_steps)
-        return SearchState(state, init_policy(space, options))
+        setting = configured_search(config, parts.sites, parts.schedule.total_steps)
+        return ClassifierSearchState(state, setting.one_shot.init(setting.targets))
 
     state = jax.tree.map(
         lambda s: (9 * RNG.normal(size=s.shape)).astype(s.dtype), jax.eval_shape(initial)

@@ -300,3 +300,36 @@ def test_choices_may_be_batched_by_vmap(sites):
     of_formats = jax.vmap(lambda c: aqs.cost.gbops(sites, space.assignment(c)))(points)
     chex.assert_shape(of_formats, (27,))
     np.testing.assert_allclose(of_formats, jax.vmap(costs.of)(points), rtol=1e-6)
+
+
+ODD = aqs.NumericFormat(1.0, 1.0, -3.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    "options, labels",
+    [
+        (("int4", ODD, None), ("int4", "(1, 1, -3, 2, 3)", "none")),
+        (
+            [aqs.Quantizer(f, granularity=aqs.per_block(2)) for f in ("int4", "e4m3", ODD)],
+            ("int4", "e4m3", "(1, 1, -3, 2, 3)"),
+        ),
+        (("mxfp4", aqs.quantizer("mxfp6")), ("mxfp4", "mxfp6")),
+    ],
+)
+def test_an_option_may_be_any_format(sites, options, labels):
+    """Formats without a name are told by their five numbers, quantizers by their format."""
+    space = make_space(sites, [("stem", None), (".*", {"weight": options})])
+    assert [d.labels for d in space.decisions] == [labels, labels]
+    for column, option in enumerate(options):
+        chosen = np.full(len(space.decisions), column)
+        traced = jax.jit(space.assignment)(chosen)
+        concrete = space.concrete_assignment(chosen)
+        for name in (BODY, HEAD):
+            want = aqs.quantizer("fp32" if option is None else option)
+            np.testing.assert_array_equal(traced[name].rhs.fmt, np.float32(want.fmt))
+            assert concrete[name].rhs is None or aqs.quantizer(concrete[name].rhs) == want
+
+
+def test_equal_formats_are_no_choice_whatever_they_are_called(sites):
+    with pytest.raises(SpaceError, match="two different formats"):
+        make_space(sites, [(".*", ("int4", aqs.numeric_format("int4")))])

@@ -15,8 +15,7 @@ most probable point on target, under which the weights train to the end.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,23 +23,125 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.search import policy as policies
-from aqt_search.search.answer import most_probable_on_target
+from aqt_search.search import replicas
+from aqt_search.search.answer import most_probable, most_probable_on_target
 from aqt_search.search.cost_table import CostTable
-from aqt_search.search.policy import PolicyState
-from aqt_search.training.parallel import AXIS
+from aqt_search.search.one_shot import (
+    Period,
+    Search,
+    SearchState,
+    answer_of,
+    check_samples,
+    first_state,
+    log_probabilities,
+    period,
+    told_of_step,
+)
+from aqt_search.search.space import Space
 
 # Of the root mean square of the values' differences: nearly open, and all but decided.
 _TEMPERATURES = (4.0, 0.02)
 _BISECTIONS = 30
 _LARGEST_MULTIPLIER = 12.0  # lambda / tau = sinh of up to this: 8e4
 _SWEEPS = 3  # over the multipliers, where there are several costs
-SETTLED = 0.9  # the share of the search after which the answer is sampled alone
 _CERTAIN = 50.0  # logit of the options of the answer: the others have probability 0 in float32
 
 
-class CriticState(NamedTuple):
-    """What the critic has learned."""
+def critic(
+    space: Space,
+    costs: Mapping[str, CostTable],
+    *,
+    total_steps: int,
+    delay: float = 0.25,
+    samples: int = 2,
+    tolerance: float = 0.02,
+    one_sided: bool = False,
+    memory: float = 0.5,
+    axis_name: Hashable | None = None,
+) -> Search:
+    """The search by a learned model of quality: on its targets from the first step on.
 
+    Before the delay is over the critic learns and the policy is uniform. Decisions whose options
+    have the same names learn from one another. The metrics are those of `one_shot.told_of_step`,
+    "temperature" (tau) and "quality_noise" (nats, or the unit of the quality: the standard
+    deviation of a sample about the model).
+
+    Args:
+      space: the decisions.
+      costs: of the space's points, by name; the first is the one the metrics call "cost".
+      total_steps: updates in the whole search.
+      delay: share of the steps before the policy moves, in [0, 1).
+      samples: points judged in a step, at least 2: they are compared.
+      tolerance: the answer is the most probable point with |C / T - 1| at most this, for all
+        costs; of none is so near, one of the nearest. 0: the most probable, wherever it is.
+      one_sided: whether costs below their targets are as good as on them.
+      memory: of the critic, as a share of the run: the weights it judged are not today's. Infinity
+        where they are.
+      axis_name: the mapped axis of the replicas; None without one.
+
+    Raises:
+      ValueError: an argument out of its range.
+    """
+    groups = groups_of([(d.role, d.labels) for d in space.decisions])
+    return critic_over(
+        space.mask, groups, costs, total_steps=total_steps, delay=delay, samples=samples,
+        tolerance=tolerance, one_sided=one_sided, memory=memory, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def critic_over(
+    mask: np.ndarray,
+    groups: np.ndarray,
+    costs: Mapping[str, CostTable],
+    *,
+    total_steps: int,
+    delay: float,
+    samples: int,
+    tolerance: float,
+    one_sided: bool,
+    memory: float,
+    axis_name: Hashable | None,
+) -> Search:
+    """`critic` for decisions known by their options alone.
+
+    Args:
+      mask: [decisions, max_options], bool.
+      groups: [groups, decisions], as of `groups_of`.
+    """
+    steps = period(total_steps, delay)
+    check_samples(samples, 2, ": a critic compares the points of a step")
+    if not memory > 0 or not tolerance >= 0:
+        raise ValueError(
+            f"memory is {memory}, expected a share of the run above 0; tolerance is {tolerance},"
+            " expected a share of the targets, at least 0."
+        )
+    keep = max(0.0, 1 - 1 / (memory * total_steps))
+    rule = _Rule(mask, groups, costs, steps, keep, tolerance, one_sided, axis_name)
+
+    def sample(state: SearchState, key: jax.Array) -> jax.Array:
+        return policies.sample_many(key, log_probabilities(state, mask, steps.start), samples)
+
+    def update(state: SearchState, choices, quality, key):
+        log_p = log_probabilities(state, mask, steps.start)
+        new, own = critic_step(rule, state, choices, quality)
+        shared = told_of_step(costs, state.targets, log_p, choices, quality, axis_name)
+        return new, shared | own
+
+    def answer(state: SearchState) -> jax.Array:
+        log_p = policies.log_probabilities(state.policy.logits, mask)
+        found = answer_of(log_p, costs, state.targets, tolerance, one_sided)
+        return jnp.where(state.step > steps.settles, most_probable(log_p), found)
+
+    def init(targets: Mapping[str, Any]) -> SearchState:
+        return first_state(costs, targets, init_critic(mask))
+
+    return Search(init, sample, update, answer)
+
+
+class CriticState(NamedTuple):
+    """What the critic has learned, and the policy of it."""
+
+    logits: jax.Array  # [decisions, max_options], float32
     value: jax.Array  # [decisions, max_options], float32: quality above the decision's mean
     count: jax.Array  # [decisions, max_options], float32: what was seen of each option
     variance: jax.Array  # [], float32: of a sample's quality about the model
@@ -50,19 +151,17 @@ class CriticState(NamedTuple):
 def init_critic(mask: np.ndarray) -> CriticState:
     """A critic that has seen nothing."""
     zeros = jnp.zeros(mask.shape, jnp.float32)
-    return CriticState(zeros, zeros, jnp.float32(0), jnp.float32(0))
-
-
-def init_policy(mask: np.ndarray) -> PolicyState:
-    """A uniform policy with a critic in place of an optimizer's state."""
-    logits = jnp.zeros(mask.shape, jnp.float32)
-    return PolicyState(logits, init_critic(mask), jnp.float32(0.0), jnp.int32(0))
+    return CriticState(zeros, zeros, zeros, jnp.float32(0), jnp.float32(0))
 
 
 def observe(
-    critic: CriticState, choices: jax.Array, quality: jax.Array, keep: float
+    critic: CriticState,
+    choices: jax.Array,
+    quality: jax.Array,
+    keep: float,
+    axis_name: Hashable | None = None,
 ) -> CriticState:
-    """One step of regression on the samples of a step, over all replicas, inside `AXIS`.
+    """One step of regression on the samples of a step, over all replicas.
 
     With r the quality above the model's prediction and x the one-hot choices, both centred over
     the samples, which share a batch and so its difficulty:
@@ -77,6 +176,7 @@ def observe(
       choices: [samples, decisions], int; at least two samples.
       quality: [samples].
       keep: what is kept of the past at a step, in (0, 1].
+      axis_name: the mapped axis of the replicas; None without one.
     """
     samples, decisions = choices.shape
     chosen = jax.nn.one_hot(choices, critic.value.shape[-1])
@@ -88,13 +188,13 @@ def observe(
         "count": jnp.sum(jnp.square(x), axis=0),
         "variance": jnp.sum(jnp.square(residual)) / (samples - 1),
     }
-    found = jax.lax.psum(found, AXIS)
-    replicas = jax.lax.axis_size(AXIS)
+    found = replicas.total(found, axis_name)
+    count_of_replicas = replicas.count(axis_name)
     count = keep * critic.count + found["count"]
-    value = critic.value + found["step"] / (count + 2 * decisions * replicas)
+    value = critic.value + found["step"] / (count + 2 * decisions * count_of_replicas)
     steps = keep * critic.steps + 1
-    variance = critic.variance + (found["variance"] / replicas - critic.variance) / steps
-    return CriticState(value, count, variance, steps)
+    variance = critic.variance + (found["variance"] / count_of_replicas - critic.variance) / steps
+    return CriticState(critic.logits, value, count, variance, steps)
 
 
 def groups_of(options: Sequence[Any]) -> np.ndarray:
@@ -193,56 +293,42 @@ def logits_on_target(
     return shifted(positions)
 
 
-class Period(NamedTuple):
-    """The steps of a search: the policy rests before `start`, and is answered at the end."""
+class _Rule(NamedTuple):
+    """What a critic's steps have in common."""
 
-    start: int
-    total: int
-
-    @property
-    def settles(self) -> int:
-        """The step after which the answer alone is sampled."""
-        return min(self.start + math.ceil(SETTLED * (self.total - self.start)), self.total - 1)
+    mask: np.ndarray  # [decisions, max_options], bool
+    groups: np.ndarray  # [groups, decisions]
+    costs: Mapping[str, CostTable]
+    period: Period
+    keep: float  # of the past at a step
+    tolerance: float
+    one_sided: bool
+    axis_name: Hashable | None
 
 
 def critic_step(
-    policy: PolicyState,
-    choices: jax.Array,
-    quality: jax.Array,
-    costs: Mapping[str, CostTable],
-    targets: Mapping[str, jax.Array],
-    step: jax.Array,
-    period: Period,
-    groups: np.ndarray,
-    mask: np.ndarray,
-    *,
-    keep: float,
-    tolerance: float,
-    one_sided: bool,
-) -> tuple[PolicyState, dict[str, jax.Array]]:
-    """The critic after a step's samples, and the policy of its values.
-
-    Before the search starts the critic learns and the policy rests. Of `tolerance` and `one_sided`
-    see `most_probable_on_target`.
-    """
-    critic = observe(policy.opt_state, choices, quality, keep)
-    values = pooled_values(critic, groups, mask)
-    share = (step - period.start) / (period.total - period.start)
+    rule: _Rule, state: SearchState, choices: jax.Array, quality: jax.Array
+) -> tuple[SearchState, dict[str, jax.Array]]:
+    """The critic after a step's samples, and the policy of its values."""
+    mask, step, targets = rule.mask, state.step, state.targets
+    seen = observe(state.policy, choices, quality, rule.keep, rule.axis_name)
+    values = pooled_values(seen, rule.groups, mask)
+    share = (step - rule.period.start) / (rule.period.total - rule.period.start)
     tau = temperature(values, mask, jnp.clip(share, 0.0, 1.0))
-    log_p = policies.log_probabilities(policy.logits, mask)
+    log_p = policies.log_probabilities(state.policy.logits, mask)
 
     def searched():
-        found = logits_on_target(values / tau, log_p, costs, targets, mask, one_sided=one_sided)
+        scores, one_sided = values / tau, rule.one_sided
+        found = logits_on_target(scores, log_p, rule.costs, targets, mask, one_sided=one_sided)
         return jnp.where(mask, found, 0.0)
 
     def answered():
-        options = {"tolerance": tolerance or np.inf, "one_sided": one_sided}
-        point = most_probable_on_target(log_p, costs, targets, **options)
+        options = {"tolerance": rule.tolerance or np.inf, "one_sided": rule.one_sided}
+        point = most_probable_on_target(log_p, rule.costs, targets, **options)
         return _CERTAIN * jax.nn.one_hot(point, mask.shape[-1], dtype=jnp.float32)
 
-    searches = (step >= period.start) & (step < period.settles)
-    phase = jnp.where(searches, 1, jnp.where(step == period.settles, 2, 0))
-    logits = jax.lax.switch(phase, [lambda: policy.logits, searched, answered])
-    mean = jax.lax.pmean(jnp.mean(quality), AXIS)
-    new = PolicyState(logits, critic, mean, policy.updates + (step >= period.start))
-    return new, {"temperature": tau, "quality_noise": jnp.sqrt(critic.variance)}
+    searches = (step >= rule.period.start) & (step < rule.period.settles)
+    phase = jnp.where(searches, 1, jnp.where(step == rule.period.settles, 2, 0))
+    logits = jax.lax.switch(phase, [lambda: state.policy.logits, searched, answered])
+    new = SearchState(step + 1, seen._replace(logits=logits), targets)
+    return new, {"temperature": tau, "quality_noise": jnp.sqrt(seen.variance)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aqt_search.numerics.formats import NumericFormat, format_name
+from aqt_search.numerics.formats import FormatError, NumericFormat, format_name
+from aqt_search.numerics.quantizer import Quantizer, spec_name
 from aqt_search.tracing.rules import FormatSpec
 from aqt_search.tracing.sites import SiteFormats
 
@@ -87,9 +89,17 @@ def _check_options(pattern: str, role: str | None, options: Sequence[FormatSpec]
 
 
 def option_label(option: FormatSpec) -> str:
-    """An option's name, for tables and files."""
+    """An option's name, for tables and files: of a format without one its five numbers."""
     if isinstance(option, Mapping):
-        return ",".join(f"{key}={value}" for key, value in sorted(option.items()))
-    if isinstance(option, NumericFormat):
-        return str(format_name(option))
-    return "none" if option is None else str(option)
+        return ",".join(f"{key}={_named(value)}" for key, value in sorted(option.items()))
+    return "none" if option is None else _named(option)
+
+
+def _named(spec: FormatSpec) -> str:
+    if not isinstance(spec, (NumericFormat, Quantizer)):
+        return str(spec)
+    fmt = spec.fmt if isinstance(spec, Quantizer) else spec
+    for name in (lambda: spec_name(spec), lambda: format_name(fmt)):
+        with contextlib.suppress(FormatError):
+            return str(name())
+    return f"({', '.join(f'{float(number):.6g}' for number in fmt)})"

@@ -1,72 +1,93 @@
-"""Rewards of a sampled point, and schedules of the entropy weight."""
+"""Rewards of a sampled point, and schedules of the entropy weight: a row each."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-REWARDS = ("absolute", "one_sided", "soft", "hard")
-ADDITIVE_REWARDS = ("absolute", "one_sided")  # a quality minus a penalty of the costs alone
-ENTROPY_SCHEDULES = ("cosine", "linear", "constant", "step")
+
+class Reward(NamedTuple):
+    """The reward of points with quality Q whose costs are ratios r of their targets.
+
+        Q - beta * sum excess(r)           or, where it multiplies,
+        Q * product excess(r)^(-beta)
+
+    Sums and products are over the costs.
+    """
+
+    excess: Callable[[jax.Array], jax.Array]  # of ratios, elementwise
+    one_sided: bool = False  # whether costs below their targets are as good as on them
+    multiplies: bool = False  # then the quality is to be non-negative: an accuracy
+
+    def of(self, quality: jax.Array, ratios: jax.Array, beta: float) -> jax.Array:
+        """The rewards [...] of `quality` [...] and `ratios` [..., costs], which are positive.
+
+        Raises:
+          ValueError: beta, the weight of the costs, is below 0.
+        """
+        check_beta(beta)
+        if self.multiplies:
+            return quality * jnp.prod(self.excess(ratios) ** -beta, axis=-1)
+        return quality - self.penalty(ratios, beta)
+
+    def penalty(self, ratios: jax.Array, beta: float) -> jax.Array:
+        """What an additive reward takes off for `ratios` [..., costs]: [...].
+
+        Raises:
+          ValueError: a reward that multiplies has no such term; beta is below 0.
+        """
+        check_beta(beta)
+        if self.multiplies:
+            raise ValueError("A reward that multiplies quality and costs has no penalty.")
+        return beta * jnp.sum(self.excess(ratios), axis=-1)
 
 
-def reward(name: str, quality: jax.Array, ratios: jax.Array, beta: float) -> jax.Array:
-    """The reward of points with quality Q whose costs are `ratios` r of their targets.
+REWARDS: Mapping[str, Reward] = {
+    "absolute": Reward(lambda r: jnp.abs(r - 1)),  # TuNAS, arXiv 2008.06120
+    "one_sided": Reward(lambda r: jnp.maximum(r - 1, 0), one_sided=True),
+    "soft": Reward(lambda r: r, multiplies=True),  # MnasNet, arXiv 1807.11626
+    "hard": Reward(lambda r: jnp.maximum(r, 1), one_sided=True, multiplies=True),
+}
 
-        absolute   Q - beta * sum |r - 1|            (TuNAS, arXiv 2008.06120)
-        one_sided  Q - beta * sum max(r - 1, 0)
-        soft       Q * product r^(-beta)             (MnasNet, arXiv 1807.11626)
-        hard       Q * product max(r, 1)^(-beta)
+# The share of the final weight at share s (0 to 1) of the steps in which the policy moves.
+ENTROPY_SCHEDULES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "cosine": lambda s: (1 - jnp.cos(jnp.pi * s)) / 2,  # FLIQS
+    "linear": lambda s: s,
+    "constant": jnp.ones_like,
+    "step": lambda s: jnp.where(s >= 0.5, 1.0, 0.0),
+}
 
-    Sums and products are over the costs that have a target.
 
-    Args:
-      name: one of `REWARDS`.
-      quality: [...], non-negative (an accuracy) for "soft" and "hard", which scale it.
-      ratios: [..., costs], positive.
-      beta: weight of the costs, at least 0.
+def _known(name: str, table: Mapping[str, Any], what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"Unknown {what} {name!r}: expected one of {', '.join(table)}.")
+    return table[name]
 
-    Returns:
-      [...].
+
+def named_reward(reward: str | Reward) -> Reward:
+    """The row of `REWARDS` called so; a reward itself as it is.
 
     Raises:
-      ValueError: unknown name, or beta below 0.
+      ValueError: unknown name.
     """
-    if name in ADDITIVE_REWARDS:
-        return quality - penalty(name, ratios, beta)
-    _check_beta(beta)
-    if name == "soft":
-        return quality * jnp.prod(ratios**-beta, axis=-1)
-    if name == "hard":
-        return quality * jnp.prod(jnp.maximum(ratios, 1) ** -beta, axis=-1)
-    raise ValueError(f"Unknown reward {name!r}: expected one of {', '.join(REWARDS)}.")
+    return reward if isinstance(reward, Reward) else _known(reward, REWARDS, "reward")
 
 
-def penalty(name: str, ratios: jax.Array, beta: float) -> jax.Array:
-    """What an additive reward takes off for costs that are `ratios` [..., costs] of their targets.
-
-    Raises:
-      ValueError: a reward that has no such term, or beta below 0.
-    """
-    _check_beta(beta)
-    if name == "absolute":
-        return beta * jnp.sum(jnp.abs(ratios - 1), axis=-1)
-    if name == "one_sided":
-        return beta * jnp.sum(jnp.maximum(ratios - 1, 0), axis=-1)
-    raise ValueError(f"Reward {name!r} has no penalty: {', '.join(ADDITIVE_REWARDS)} have one.")
-
-
-def _check_beta(beta: float) -> None:
-    if beta < 0:
+def check_beta(beta: float) -> None:
+    """Raises ValueError for a weight of the costs that is below 0."""
+    if not beta >= 0:
         raise ValueError(f"beta, the weight of the costs, is {beta}; expected at least 0.")
 
 
-def entropy_weight(
-    name: str, step: jax.Array, *, start: int, total: int, end_weight: float
-) -> jax.Array:
-    """The weight of the entropy term at `step`; 0 before `start`.
+def entropy_weight_at(
+    schedule: str, end_weight: float
+) -> Callable[[jax.typing.ArrayLike, tuple[int, int]], jax.Array]:
+    """The weight of the entropy term, as a function of the step and of (start, total) steps.
 
-    With s = (step - start) / (total - start):
+    It is 0 before `start`; with s = (step - start) / (total - start), cut to 0 .. 1,
 
         cosine     end_weight * (1 - cos(pi s)) / 2   (FLIQS)
         linear     end_weight * s
@@ -74,24 +95,13 @@ def entropy_weight(
         step       end_weight from s = 1/2 on, before that 0
 
     Raises:
-      ValueError: unknown name, or no steps between start and total.
+      ValueError: unknown name, or a weight that is no number.
     """
-    if not 0 <= start < total:
-        raise ValueError(
-            f"The policy starts to move at step {start} of {total}: it never would. Shorten the"
-            " delay or train longer."
-        )
-    share = jnp.clip((step - start) / (total - start), 0.0, 1.0)
-    if name == "cosine":
-        weight = end_weight * (1 - jnp.cos(jnp.pi * share)) / 2
-    elif name == "linear":
-        weight = end_weight * share
-    elif name == "constant":
-        weight = jnp.full_like(share, end_weight)
-    elif name == "step":
-        weight = jnp.where(share >= 0.5, end_weight, 0.0)
-    else:
-        raise ValueError(
-            f"Unknown entropy schedule {name!r}: expected one of {', '.join(ENTROPY_SCHEDULES)}."
-        )
-    return jnp.where(step < start, 0.0, weight)
+    share_of_weight = _known(schedule, ENTROPY_SCHEDULES, "entropy schedule")
+
+    def weight(step: jax.typing.ArrayLike, period: tuple[int, int]) -> jax.Array:
+        start, total = period
+        share = jnp.clip((step - start) / (total - start), 0.0, 1.0)
+        return jnp.where(step < start, 0.0, end_weight * share_of_weight(share))
+
+    return weight

@@ -27,6 +27,7 @@ from absl import logging
 from aqt_search.training.workdir import WorkdirError, read_json, sync_folder, write_json
 
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:-(\d+))?$")
+_LEAF = "leaf_{:05d}"  # as orbax stores it
 _TEMPORARY = ".unfinished_"
 _DAMAGED = "damaged_"
 
@@ -130,7 +131,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 def _stored_leaves(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     """What orbax stores: it takes no array of size zero, which holds no bits anyway."""
-    return {f"leaf_{i:05d}": array for i, array in enumerate(arrays) if array.size}
+    return {_LEAF.format(i): array for i, array in enumerate(arrays) if array.size}
 
 
 def _write_arrays(folder: Path, arrays: list[np.ndarray]) -> None:
@@ -138,14 +139,16 @@ def _write_arrays(folder: Path, arrays: list[np.ndarray]) -> None:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_stored_leaves(arrays)))
 
 
-def _read_arrays(folder: Path, like: list[np.ndarray]) -> list[np.ndarray]:
-    """Arrays of the shapes and dtypes of `like`; raises whatever orbax raises."""
-    stored = _stored_leaves(like)
+def _read_arrays(
+    folder: Path, like: list[np.ndarray], places: list[int], part: bool
+) -> list[np.ndarray]:
+    """Arrays of the shapes and dtypes of `like`, the `places`-th stored; raises as orbax does."""
+    stored = {_LEAF.format(i): array for i, array in zip(places, like) if array.size}
     kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
     with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        args = ocp.args.PyTreeRestore(item=stored, restore_args=kinds)
+        args = ocp.args.PyTreeRestore(item=stored, restore_args=kinds, partial_restore=part)
         found = checkpointer.restore(folder.absolute(), args=args)
-    return [found.get(f"leaf_{i:05d}", empty) for i, empty in enumerate(like)]
+    return [found.get(_LEAF.format(i), empty) for i, empty in zip(places, like)]
 
 
 def _sync_tree(folder: Path) -> None:
@@ -284,7 +287,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def restore_latest(directory: str | os.PathLike, template: Any) -> RestoredCheckpoint | None:
+def restore_latest(
+    directory: str | os.PathLike, template: Any, *, part: bool = False
+) -> RestoredCheckpoint | None:
     """Restore the newest whole checkpoint, bit for bit.
 
     A checkpoint that cannot be read, or whose bits differ from their CRC-32, is passed over with a
@@ -295,6 +300,7 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> RestoredCheck
         directory: folder of the checkpoints.
         template: a state of the wanted structure, shapes, dtypes and placement on devices, such
             as a freshly initialised one; its values do not matter.
+        part: whether the checkpoint may hold more than the template, which is then left there.
 
     Returns:
         Step, state, extra and skipped checkpoints; None if the folder holds no checkpoint.
@@ -309,7 +315,7 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> RestoredCheck
     damaged: list[tuple[int, Path, str]] = []
     for step, _, folder in reversed(_step_folders(directory)):
         try:
-            state, extra = _restore(folder, step, template)
+            state, extra = _restore(folder, step, template, part)
         except _DamagedError as error:
             logging.warning("checkpoint %s is damaged (%s)", folder, error)
             damaged.append((step, folder, str(error)))
@@ -342,22 +348,25 @@ def _set_aside(folder: Path) -> Path:
     return target
 
 
-def _restore(folder: Path, step: int, template: Any) -> tuple[Any, dict]:
+def _restore(folder: Path, step: int, template: Any, part: bool) -> tuple[Any, dict]:
     """State and extra of one checkpoint; _DamagedError if it is not whole."""
     named = _named_leaves(template)
     wanted = [_describe(name, leaf) for name, leaf in named]
     content = _read_manifest(folder / "manifest.json", step)
-    saved = [_Leaf(e["name"], tuple(e["shape"]), e["dtype"]) for e in content["leaves"]]
+    entries, names = list(enumerate(content["leaves"])), {leaf.name for leaf in wanted}
+    if part:
+        entries = [(place, entry) for place, entry in entries if entry["name"] in names]
+    saved = [_Leaf(e["name"], tuple(e["shape"]), e["dtype"]) for _, e in entries]
     _check_match(folder, saved, wanted)
     shaped = [_to_numpy(leaf) for _, leaf in named]
     try:
-        arrays = _read_arrays(folder / "arrays", shaped)
+        arrays = _read_arrays(folder / "arrays", shaped, [place for place, _ in entries], part)
     except MemoryError:
         raise
     # damaged files make orbax raise nearly any kind of exception; the reason is passed on
     except Exception as error:
         raise _DamagedError(_reason(error)) from error
-    for leaf, entry, array, like in zip(saved, content["leaves"], arrays, shaped, strict=True):
+    for leaf, (_, entry), array, like in zip(saved, entries, arrays, shaped, strict=True):
         same_form = array.shape == like.shape and array.dtype == like.dtype
         if not same_form or _crc(array) != entry["crc32"]:
             raise _DamagedError(f"the bits of leaf {leaf.name} are not those that were saved")

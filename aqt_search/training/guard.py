@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from aqt_search.search.one_shot import SearchOptions
-
 
 class CollapsedSearchError(RuntimeError):
     """The reward no longer depends on quality: the search would go on optimising cost alone."""
@@ -24,8 +22,8 @@ class QualityGuard:
     int2: activations all zero, BatchNorm divides by zero variance, accuracy stays at chance.)
     """
 
-    def __init__(self, options: SearchOptions, classes: int, examples: int, window: int = 50):
-        self._start = options.start
+    def __init__(self, start: int, classes: int, examples: int, window: int = 50):
+        self._start = start  # steps in the delay
         chance = 1 / classes
         error = math.sqrt(chance * (1 - chance) / (window * examples))
         self._threshold = chance + 3 * error

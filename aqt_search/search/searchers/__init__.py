@@ -9,11 +9,16 @@ Every one is a function `search(evaluate, costs, target, evaluations, seed) -> O
   target: the largest cost allowed; a point may cost at most target * (1 + tolerance).
   evaluations: the most points that may be judged.
   seed: of everything that is drawn.
+
+`SEARCHERS` has them by name.
 """
+
+from collections.abc import Callable, Mapping
 
 from aqt_search.search.searchers.brute_force import brute_force
 from aqt_search.search.searchers.critic_search import critic_search
 from aqt_search.search.searchers.evolution import evolution
+from aqt_search.search.searchers.gradient_search import gradient_search
 from aqt_search.search.searchers.greedy import greedy
 from aqt_search.search.searchers.outcome import (
     Evaluate,
@@ -23,10 +28,19 @@ from aqt_search.search.searchers.outcome import (
     in_batches,
     regret,
 )
-from aqt_search.search.searchers.policy_gradient import policy_gradient
 from aqt_search.search.searchers.random_search import random_search
 
+SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
+    "random": random_search,
+    "greedy": greedy,
+    "evolution": evolution,
+    "critic": critic_search,
+    "policy_gradient": gradient_search,
+    "brute_force": brute_force,
+}
+
 __all__ = [
+    "SEARCHERS",
     "Evaluate",
     "Evaluated",
     "Outcome",
@@ -34,9 +48,9 @@ __all__ = [
     "brute_force",
     "critic_search",
     "evolution",
+    "gradient_search",
     "greedy",
     "in_batches",
-    "policy_gradient",
     "random_search",
     "regret",
 ]

@@ -1,0 +1,144 @@
+"""Measures how much each site of a trained model suffers from each format: trains nothing."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+
+from aqt_search import data
+from aqt_search.numerics.formats import numeric_format
+from aqt_search.training.sensitivity import FLOAT, Sensitivity, sensitivity
+from aqt_search.training.workdir import lock_workdir, write_json
+from experiments import finished_run, from_config
+from experiments.job import claim_run
+
+SENSITIVITY_FILE, FIGURE_FILE = "sensitivity.json", "sensitivity.png"
+SPLITS = ("reward", "train")
+_SEED_OFFSET = 4_000_037  # the order of the images is its own
+
+
+def check_options(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for values of `config.sensitivity` that cannot be."""
+    options = config.sensitivity
+    if not options.checkpoint:
+        raise from_config.ConfigError(
+            "sensitivity.checkpoint is empty: give the workdir of a finished run of"
+            " experiments.train or experiments.search."
+        )
+    if options.split not in SPLITS:
+        raise from_config.ConfigError(
+            f"sensitivity.split is {options.split!r}; expected 'reward', the held-out images, or"
+            " 'train'. Test images choose nothing."
+        )
+    for key in ("images", "chunk"):
+        if options[key] < 1:
+            raise from_config.ConfigError(f"sensitivity.{key} is {options[key]}; expected >= 1.")
+    with from_config.checked_values("sensitivity"):
+        for name in {*options.formats, options.reference} - {FLOAT}:
+            numeric_format(name)
+    if not options.formats or FLOAT in options.formats:
+        raise from_config.ConfigError(
+            f"sensitivity.formats is {tuple(options.formats)}; expected names of formats."
+        )
+
+
+def image_batches(
+    config: ml_collections.ConfigDict, images: from_config.Images
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """At most `sensitivity.images` images, each once and in random order, in equal batches.
+
+    None is filled up, because filling would count in the statistics of its batch.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    source = getattr(images.splits, config.sensitivity.split)
+    count = min(config.sensitivity.images, len(source))
+    if not count:
+        raise from_config.ConfigError(
+            "There are no held-out images: the run was trained with data.held_out=0. Train it with"
+            " data.held_out, or set sensitivity.split to 'train'."
+        )
+    batches = math.ceil(count / config.evaluation.batch_size)
+    stream = data.train_batches(
+        source, batch_size=count // batches, seed=config.seed + _SEED_OFFSET,
+        mean=images.mean, std=images.std,
+    )  # fmt: skip
+    mask = np.ones(count // batches, np.float32)
+    return ({**batch, "mask": mask} for batch in itertools.islice(stream, batches))
+
+
+def prepare(
+    config: ml_collections.ConfigDict, images: from_config.Images | None = None
+) -> Callable[[], Sensitivity]:
+    """Checks everything, and returns what measures the run `sensitivity.checkpoint`.
+
+    Args:
+      config: of the run, with what to measure in `config.sensitivity`.
+      images: saves loading the data set again.
+    """
+    check_options(config)
+    folder = Path(config.sensitivity.checkpoint)
+    run = finished_run.load(config, folder, images)
+    parts, formats = run.parts, tuple(config.sensitivity.formats)
+    return functools.partial(
+        sensitivity, parts.model.apply, run.variables, parts.sites, formats,
+        image_batches(config, parts.images),
+        reference=config.sensitivity.reference, chunk=config.sensitivity.chunk,
+    )  # fmt: skip
+
+
+def check_finite(found: Sensitivity, folder: str) -> None:
+    """Raises ConfigError where the reference has no loss to compare with."""
+    if not math.isfinite(found.reference_loss):
+        raise from_config.ConfigError(
+            f"The loss of {folder} is {found.reference_loss} already in the reference"
+            f" {found.reference!r}. Give another run, or another reference."
+        )
+
+
+def sensitivity_table(found: Sensitivity) -> str:
+    """Increase of the loss by site and format, as aligned text."""
+    width = max(map(len, found.sites))
+    lines = [f"{'loss increase':{width}}" + "".join(f"  {name:>8}" for name in found.formats)]
+    for site, losses in zip(found.sites, found.loss - found.reference_loss):
+        lines.append(f"{site:{width}}" + "".join(f"  {loss:+8.4f}" for loss in losses))
+    return "\n".join(
+        [
+            *lines,
+            f"one site at a time, all others {found.reference}: loss {found.reference_loss:.4f},"
+            f" accuracy {100 * found.reference_accuracy:.2f} % on {found.images} images",
+        ]
+    )
+
+
+def write(found: Sensitivity, folder: Path) -> None:
+    """Writes sensitivity.json and sensitivity.png."""
+    content = found.to_json()
+    write_json(folder / SENSITIVITY_FILE, content)
+    from aqt_search.report.sensitivity_plot import sensitivity_figure  # matplotlib takes long
+
+    temporary = folder / f".{FIGURE_FILE}.tmp"
+    temporary.write_bytes(sensitivity_figure(content))
+    os.replace(temporary, folder / FIGURE_FILE)
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
+) -> Sensitivity:
+    """Measures, and writes sensitivity.json and sensitivity.png."""
+    with lock_workdir(workdir):
+        measure = prepare(config, images)
+        # Claimed last, so that a refused configuration does not keep the folder.
+        claim_run(workdir, config)
+        found = measure()
+        check_finite(found, config.sensitivity.checkpoint)
+        write(found, workdir)
+        return found
