@@ -5,8 +5,8 @@
     logits = serve(apply)(paletted, x)                  # through the same function
     save(path, paletted); paletted = load(path)
 
-What is stored is a pytree as the parameters are, with a `PalettedTensor` in place of each weight that
-has a palette.
+What is stored is a pytree as the parameters are, with a `PalettedTensor` in place of each weight
+that has a palette.
 """
 
 from aqt_search.palette.dkm import (

@@ -42,13 +42,14 @@ class SearchState(NamedTuple):
 class Search(NamedTuple):
     """A searcher: `critic`, `policy_gradient` or `uniform` make one.
 
-    init: (targets by name of cost) -> state. Raises SpaceError for a target no point can have.
-    sample: (state, key) -> choices [samples, decisions], int32, drawn from the policy.
-    update: (state, choices, quality [samples], key) -> (state, metrics). The quality of the
-      choices sampled from this state, higher is better, all on the same examples; metrics are
-      float32 scalars by name. With an `axis_name`, to be called inside of that axis: replicas have
-      keys, choices and qualities of their own and end in one state.
-    answer: (state) -> choices [decisions], int32.
+    Attributes:
+      init: (targets by name of cost) -> state. Raises SpaceError for a target no point can have.
+      sample: (state, key) -> choices [samples, decisions], int32, drawn from the policy.
+      update: (state, choices, quality [samples], key) -> (state, metrics). The quality of the
+        choices sampled from this state, higher is better, all on the same examples; metrics are
+        float32 scalars by name. With an `axis_name`, to be called inside of that axis: replicas
+        have keys, choices and qualities of their own and end in one state.
+      answer: (state) -> choices [decisions], int32.
     """
 
     init: Callable[[Mapping[str, Any]], SearchState]

@@ -1,7 +1,9 @@
 """Searchers over the same evaluations: each judges points of a space and returns the best.
 
-Every one is a function `search(evaluate, costs, target, evaluations, seed) -> Outcome`:
+Every one is a function `search(evaluate, costs, target, evaluations, seed) -> Outcome`;
+`SEARCHERS` has them by name.
 
+Args:
   evaluate: choices [n, decisions], int, to quality [n]: higher is better, an accuracy or minus a
     loss, of one fixed evaluation (the same weights and examples for every point). It is called
     with as many points as a searcher has at hand; `in_batches` keeps that number fixed.
@@ -9,8 +11,6 @@ Every one is a function `search(evaluate, costs, target, evaluations, seed) -> O
   target: the largest cost allowed; a point may cost at most target * (1 + tolerance).
   evaluations: the most points that may be judged.
   seed: of everything that is drawn.
-
-`SEARCHERS` has them by name.
 """
 
 from collections.abc import Callable, Mapping
