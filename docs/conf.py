@@ -37,6 +37,7 @@ nb_merge_streams = True
 
 add_module_names = False
 smartquotes = False
+highlight_language = "text"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"

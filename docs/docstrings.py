@@ -50,7 +50,8 @@ def restructured(docstring: str, code: Callable[[str], str]) -> str:
     parts = _BLOCK.split(body)
     parts[::2] = [_prose(part, code) for part in parts[::2]]
     parts[1::2] = [f".. code-block:: {_language(block)}\n\n{block}\n" for block in parts[1::2]]
-    return "\n\n".join(["".join(parts), *(_section(section, code) for section in sections)])
+    found = ["".join(parts), *(_section(section, code) for section in sections)]
+    return "\n\n".join(part.strip("\n") for part in found) + "\n"
 
 
 def _language(block: str) -> str:
@@ -75,7 +76,7 @@ def _section(section: str, code: Callable[[str], str]) -> str:
             f"- {', '.join(map(mark, names.split(', ')))}: {_prose(_aligned(what), code)}"
             for names, _, what in items
         )
-    return f":{_TITLES.get(title, title)}:\n{textwrap.indent(text, '   ')}\n"
+    return f":{_TITLES.get(title, title)}:\n{textwrap.indent(text, '   ')}"
 
 
 def _strong(name: str) -> str:
