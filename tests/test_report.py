@@ -58,7 +58,7 @@ def write_point(workdir, name, kind="uniform", *, sites=3, decisions=None, **res
                "lhs_shape": [1, 8, 8, 3], "rhs_shape": [3, 3, 3, 1]}
         for i, site in enumerate(names)
     })  # fmt: skip
-    lines = [{"step": s, "loss": 1 / (s + 1), "accuracy": 0.5, "reward": 0.1, "expected_cost": 0.5}
+    lines = [{"step": s, "loss": 1 / (s + 1), "accuracy": 0.5, "quality": 0.1, "expected_cost": 0.5}
              for s in range(40)]  # fmt: skip
     dump_lines(folder / "metrics.jsonl", [*lines, {"step": 39, "eval_accuracy": 0.9}])
     if kind == "search":

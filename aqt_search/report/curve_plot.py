@@ -34,9 +34,9 @@ def training_figure(records: Sequence[Record]) -> bytes:
 
 
 def search_figure(records: Sequence[Record]) -> bytes:
-    """Reward, expected cost relative to the target, and policy entropy of the searched points."""
+    """Quality, expected cost relative to the target, and policy entropy of the searched points."""
     panels = [
-        ("reward", lambda r: _series(r, "reward")),
+        ("quality of the sampled points", lambda r: _series(r, "quality")),
         ("expected cost / target", _cost_series),
         ("mean entropy of a decision in nats", entropy_series),
     ]

@@ -261,7 +261,7 @@ def _curves_section(searches: Sequence[Record], figures: Mapping[str, bytes]) ->
     if not searches:
         return "".join(parts)
     caption = (
-        "Searched points: the reward, the cost expected under the policy (that of the sampled "
+        "Searched points: the quality, the cost expected under the policy (that of the sampled "
         "assignments if it was not recorded) relative to the target, and the entropy."
     )
     parts.append(figure(figures["search"], "search curves", caption))
