@@ -192,14 +192,11 @@ def one_function(setting, searcher, start, total):
     """The step as it was before a search was a value of its own: one function of everything.
 
     As published tables were made by it; formulas of the critic and of REINFORCE stand here in a
-    line each, in the order of the steps.
+    line each, in the order of the steps. Its targets are an argument, as they were: by a constant
+    the compiler divides otherwise.
     """
     space, costs = setting.space, {"gbops": setting.costs}
-    mask, axis, target = (
-        space.mask,
-        parallel.AXIS,
-        {"gbops": np.float32(1.5 * costs["gbops"].range[0])},
-    )
+    mask, axis = space.mask, parallel.AXIS
     qapply, adam = aqs.quantize(Net().apply), optax.adam(0.05)
     update = make_update(qapply, make_optimizer("sgd", 0.05))
     groups = critics.groups_of([(d.role, d.labels) for d in space.decisions])
@@ -210,10 +207,10 @@ def one_function(setting, searcher, start, total):
         logits, _ = qapply(assignment, train.variables, batch["image"], **keywords)
         return -jnp.mean(cross_entropy(logits, batch["label"], 0.0))
 
-    def ratio(points):
+    def ratio(points, target):
         return jax.vmap(costs["gbops"].of)(points) / target["gbops"]
 
-    def by_critic(memory, log_p, samples, quality, step, key):
+    def by_critic(memory, log_p, samples, quality, step, key, target):
         memory = critics.observe(memory, samples, quality, 1 - 1 / (0.5 * total), axis)
         values = critics.pooled_values(memory, groups, mask)
         share = jnp.clip((step - start) / (total - start), 0.0, 1.0)
@@ -226,7 +223,7 @@ def one_function(setting, searcher, start, total):
         moves = (step >= start) & (step < settles)
         return memory._replace(logits=jnp.where(moves, jnp.where(mask, found, 0.0), logits))
 
-    def by_gradient(memory, log_p, samples, quality, step, key):
+    def by_gradient(memory, log_p, samples, quality, step, key, target):
         share = jnp.clip((step - start) / (total - start), 0.0, 1.0)
         points = policies.sample_many(key, log_p, 64)
         weight = jnp.where(step < start, 0.0, 0.1 * (1 - jnp.cos(jnp.pi * share)) / 2)
@@ -239,7 +236,7 @@ def one_function(setting, searcher, start, total):
             cheap = jax.vmap(lambda c, a: of_policy(c, a, 0.0))
             p = jnp.exp(policies.log_probabilities(logits, mask))
             expected = jnp.abs(costs["gbops"].expected(p) / target["gbops"] - 1)
-            penalties = -share * jnp.abs(ratio(points) - 1)
+            penalties = -share * jnp.abs(ratio(points, target) - 1)
             total = (1 - share) * expected
             total += jnp.mean(judged(samples, policies.centred(quality)))
             return total + jnp.mean(cheap(points, policies.centred(penalties)))
@@ -251,7 +248,7 @@ def one_function(setting, searcher, start, total):
 
     move = {"critic": by_critic, "policy_gradient": by_gradient}[searcher]
 
-    def step(train, memory, batch, held_out):
+    def step(train, memory, target, batch, held_out):
         own = jax.random.fold_in(jax.random.wrap_key_data(train.rng), train.step)
         own = jax.random.fold_in(own, jax.lax.axis_index(axis))
         sampling, costing, dropping = jax.random.split(jax.random.fold_in(own, 1), 3)
@@ -260,7 +257,7 @@ def one_function(setting, searcher, start, total):
         samples = policies.sample_many(sampling, log_p, 2)
         new, _, _ = update(train, space.assignment(samples[0]), batch)
         quality = jnp.stack([judge(train, c, held_out, dropping) for c in samples])
-        return new, move(memory, log_p, samples, quality, train.step, costing)
+        return new, move(memory, log_p, samples, quality, train.step, costing, target)
 
     return step
 
@@ -273,12 +270,12 @@ def test_a_search_in_four_functions_has_the_bits_of_the_one_it_was(searcher):
     old = parallel.pmap_step(one_function(setting, searcher, 12, 60), donate_state=False)
     new = parallel.pmap_step(setting.step, donate_state=False)
     state = parallel.replicate(setting.state)
-    train, memory = state.train, state.search.policy
+    train, memory, target = state.train, state.search.policy, state.search.targets
     first, second = batches(1), batches(2)
     for _ in range(60):
         inputs = parallel.shard(next(first)), parallel.shard(next(second))
         state, _ = new(state, (), *inputs)
-        train, memory = old(train, memory, *inputs)
+        train, memory = old(train, memory, target, *inputs)
         np.testing.assert_array_equal(state.search.policy.logits, memory.logits)
     assert np.abs(memory.logits).max() > 0
     jax.tree.map(np.testing.assert_array_equal, state.train, train)
