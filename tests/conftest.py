@@ -13,11 +13,10 @@ os.environ["XLA_FLAGS"] = (
 
 # Tests build the same programs over and over, in processes of their own too: those of one worker
 # are kept until it ends. Not shared by workers, as JAX writes its files in place.
-_programs = tempfile.mkdtemp(prefix="aqt_search_programs_")
-atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aqt_search_programs_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -10,7 +10,7 @@ import pytest
 import aqt_search as aqs
 from aqt_search import PER_TENSOR, Quantizer, per_block, per_channel
 from aqt_search.numerics.fake_quant import fake_quant_with_state, init_state
-from aqt_search.numerics.formats import FormatError, stack_formats
+from aqt_search.numerics.formats import FormatError, as_grid, stack_formats
 from aqt_search.numerics.learned_scales import batch_quant, lsq, merge_learned, pact, split_learned
 
 RNG = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_each_format_searched_over_has_a_step_of_its_own():
         slope = jax.grad(lambda *a: apply(*a)[0], argnums=1)(X, *split_learned(state), choice)
         assert (np.flatnonzero(slope["step"].value) == [choice]).all()
     assert apply._cache_size() == 1
-    twin = calibration.read(state, aqs.formats.as_grid(aqs.numeric_format("uint4"), np.float32))
+    twin = calibration.read(state, as_grid(aqs.numeric_format("uint4"), np.float32))
     assert twin.high == pytest.approx(15 * steps[1], rel=1e-6)
     other = Quantizer("int8", PER_TENSOR, calibration)
     assert np.isnan(fake_quant_with_state(X, other, state)[0]).all()

@@ -255,8 +255,8 @@ def test_replicas_end_in_one_state_however_they_are_mapped(searcher):
     problem = plain_contrastive()
     found = prepared(problem, getattr(search, searcher), "replicas")
     given = inputs(problem, 2)
-    ends = [
-        mapped(found.step, replicated(found), given, "replicas")
+    ends = [  # on the host: an explicitly sharded array takes no plain index
+        jax.device_get(mapped(found.step, replicated(found), given, "replicas"))
         for mapped in (under_pmap, under_vmap, under_shard_map)
     ]
     for end in ends:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
+from aqt_search.numerics.formats import code_values
 
 SMALL = [
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
@@ -66,7 +67,7 @@ def test_float64_tensors(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_code_survives_storage(name):
-    values = aqs.formats.code_values(name)
+    values = code_values(name)
     values = np.resize(values[~np.isnan(values)], 257)  # an odd number, the same for all formats
     q = assert_stores_fake_quant(values, name, ())
     # The largest value is in the tensor, so its scale is 1 and every value is its own code.
