@@ -59,6 +59,7 @@ from aqt_search.numerics.learned_scales import (
 from aqt_search.numerics.qtensor import QTensor, quantize_tensor
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, take
+from aqt_search.tracing.assignment_file import AssignmentError, from_json, to_json
 from aqt_search.tracing.freeze import Frozen, freeze, serve
 from aqt_search.tracing.rules import RuleError, assign
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
@@ -79,6 +80,7 @@ __all__ = [
     "PER_CHANNEL",
     "PER_TENSOR",
     "STRAIGHT_THROUGH",
+    "AssignmentError",
     "Bounds",
     "Calibration",
     "FormatError",
@@ -110,6 +112,7 @@ __all__ = [
     "find_sites",
     "fixed",
     "freeze",
+    "from_json",
     "frozen_after",
     "init_state",
     "lsq",
@@ -135,6 +138,7 @@ __all__ = [
     "split_learned",
     "stack_formats",
     "take",
+    "to_json",
     "with_keys",
     "with_static_activations",
 ]

@@ -8,7 +8,6 @@ import ml_collections
 
 import aqt_search as aqs
 from aqt_search.training.workdir import read_json
-from experiments import results
 from experiments.from_config import ConfigError
 from experiments.quantizers import configured_quantizers
 
@@ -39,29 +38,16 @@ def _configured_formats(
 
 
 def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:
-    """Reads a policy.json: {site: {"lhs": format name or null, "rhs": ...}}.
+    """Reads a policy.json: what `aqs.to_json` gives.
 
     Raises:
       ConfigError: there is no such file, or it holds something else.
       WorkdirError: it is not JSON.
-      FormatError: an unknown format.
     """
     try:
-        policy = read_json(path)
+        return aqs.from_json(read_json(path))
     except OSError as error:
         message = f"Cannot read the policy {path}: {error.strerror}. Give a run's policy.json."
         raise ConfigError(message) from error
-
-    def formats(name: str) -> aqs.SiteFormats:
-        sides = policy[name]
-        fields = set(aqs.SiteFormats._fields)
-        if not isinstance(sides, dict) or not {"lhs", "rhs"} <= set(sides) <= fields:
-            raise ConfigError(
-                f'The policy {path} gives site {name!r} {sides!r}; expected {{"lhs": format name or'
-                ' null, "rhs": format name or null}, as in the policy.json of a run.'
-            )
-        return aqs.SiteFormats(**{k: results.spec_from_json(v) for k, v in sides.items()})
-
-    if not isinstance(policy, dict):
-        raise ConfigError(f"The policy {path} is no JSON object of sites.")
-    return {name: formats(name) for name in policy}
+    except aqs.AssignmentError as error:
+        raise ConfigError(f"In the policy {path}: {error}") from error

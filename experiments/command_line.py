@@ -11,6 +11,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from aqt_search import AssignmentError
 from aqt_search.data import DataError
 from aqt_search.numerics.formats import FormatError
 from aqt_search.palette import PaletteError
@@ -29,6 +30,7 @@ from experiments.from_config import ConfigError
 
 # What a user, a disk or the data did wrong, each with a message that says what to do.
 USER_ERRORS = (
+    AssignmentError,
     CheckpointError,
     CollapsedSearchError,
     ConfigError,

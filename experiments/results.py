@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 
 import aqt_search as aqs
+from aqt_search.numerics.by_name import named_granularity
 from aqt_search.numerics.granularity import Granularity
-from aqt_search.numerics.quantizer import NAMED_QUANTIZERS, operand_spec, spec_name
+from aqt_search.numerics.quantizer import NAMED_QUANTIZERS
 from aqt_search.training.evaluation import (
     StaticEvaluation,
     evaluate,
@@ -29,7 +30,6 @@ from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import write_json
 from aqt_search.weights.statistics import weight_statistics
 from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
-from experiments.quantizers import GRANULARITIES, named
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
 WEIGHTS_FILE = "weights.json"
@@ -38,55 +38,30 @@ WEIGHTS_FILE = "weights.json"
 def policy_json(
     assignment: Mapping[str, aqs.SiteFormats], weight_granularity: Granularity | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Site -> names of the formats of both operands, and of gradients where they have one.
-
-    Calibrations and gradient rules are left to `config.quantizers`.
+    """`aqs.to_json` of formats alone: calibrations and gradient rules are `config.quantizers`'.
 
     Args:
       weight_granularity: that of `config.quantizers`, which is left to it, too.
 
     Raises:
-      FormatError: a quantizer differs from its format's in anything else.
+      AssignmentError: a quantizer differs from its format's in anything else.
     """
-    return {
-        name: {
-            field: _spec_json(spec, weight_granularity)
-            for field, spec in formats._asdict().items()
-            if spec is not None or field in ("lhs", "rhs")
-        }
-        for name, formats in assignment.items()
-    }
 
-
-def _spec_json(spec: Any, weight_granularity: Granularity | None) -> str | dict[str, Any] | None:
-    if spec is None:
-        return None
-    if isinstance(spec, aqs.Quantizer) and not _is_named(spec):
+    def bare(spec: Any) -> Any:
+        if not isinstance(spec, aqs.Quantizer) or _is_named(spec):
+            return spec
         plain = aqs.Quantizer(spec.fmt)
         left = {"calibration": plain.calibration, "gradient": plain.gradient}
         if spec.granularity == weight_granularity:
             left["granularity"] = None
-        name = spec_name(dataclasses.replace(spec, unsigned=True, **left))
-        return name if spec.unsigned else {"format": name, "unsigned": False}
-    return spec_name(spec)
+        return dataclasses.replace(spec, **left)
+
+    return aqs.to_json({n: aqs.SiteFormats(*map(bare, f)) for n, f in assignment.items()})
 
 
 def _is_named(spec: aqs.Quantizer) -> bool:
     named = (aqs.quantizer(name) for name in NAMED_QUANTIZERS)
     return any(dataclasses.replace(q, unsigned=spec.unsigned) == spec for q in named)
-
-
-def spec_from_json(value: Any) -> Any:
-    """The format or quantizer that `policy_json` wrote.
-
-    Raises:
-      FormatError: it wrote no such thing.
-    """
-    if value is None:
-        return None
-    if isinstance(value, dict) and set(value) == {"format", "unsigned"}:
-        return dataclasses.replace(aqs.quantizer(value["format"]), unsigned=value["unsigned"])
-    return operand_spec(value)
 
 
 _KINDS = {"conv_general_dilated": "conv", "dot_general": "dot", "gather": "lookup"}
@@ -191,7 +166,7 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     judged = ended.judged or estimated(config, parts, assignment, variables)
     result = _result(ended, judged) | dict(facts)
     write_json(workdir / SITES_FILE, sites_json(parts.sites))
-    granularity = named(config.quantizers.weight_granularity, GRANULARITIES, "granularity")
+    granularity = named_granularity(config.quantizers.weight_granularity)
     write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
     statistics = weights_json(
         parts.model, judged.assignment, variables, parts.images.splits.image_shape,

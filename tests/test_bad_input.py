@@ -159,7 +159,10 @@ def test_bad_data(capsys, tmp_path, data_dir, job, changes, words):
         ([], ["no JSON object"]),
         ({"head/kernel": "int4"}, ["'head/kernel'", "'int4'", "format name"]),
         ({"head/kernel": {"left": "int4"}}, ["'head/kernel'", "left", '"lhs"']),
-        ({"head/kernel": {"lhs": "int99", "rhs": None}}, ["FormatError", "'int99'"]),
+        (
+            {"head/kernel": {"lhs": "int99", "rhs": None}},
+            ["ConfigError", "'head/kernel'", "lhs", "'int99'"],
+        ),
         ("{", ["not valid JSON"]),
     ],
 )

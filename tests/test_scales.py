@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import aqt_search as aqs
+from aqt_search.numerics.by_name import named_granularity
 from aqt_search.numerics.learned_scales import batch_quant, lsq, merge_learned, split_learned
 from aqt_search.numerics.quantizer import Quantizer
 from aqt_search.search import critic
@@ -26,7 +27,6 @@ from experiments.assignment import configured_assignment
 from experiments.configured_search import configured_space, first_assignment
 from experiments.from_config import ConfigError
 from experiments.jobs import train
-from experiments.quantizers import GRANULARITIES, named
 
 FEATURES, CLASSES, BATCH = 5, 3, 16
 DEVICES = 2
@@ -250,7 +250,7 @@ def test_weights_share_scales_as_configured(granularity, scales):
     groups = {"channel": w, "tensor": w.reshape(-1), "block(2)": w[:2]}[granularity]
     top = np.abs(groups).max(0)
     np.testing.assert_allclose(np.ravel(frozen.scale)[: top.size], np.ravel(top) / 7, rtol=1e-6)
-    written = results.policy_json(assignment, named(granularity, GRANULARITIES, "granularity"))
+    written = results.policy_json(assignment, named_granularity(granularity))
     assert written == {"kernel": {"lhs": "int4", "rhs": "int4"}}
 
 
