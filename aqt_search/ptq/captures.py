@@ -21,9 +21,9 @@ import jax.extend.core as jex_core
 
 from aqt_search.products.operands import Operand
 from aqt_search.ptq.errors import PTQError
-from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
 from aqt_search.tracing.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
-from aqt_search.tracing.sites import Path, Site
+from aqt_search.tracing.sites import Site
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
@@ -62,28 +62,18 @@ def check_site_names(names: Sequence[str], sites: Collection[str]) -> None:
             )
 
 
-def equations_at(
-    jaxpr: jex_core.Jaxpr, path: Path
-) -> Iterator[tuple[jex_core.Jaxpr, jex_core.JaxprEqn]]:
-    """The equations that a path leads through, each with the jaxpr that it stands in.
-
-    Of a while loop the path ends there: no value can leave it.
-    """
-    for index, branch in zip(path[::2], (*path[1::2], None)):
-        eqn = jaxpr.eqns[index]
-        yield jaxpr, eqn
-        if branch is None or eqn.primitive.name == "while":
-            return
-        jaxpr, _ = site_analysis.sub_jaxprs(eqn)[branch]
+def equations_to(trace: Trace, name: str) -> Iterator[tuple[jex_core.Jaxpr, jex_core.JaxprEqn]]:
+    """The equations that lead to a site, its own last, each with the jaxpr that it stands in."""
+    (path,) = (path for path, site in trace.site_paths.items() if site == name)
+    return equations_along(trace.closed.jaxpr, path)
 
 
 def why_out_of_reach(trace: Trace, name: str) -> str | None:
     """Why the values of a site cannot be captured; None where they can."""
     if trace.sites[name].refused:
         return trace.sites[name].refused
-    (path,) = (path for path, site in trace.site_paths.items() if site == name)
-    for _, eqn in equations_at(trace.closed.jaxpr, path):
-        if eqn.primitive.name in ("scan", "while", "cond"):
+    for _, eqn in equations_to(trace, name):
+        if isinstance(control_flow(eqn), (Scan, While, Cond)):
             return (
                 f"it is inside a {eqn.primitive.name}, out of which its values cannot be taken;"
                 " unroll it"

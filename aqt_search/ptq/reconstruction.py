@@ -30,7 +30,7 @@ from aqt_search.products.operands import values_of
 from aqt_search.ptq.captures import (
     SiteValues,
     check_site_names,
-    equations_at,
+    equations_to,
     site_values,
     why_out_of_reach,
 )
@@ -203,8 +203,7 @@ def _layer(trace: Trace, name: str, side: int) -> Layer:
     if trace.sites[name].kind == "gather":
         raise NoLeaf("it looks up rows of its weight, and nothing is summed")
     leaf = weight_leaf(trace, name, SIDES[side])
-    (path,) = (path for path, site in trace.site_paths.items() if site == name)
-    *_, (_, eqn) = equations_at(trace.closed.jaxpr, path)
+    *_, (_, eqn) = equations_to(trace, name)
     return Layer(name, side, product_matrix(eqn, side), leaf)
 
 

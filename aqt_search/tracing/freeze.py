@@ -18,7 +18,7 @@ import numpy as np
 from aqt_search.numerics.qtensor import QTensor, concrete_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
-from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import (
     MISSING,
     Held,
@@ -28,7 +28,8 @@ from aqt_search.tracing.interpreter import (
     init_states,
     make_plans,
 )
-from aqt_search.tracing.sites import Path, SiteError, SiteFormats
+from aqt_search.tracing.liveness import scan_liveness
+from aqt_search.tracing.sites import SiteError, SiteFormats
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
@@ -190,25 +191,25 @@ def _needed_inputs(
 
 
 def _needed_operands(eqn, used: Sequence[bool], here: Path, cut: Mapping) -> Sequence[bool]:
-    name = eqn.primitive.name
-    bodies = [body for body, _ in site_analysis.sub_jaxprs(eqn)]
     if here in cut:
         return cut[here]
-    if name in site_analysis.INLINED_CALLS + site_analysis.REMAT_CALLS:
-        return _needed_inputs(bodies[0], used, here + (0,), cut)
-    if name == "scan":
-        used, _ = site_analysis.scan_liveness(eqn, used)
-        return _needed_inputs(bodies[0], used, here + (0,), cut)
-    if name == "cond":
-        needed = [_needed_inputs(b, used, here + (n,), cut) for n, b in enumerate(bodies)]
-        return [True, *map(any, zip(*needed))]
-    if name == "while":
-        body, test = bodies
-        tested = _needed_inputs(test, [True], here + (0,), cut)
-        run = _needed_inputs(body, [True] * len(eqn.outvars), here + (1,), cut)
-        tests, runs = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return [*tested[:tests], *run[:runs], *[True] * len(eqn.outvars)]
-    return [True] * len(eqn.invars)
+    places = range(len(eqn.invars))
+    match flow := control_flow(eqn):
+        case Call() | Remat():
+            needed = set()
+        case Scan() as scan:
+            needed, (used, _) = set(), scan_liveness(scan, used)
+        case Cond() as cond:
+            needed = {cond.split(places)[0]}
+        case While() as loop:
+            needed = set(loop.split(places)[2])
+        case _:
+            return [True] * len(eqn.invars)
+    for body, called_on in flow.calls(places):
+        results = [True] * len(body.jaxpr.outvars) if isinstance(flow, While) else used
+        flags = _needed_inputs(body.jaxpr, results, body.under(here), cut)
+        needed.update(place for place, flag in zip(called_on, flags) if flag)
+    return [place in needed for place in places]
 
 
 def serve(fun: Callable, *, execution: str = "auto") -> Callable:

@@ -32,8 +32,18 @@ from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, qua
 from aqt_search.products.layout import Layout, conv_layout, dot_layout
 from aqt_search.products.operands import Quantized, quantized_operand
 from aqt_search.products.product import product
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.sites import Path, Site, SiteError, SiteFormats
+from aqt_search.tracing.control_flow import (
+    Body,
+    Call,
+    Cond,
+    Path,
+    Remat,
+    Scan,
+    While,
+    control_flow,
+    equations_along,
+)
+from aqt_search.tracing.sites import Site, SiteError, SiteFormats
 
 MISSING = object()
 
@@ -91,15 +101,9 @@ def site_equations(
     """The equation of every site, and the lengths of the scans around it."""
     found = {}
     for path, name in paths.items():
-        body, lengths = jaxpr, []
-        for index, branch in zip(path[::2], (*path[1::2], None)):
-            eqn = body.eqns[index]
-            if branch is not None:
-                lengths += [eqn.params["length"]] if eqn.primitive.name == "scan" else []
-                bodies = site_analysis.sub_jaxprs(eqn)
-                # Paths count a while loop's test first, its parameters in sorted order its body.
-                body, _ = bodies[1 - branch if eqn.primitive.name == "while" else branch]
-        found[name] = (eqn, tuple(lengths))
+        *around, eqn = (eqn for _, eqn in equations_along(jaxpr, path))
+        flows = map(control_flow, around)
+        found[name] = (eqn, tuple(flow.length for flow in flows if isinstance(flow, Scan)))
     return found
 
 
@@ -219,11 +223,11 @@ class Interpreter:
     def run(self, held: Held = EMPTY) -> tuple[list, dict[Key, Any]]:
         """The function's outputs and the next states."""
         closed = self._trace.closed
-        return self._evaluate((closed.jaxpr, closed.consts), self._trace.inputs, (), held)
+        return self._evaluate(Body(closed.jaxpr, closed.consts), self._trace.inputs, (), held)
 
-    def _evaluate(self, body, args: Sequence, path: Path, held: Held) -> tuple[list, dict]:
-        jaxpr, consts = body
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+    def _evaluate(self, body: Body, args: Sequence, path: Path, held: Held) -> tuple[list, dict]:
+        jaxpr = body.jaxpr
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*body.consts, *args)))
         states: dict[Key, Any] = {}
 
         def read(atom):
@@ -318,66 +322,67 @@ class Interpreter:
     # --- Equations that hold sites ---
 
     def _enter(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        name = eqn.primitive.name
-        if name in ("scan", "while", "cond"):
-            return getattr(self, f"_enter_{name}")(eqn, operands, here, held)
-        (body,) = site_analysis.sub_jaxprs(eqn)
+        match control_flow(eqn):
+            case Call(body):
+                return self._evaluate(body, operands, body.under(here), held)
+            case Remat() as remat:
+                return self._enter_remat(remat, eqn, operands, here, held)
+            case Cond() as cond:
+                return self._enter_cond(cond, eqn, operands, here, held)
+            case Scan() as scan:
+                return self._enter_scan(scan, eqn, operands, here, held)
+            case While() as loop:
+                return self._enter_while(loop, eqn, operands, here, held)
+            case unknown:
+                raise AssertionError(f"{unknown}")  # sites inside of others are refused
 
-        if name in site_analysis.INLINED_CALLS:
-            return self._evaluate(body, operands, here + (0,), held)
-        assert name in site_analysis.REMAT_CALLS, name
-
+    def _enter_remat(self, remat: Remat, eqn, operands, here: Path, held: Held):
         def run(held, *args):
-            outputs, states = self._evaluate(body, _filled(operands, args), here + (0,), held)
+            values, path = _filled(operands, args), remat.body.under(here)
+            outputs, states = self._evaluate(remat.body, values, path, held)
             return _materialized(outputs, eqn.outvars), states
 
-        keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-        return jax.checkpoint(run, **keep)(held, *_present(operands))
+        return remat.again(run)(held, *_present(operands))
 
-    def _enter_cond(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        index, operands = operands[0], operands[1:]
-
-        def branch(number, body):
+    def _enter_cond(self, cond: Cond, eqn, operands, here: Path, held: Held):
+        def branch(body, values):
             def run(held, *args):
-                outputs, states = self._evaluate(
-                    body, _filled(operands, args), here + (number,), held
-                )
+                filled = _filled(values, args)
+                outputs, states = self._evaluate(body, filled, body.under(here), held)
                 return _materialized(outputs, eqn.outvars), held.states | states
 
             return run
 
-        branches = [branch(n, body) for n, body in enumerate(site_analysis.sub_jaxprs(eqn))]
+        branches = [branch(body, values) for body, values in cond.calls(operands)]
+        index, operands = cond.split(operands)
         return jax.lax.switch(index, branches, held, *_present(operands))
 
-    def _enter_scan(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        (body,) = site_analysis.sub_jaxprs(eqn)
-        const_count, carries = site_analysis.scan_counts(eqn)
-        consts, carry, xs = _split(operands, const_count, carries)
+    def _enter_scan(self, scan: Scan, eqn, operands, here: Path, held: Held):
+        body, carries = scan.body, scan.carries
+        consts, carry, xs = scan.split(operands)
         carry = _materialized(carry, eqn.outvars[:carries])
 
         def step(carry, sliced):
             held, *present = sliced
             args = (*consts, *carry, *_filled(xs, present))
-            outputs, states = self._evaluate(body, args, here + (0,), held)
-            outputs = _materialized(outputs, body[0].outvars)
+            outputs, states = self._evaluate(body, args, body.under(here), held)
+            outputs = _materialized(outputs, body.jaxpr.outvars)
             return tuple(outputs[:carries]), (tuple(outputs[carries:]), states)
 
-        keep = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-        carry, (ys, states) = jax.lax.scan(step, tuple(carry), (held, *_present(xs)), **keep)
+        carry, (ys, states) = scan.again(step, tuple(carry), (held, *_present(xs)))
         return [*carry, *ys], states
 
-    def _enter_while(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        # Parameters in sorted order: body_jaxpr comes before cond_jaxpr.
-        body, test = site_analysis.sub_jaxprs(eqn)
-        test_consts, body_consts, carry = _split(
-            operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        )
+    def _enter_while(self, loop: While, eqn, operands, here: Path, held: Held):
+        test, body = loop.bodies
+        test_consts, body_consts, carry = loop.split(operands)
 
         def decide(carry):
-            return self._evaluate(test, (*test_consts, *carry), here + (0,), held)[0][0]
+            args = (*test_consts, *carry)
+            return self._evaluate(test, args, test.under(here), held)[0][0]
 
         def step(carry):
-            outputs, _ = self._evaluate(body, (*body_consts, *carry), here + (1,), held)
+            args = (*body_consts, *carry)
+            outputs, _ = self._evaluate(body, args, body.under(here), held)
             return tuple(_materialized(outputs, eqn.outvars))
 
         carry = _materialized(carry, eqn.outvars)
@@ -415,39 +420,35 @@ class WeightFinder(Interpreter):
         return [MISSING] * len(eqn.outvars), found
 
     def _enter(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        bodies = site_analysis.sub_jaxprs(eqn)
-        name, found = eqn.primitive.name, {}
-        if name == "scan":
-            found = self._scan_weights(eqn, operands, here, bodies[0], held)
-        elif name in ("cond", "while"):
-            for number, (body, args) in enumerate(_branches(eqn, operands, bodies)):
-                found |= self._evaluate(body, args, here + (number,), held)[1]
-        else:
-            return self._evaluate(bodies[0], operands, here + (0,), held)
+        found = {}
+        match control_flow(eqn):
+            case Call(body) | Remat(body):
+                return self._evaluate(body, operands, body.under(here), held)
+            case Scan() as scan:
+                found = self._scan_weights(scan, operands, here, held)
+            case Cond() | While() as flow:
+                for body, args in flow.calls(_without_carry(flow, operands)):
+                    found |= self._evaluate(body, args, body.under(here), held)[1]
         return [MISSING] * len(eqn.outvars), found
 
-    def _scan_weights(self, eqn, operands: Sequence, here: Path, body, held: Held) -> dict:
-        const_count, carries = site_analysis.scan_counts(eqn)
-        consts, _, xs = _split(operands, const_count, carries)
+    def _scan_weights(self, scan: Scan, operands: Sequence, here: Path, held: Held) -> dict:
+        body = scan.body
+        consts, carry, xs = scan.split(operands)
 
         def step(_, sliced):
             held, *present = sliced
-            args = (*consts, *[MISSING] * carries, *_filled(xs, present))
-            return (), self._evaluate(body, args, here + (0,), held)[1]
+            args = (*consts, *[MISSING] * len(carry), *_filled(xs, present))
+            return (), self._evaluate(body, args, body.under(here), held)[1]
 
-        return jax.lax.scan(step, (), (held, *_present(xs)), length=eqn.params["length"])[1]
+        return jax.lax.scan(step, (), (held, *_present(xs)), length=scan.length)[1]
 
 
-def _branches(eqn, operands: Sequence, bodies: Sequence) -> list[tuple[Any, list]]:
-    """The bodies of a cond or while in the order of their paths, each with what it is called on."""
-    if eqn.primitive.name == "cond":
-        return [(body, operands[1:]) for body in bodies]
-    body, test = bodies
-    test_consts, body_consts, carry = _split(
-        operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    )
-    missing = [MISSING] * len(carry)
-    return [(test, [*test_consts, *missing]), (body, [*body_consts, *missing])]
+def _without_carry(flow: Cond | While, operands: Sequence) -> list:
+    """The operands of a loop with its carry missing: what an iteration leaves is not known."""
+    if isinstance(flow, Cond):
+        return list(operands)
+    *consts, carry = flow.split(operands)
+    return [*itertools.chain(*consts), *[MISSING] * len(carry)]
 
 
 def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:
@@ -484,14 +485,6 @@ def _filled(values: Sequence, present: Sequence) -> list:
     """`values` with those that are present replaced, in order."""
     rest = iter(present)
     return [v if v is MISSING else next(rest) for v in values]
-
-
-def _split(values: Sequence, *sizes: int) -> list[list]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(list(values[start : start + size]))
-        start += size
-    return [*parts, list(values[start:])]
 
 
 def _variables(atoms: Sequence) -> list:
