@@ -109,8 +109,7 @@ def assert_sound(closed, leaves, sites, site_paths):
         name = site_paths.get(path)
         if name is None or sites[name].refused:
             return
-        sides = ("rhs", "lhs") if sites[name].kind == "gather" else ("lhs", "rhs")
-        for side, value in zip(sides, operands):
+        for side, value in zip(sites[name].equation_sides, operands):
             if getattr(sites[name], side).nonnegative:
                 assert not np.any(np.asarray(value) < 0), (name, side)
                 seen.add((name, side))

@@ -13,7 +13,7 @@ that is not asked for, the rest of the model behind the last site included.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +22,16 @@ import jax.extend.core as jex_core
 from aqt_search.products.operands import Operand
 from aqt_search.ptq.errors import PTQError
 from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
-from aqt_search.tracing.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
-from aqt_search.tracing.sites import Site
+from aqt_search.tracing.interpreter import Held, Interpreter, run_flow
+from aqt_search.tracing.planned_sites import PlannedSites
+from aqt_search.tracing.plans import make_plans
+from aqt_search.tracing.sites import SIDES, Site
+from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     checked_state,
-    trace_function,
 )
 
 
@@ -90,27 +92,6 @@ def reachable_sites(
     return trace.sites, {name: reason for name, reason in reasons.items() if reason}
 
 
-class _Capture(Interpreter):
-    """Gives the values of some sites in place of the next states of calibrations."""
-
-    def __init__(self, trace: Trace, plans: Mapping[tuple[str, str], Plan], names: Collection[str]):
-        super().__init__(trace, plans, execution="emulated", update=False, visit=names)
-        self._names = set(names)
-
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        outputs, _ = super()._site(name, eqn, operands, held)
-        if name not in self._names:
-            return outputs, {}
-        lookup = self._trace.sites[name].kind == "gather"
-        lhs, rhs = reversed(operands) if lookup else operands
-        taken = tuple(self._taken((name, s), x, held) for s, x in zip(SIDES, (lhs, rhs)))
-        return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
-
-    def _taken(self, key: tuple[str, str], x: jax.Array, held: Held) -> Operand:
-        plan = self._plans.get(key)
-        return x if plan is None else self._quantized(key, plan, x, held, {})[0]
-
-
 def site_values(apply: Callable, names: Sequence[str]) -> Callable:
     """Returns `values(assignment, state, variables, *args, **kwargs) -> {name: SiteValues}`.
 
@@ -139,7 +120,17 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
                 raise PTQError(f"The values of site {name!r} cannot be captured: {reason}.")
         plans = make_plans(trace, assignment, None)
         held = Held(checked_state(state, trace, plans), {})
-        _, found = _Capture(trace, plans, names).run(held)
+        sites = PlannedSites(trace, plans, execution="emulated", update=False)
+
+        def at_site(name, eqn, operands, held):
+            outputs, _ = sites.at_site(name, eqn, operands, held)
+            if name not in names:
+                return outputs, {}
+            lhs, rhs = map(dict(zip(trace.sites[name].equation_sides, operands)).get, SIDES)
+            taken = tuple(sites.operand((name, s), x, held)[0] for s, x in zip(SIDES, (lhs, rhs)))
+            return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
+
+        _, found = Interpreter(trace, {*names, *sites.names}, at_site, run_flow).run(held)
         return {name: found[name, "values"] for name in names}
 
     return values

@@ -15,9 +15,8 @@ import jax.extend.core as jex_core
 import numpy as np
 
 from aqt_search.tracing.control_flow import Body, Call, Custom, Path, Remat, control_flow
-from aqt_search.tracing.interpreter import Trace
 from aqt_search.tracing.sites import Site, parameter_name
-from aqt_search.tracing.transform import is_array, trace_function
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 
 Value = int  # values are numbered in program order
 

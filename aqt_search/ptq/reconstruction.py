@@ -38,13 +38,14 @@ from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.product_matrix import NoMatrix, ProductMatrix, product_matrix
 from aqt_search.ptq.static_bounds import check_batches
 from aqt_search.ptq.weight_leaves import NoLeaf, WeightLeaf, weight_leaf
-from aqt_search.tracing.interpreter import SIDES, Plan, Trace, make_plans
+from aqt_search.tracing.plans import Plan, make_plans
+from aqt_search.tracing.sites import SIDES
+from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     checked_state,
-    trace_function,
 )
 
 _PRECISE = jax.lax.Precision.HIGHEST

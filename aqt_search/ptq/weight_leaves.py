@@ -15,9 +15,8 @@ import jax.extend.core as jex_core
 
 from aqt_search.ptq.captures import equations_to
 from aqt_search.tracing.control_flow import Call, Remat, control_flow
-from aqt_search.tracing.interpreter import Trace
 from aqt_search.tracing.liveness import used_equations
-from aqt_search.tracing.transform import is_array
+from aqt_search.tracing.trace import Trace, is_array
 
 _REARRANGEMENTS = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy",
@@ -57,8 +56,8 @@ def weight_leaf(trace: Trace, name: str, side: str) -> WeightLeaf:
       NoLeaf: the operand is computed from the leaf, or something else reads the leaf, too.
     """
     *around, (jaxpr, eqn) = equations_to(trace, name)
-    sides = ("rhs", "lhs") if trace.sites[name].kind == "gather" else ("lhs", "rhs")
-    position, steps = _followed(jaxpr, eqn.invars[sides.index(side)])
+    operand = eqn.invars[trace.sites[name].equation_sides.index(side)]
+    position, steps = _followed(jaxpr, operand)
     for jaxpr, eqn in reversed(around):
         position, earlier = _followed(jaxpr, eqn.invars[position])
         steps = [*earlier, *steps]

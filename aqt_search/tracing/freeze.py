@@ -15,28 +15,22 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search.numerics.qtensor import QTensor, concrete_format
+from aqt_search.numerics.fake_quant import bounds_of, carrier_dtype
+from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
-from aqt_search.tracing.interpreter import (
-    MISSING,
-    Held,
-    Interpreter,
-    Trace,
-    WeightFinder,
-    init_states,
-    make_plans,
-)
+from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.liveness import scan_liveness
-from aqt_search.tracing.sites import SiteError, SiteFormats
+from aqt_search.tracing.planned_sites import run_planned
+from aqt_search.tracing.plans import Plan, init_states, make_plans, packed_grids
+from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     flat_state,
-    is_array,
-    trace_function,
 )
 
 
@@ -108,7 +102,7 @@ def freeze(
     @jax.jit
     def find(known, held):
         inputs = [*known, *[MISSING] * (len(trace.inputs) - counted)]
-        return WeightFinder(trace._replace(inputs=inputs), plans).run(Held(held, {}))[1]
+        return _stored_weights(trace._replace(inputs=inputs), plans, Held(held, {}))
 
     found = find(trace.inputs[:counted], held)
     weights: dict[str, dict[str, QTensor]] = {}
@@ -126,6 +120,36 @@ def freeze(
             keys.setdefault(name, {})[field] = plan.quantizer.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
     return Frozen(jax.tree.unflatten(tree, kept), weights, activations, keys, static)
+
+
+def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
+    """The weights of sites in storage; of the trace's inputs those that are data are missing."""
+    grids = packed_grids(trace, plans)
+
+    def at_site(name: str, eqn, operands: Sequence, held: Held) -> Outcome:
+        site, found = trace.sites[name], {}
+        for side, x in zip(site.equation_sides, operands):
+            key = (name, side)
+            if key not in plans or getattr(site, side).role == "activation":
+                continue
+            if x is MISSING:
+                raise SiteError(
+                    f"The {side} weight of site {name!r} is computed inside a loop from what an"
+                    " earlier iteration left, so it cannot be stored. Assign it None, or compute it"
+                    " outside."
+                )
+            plan, state = plans[key], held.states.get(key, ())
+            bounds, _ = bounds_of(
+                x, grids[carrier_dtype(x)], plan.row, plan.how, state, update=False
+            )
+            stored = dataclasses.replace(
+                plan.quantizer, fmt=plan.fmt, granularity=plan.how.granularity
+            )
+            rows = int(site.kind == "gather")
+            found[key] = quantize_tensor(x, stored, bounds=bounds, row_axes=rows)
+        return [MISSING] * len(eqn.outvars), found
+
+    return Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]
 
 
 def _dropped(leaf: Any) -> Dropped:
@@ -163,16 +187,11 @@ def _without_key(q: Quantizer) -> Quantizer:
 def _needed_leaves(trace: Trace, stored: Collection[tuple[str, str]]) -> list[bool]:
     """Which inputs of the trace are read if some operands of sites are not."""
     cut = {
-        path: [(name, side) not in stored for side in _sides(trace.sites[name].kind)]
+        path: [(name, side) not in stored for side in trace.sites[name].equation_sides]
         for path, name in trace.site_paths.items()
     }
     jaxpr = trace.closed.jaxpr
     return _needed_inputs(jaxpr, [True] * len(jaxpr.outvars), (), cut)
-
-
-def _sides(kind: str) -> tuple[str, str]:
-    """Fields of a site's operands, in the order of its equation."""
-    return ("rhs", "lhs") if kind == "gather" else ("lhs", "rhs")
 
 
 def _needed_inputs(
@@ -241,10 +260,10 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
         weights = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
         held = Held(flat_state(frozen.state), weights)
-        interpreter = Interpreter(
-            trace._replace(inputs=inputs), plans, execution=execution, update=False
+        outputs, _ = run_planned(
+            trace._replace(inputs=inputs), plans, held, execution=execution, update=False
         )
-        return jax.tree_util.tree_unflatten(trace.out_tree, interpreter.run(held)[0])
+        return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return served
 

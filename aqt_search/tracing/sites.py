@@ -47,6 +47,11 @@ class SiteFormats(NamedTuple):
     rhs_gradient: object | None = None  # and of rhs
 
 
+SIDES = ("lhs", "rhs")  # its fields that are of operands
+GRADIENTS = ("lhs_gradient", "rhs_gradient")
+Key = tuple[str, str]  # a site's name, and a field of its `SiteFormats`
+
+
 def is_unquantized(formats: SiteFormats) -> bool:
     """Whether formats leave their site as it is."""
     return all(fmt is None for fmt in formats)
@@ -103,6 +108,11 @@ class Site:
     def rhs_shape(self) -> tuple[int, ...]:
         """Shape of the right operand."""
         return self.rhs.shape
+
+    @property
+    def equation_sides(self) -> tuple[str, str]:
+        """The sides that the operands of its equation are, in their order."""
+        return ("rhs", "lhs") if self.kind == "gather" else SIDES
 
     @property
     def weight(self) -> Operand | None:

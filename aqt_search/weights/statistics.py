@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,26 +30,15 @@ from aqt_search.numerics.granularity import join_blocks, split_blocks
 from aqt_search.numerics.qtensor import concrete_format
 from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
 from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
-from aqt_search.tracing.interpreter import (
-    MISSING,
-    SIDES,
-    Held,
-    Key,
-    Plan,
-    Trace,
-    WeightFinder,
-    init_states,
-    make_plans,
-    site_equations,
-)
-from aqt_search.tracing.sites import SiteError, SiteFormats
+from aqt_search.tracing.interpreter import MISSING, Interpreter, visit_bodies
+from aqt_search.tracing.plans import Plan, init_states, make_plans, site_equations
+from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     flat_state,
-    is_array,
-    trace_function,
 )
 
 # An outlier lies more than three deviations from the mean: 0.27 % of a normal distribution do.
@@ -183,20 +172,18 @@ def _weight_states(
     return {key: held[key] for key in held if key in plans}
 
 
-class _OperandFinder(WeightFinder):
-    """Gives the weights of sites as they enter them; inside of scans a stack of them."""
-
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        sides = reversed(SIDES) if self._trace.sites[name].kind == "gather" else SIDES
-        weights = {(name, side): x for side, x in zip(sides, operands) if x is not MISSING}
-        found = {key: x for key, x in weights.items() if key in self._plans}
-        return [MISSING] * len(eqn.outvars), found
-
-
-def _operands(trace: Trace, plans: Mapping[Key, Plan], params: Any) -> dict[Key, jax.Array]:
+def _operands(trace: Trace, keys: Collection[Key], params: Any) -> dict[Key, jax.Array]:
+    """Weights of sites as they enter them; inside of scans a stack of them."""
     known = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
     inputs = [*known, *[MISSING] * (len(trace.inputs) - len(known))]
-    return _OperandFinder(trace._replace(inputs=inputs), plans).run()[1]
+
+    def at_site(name, eqn, operands, held):
+        sides = zip(trace.sites[name].equation_sides, operands)
+        found = {(name, side): x for side, x in sides if (name, side) in keys and x is not MISSING}
+        return [MISSING] * len(eqn.outvars), found
+
+    names = {name for name, _ in keys}
+    return Interpreter(trace._replace(inputs=inputs), names, at_site, visit_bodies).run()[1]
 
 
 def _check_alike(float_params: Any, params: Any) -> None:
