@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex_core
 
-from aqt_search.products.operands import Operand
+from aqt_search.products.operands import OperandValue
 from aqt_search.ptq.errors import PTQError
 from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
 from aqt_search.tracing.interpreter import Held, Interpreter, run_flow
@@ -44,7 +44,8 @@ class SiteValues(NamedTuple):
     lhs: jax.Array  # as it enters the site, before the site quantizes it
     rhs: jax.Array
     out: jax.Array  # the product of the operands as the site takes them
-    operands: tuple[Operand, Operand]  # as the site takes them: `operands.values_of` gives values
+    # As the site takes them: `operands.values_of` gives values.
+    operands: tuple[OperandValue, OperandValue]
 
 
 def nearest_names(name: str, names: Collection[str]) -> str:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import bounds_of, carrier_dtype, pack_grids, unpack_grid
 from aqt_search.numerics.formats import Grid, round_to_grid
 from aqt_search.numerics.granularity import join_blocks, split_blocks
-from aqt_search.numerics.quantizer import scale_of
+from aqt_search.numerics.quantized import calibrated, carrier_dtype, in_one_format
+from aqt_search.numerics.scale import scale_of
 from aqt_search.products.operands import values_of
 from aqt_search.ptq.captures import (
     SiteValues,
@@ -281,10 +281,10 @@ def _no_worse_than_nearest(
 
 def _static_grid(matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Array) -> StaticGrid:
     """The grid under the bounds of a calibration's state, as the matrix has its elements."""
-    grids = pack_grids([plan.fmt], carrier_dtype(operand))
-    grid = unpack_grid(grids, 0)
-    bounds, _ = bounds_of(operand, grids, 0, plan.how, state, update=False)
-    scale = scale_of(bounds, grid, plan.how)
+    tensor = in_one_format(operand, plan.quantizer.fmt, plan.quantizer.key, plan.how)
+    tensor, _ = calibrated(tensor, state, update=False)
+    grid = tensor.grid()
+    scale = scale_of(tensor.bounds, grid, plan.how)
     split = jax.eval_shape(lambda x: split_blocks(x, plan.how.granularity), operand).shape
 
     def of_elements(part: jax.Array) -> jax.Array:

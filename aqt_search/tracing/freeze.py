@@ -15,15 +15,15 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search.numerics.fake_quant import bounds_of, carrier_dtype
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
+from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.liveness import scan_liveness
 from aqt_search.tracing.planned_sites import run_planned
-from aqt_search.tracing.plans import Plan, init_states, make_plans, packed_grids
+from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by
 from aqt_search.tracing.sites import Key, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
@@ -124,7 +124,7 @@ def freeze(
 
 def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
     """The weights of sites in storage; of the trace's inputs those that are data are missing."""
-    grids = packed_grids(trace, plans)
+    quantized = quantized_by(trace, plans)
 
     def at_site(name: str, eqn, operands: Sequence, held: Held) -> Outcome:
         site, found = trace.sites[name], {}
@@ -138,15 +138,10 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
                     " earlier iteration left, so it cannot be stored. Assign it None, or compute it"
                     " outside."
                 )
-            plan, state = plans[key], held.states.get(key, ())
-            bounds, _ = bounds_of(
-                x, grids[carrier_dtype(x)], plan.row, plan.how, state, update=False
-            )
-            stored = dataclasses.replace(
-                plan.quantizer, fmt=plan.fmt, granularity=plan.how.granularity
-            )
+            state = held.states.get(key, ())
+            bounds = calibrated(quantized(key, x), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
-            found[key] = quantize_tensor(x, stored, bounds=bounds, row_axes=rows)
+            found[key] = quantize_tensor(x, plans[key].quantizer, bounds=bounds, row_axes=rows)
         return [MISSING] * len(eqn.outvars), found
 
     return Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]

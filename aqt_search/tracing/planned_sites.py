@@ -8,18 +8,14 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
-import numpy as np
 
-from aqt_search.numerics.fake_quant import (
-    bounds_of,
-    carrier_dtype,
-    fake_quant_packed,
-)
+from aqt_search.numerics.fake_quant import fake_quantized, with_gradient_rule
 from aqt_search.numerics.qtensor import QTensor
-from aqt_search.products.operands import Operand, Quantized, quantized_operand
+from aqt_search.numerics.quantized import calibrated
+from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 from aqt_search.tracing.interpreter import EMPTY, Held, Interpreter, Outcome, run_flow
-from aqt_search.tracing.plans import Plan, packed_grids, site_layout
+from aqt_search.tracing.plans import Plan, quantized_by, site_layout
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key
 from aqt_search.tracing.trace import Trace
 
@@ -49,7 +45,7 @@ class PlannedSites:
         self._plans = plans
         self._execution = execution
         self._update = update
-        self._grids = packed_grids(trace, plans)
+        self._quantized = quantized_by(trace, plans)
 
     def at_site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence, held: Held) -> Outcome:
         """The result of a site, and the next states of its calibrations."""
@@ -66,37 +62,29 @@ class PlannedSites:
             states |= state
             plan = self._plans.get((name, side))
             # A twin that is traced is not yet taken, but known not to be negative.
-            fmt = None if plan is None else plan.fmt
+            fmt = None if plan is None else plan.quantizer.fmt
             formats.append(fmt._replace(min_value=0.0) if plan is not None and plan.twin else fmt)
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
             return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
 
-        gradients = tuple(self._gradient((name, field)) for field in GRADIENTS)
+        keys = ((name, field) for field in GRADIENTS)
+        gradients = tuple(self._quantized(k, None) if k in self._plans else None for k in keys)
         result = product(
             bind, site_layout(eqn), tuple(values), tuple(formats), self._execution, gradients
         )
         return [result], states
 
-    def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[Operand, dict[Key, Any]]:
+    def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
         """An operand as its site takes it, and the next state of its calibration, if it has one."""
         if key in held.weights:
             return held.weights[key], {}
         if key not in self._plans:
             return x, {}
-        plan, grids = self._plans[key], self._grids[carrier_dtype(x)]
         state = held.states.get(key, ())
-        bounds, state = bounds_of(x, grids, plan.row, plan.how, state, self._update)
-        value = quantized_operand(x, grids, plan.row, bounds, plan.quantizer.key, plan.how)
-        return value, {key: state} if key in held.states else {}
-
-    def _gradient(self, key: Key) -> Quantized | None:
-        if key not in self._plans:
-            return None
-        plan = self._plans[key]
-        grids = self._grids[np.dtype(np.float32)]
-        return Quantized(None, grids, plan.row, None, plan.quantizer.key, plan.how)
+        tensor, state = calibrated(self._quantized(key, x), state, update=self._update)
+        return with_gradient_rule(tensor), {key: state} if key in held.states else {}
 
     def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:
         table, indices = operands
@@ -106,9 +94,7 @@ class PlannedSites:
                 return _rows_of(held.weights[key], eqn, indices[..., 0])
             table = held.weights[key].dequantize()
         elif key in self._plans:
-            plan = self._plans[key]
-            grids = self._grids[carrier_dtype(table)]
-            table = fake_quant_packed(table, grids, plan.row, None, plan.quantizer.key, plan.how)
+            table = fake_quantized(self._quantized(key, table))
         return eqn.primitive.bind(table, indices, **eqn.params)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +11,26 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import carrier_dtype, check_key, init_bounds, pack_grids
+from aqt_search.numerics.fake_quant import check_key
 from aqt_search.numerics.formats import NumericFormat, is_traced
-from aqt_search.numerics.granularity import PER_TENSOR, per_channel, resolve
+from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
+from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout
 from aqt_search.tracing.control_flow import Path, Scan, control_flow, equations_along
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace
 
+_OF_GRADIENTS = np.dtype(np.float32)  # the dtype that gradients are rounded in
+
 
 class Plan(NamedTuple):
-    """How one tensor of a site is quantized."""
+    """How one tensor of a site is quantized, before there are arrays."""
 
+    # With the tensor's own format (an unsigned twin where it takes that) and granularity.
     quantizer: Quantizer
-    fmt: NumericFormat  # that of the quantizer, or its unsigned twin
     how: Recipe
-    row: Any  # of the format among all formats
-    twin: bool = False  # whether the twin of `fmt`, which is traced, is still to be taken
+    twin: bool = False  # whether the twin of the format, which is traced, is still to be taken
 
 
 def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
@@ -57,13 +60,12 @@ def make_plans(
 ) -> dict[Key, Plan]:
     """The plan of every tensor that the assignment quantizes."""
     equations = site_equations(trace.closed.jaxpr, trace.site_paths)
-    plans: dict[Key, Plan] = {}
-    for name, formats in assignment.items():
-        for field, spec in zip(SiteFormats._fields, formats):
-            if spec is not None:
-                made = _plan(trace.sites[name], equations[name][0], field, spec, axis_name)
-                plans[name, field] = made._replace(row=np.int32(len(plans)))
-    return plans
+    return {
+        (name, field): _plan(trace.sites[name], equations[name][0], field, spec, axis_name)
+        for name, formats in assignment.items()
+        for field, spec in zip(SiteFormats._fields, formats)
+        if spec is not None
+    }
 
 
 def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) -> Plan:
@@ -77,15 +79,21 @@ def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) ->
         _check_stateless(q, site, field)
         contracting = layout.gradient_contracting(side)
         granularity = resolve(q.granularity or PER_TENSOR, layout.out_ndim, contracting)
-        return Plan(q, q.fmt, recipe(q, granularity, axis_name), None)
+        return _resolved(q, q.fmt, granularity, axis_name)
     operand = getattr(site, field)
     granularity = q.granularity or per_channel(*operand.channel_axes)
     resolved = resolve(granularity, len(operand.shape), operand.contracting)
     shared = axis_name if operand.role == "activation" else None
-    how = recipe(q, resolved, shared)
     if operand.nonnegative and q.unsigned and is_traced(q.fmt):
-        return Plan(q, q.fmt, how, None, twin=True)  # for all formats at once
-    return Plan(q, operand_format(q, operand.nonnegative), how, None)
+        return _resolved(q, q.fmt, resolved, shared)._replace(twin=True)  # for all formats at once
+    return _resolved(q, operand_format(q, operand.nonnegative), resolved, shared)
+
+
+def _resolved(
+    q: Quantizer, fmt: NumericFormat, granularity: Granularity, axis_name: Hashable | None
+) -> Plan:
+    own = dataclasses.replace(q, fmt=fmt, granularity=granularity)
+    return Plan(own, recipe(own, granularity, axis_name))
 
 
 def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
@@ -97,7 +105,7 @@ def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
     _check_stateless(q, site, field)
     granularity = q.granularity or per_channel(*site.rhs.channel_axes)
     resolved = resolve(granularity, len(site.rhs.shape), site.rhs.contracting)
-    return Plan(q, q.fmt, recipe(q, resolved), None)
+    return _resolved(q, q.fmt, resolved, None)
 
 
 def _check_stateless(q: Quantizer, site: Site, field: str) -> None:
@@ -133,15 +141,24 @@ def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
     return states
 
 
-def packed_grids(trace: Trace, plans: Mapping[Key, Plan]) -> dict[np.dtype, jax.Array]:
-    """The formats of all plans in one array, for each dtype that operands are rounded in.
+def quantized_by(
+    trace: Trace, plans: Mapping[Key, Plan]
+) -> Callable[[Key, jax.Array | None], Quantized]:
+    """Returns `quantized(key, x)`: a tensor under its plan, None for the gradient of a site.
 
-    An array per operand would cost a kernel each.
+    The formats of all plans are packed into one array: one for each tensor would cost a kernel.
     """
     if not plans:
-        return {}
-    formats, twins = zip(*((plan.fmt, plan.twin) for plan in plans.values()))
+        return lambda key, x: None
+    formats, twins = zip(*((plan.quantizer.fmt, plan.twin) for plan in plans.values()))
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
-    dtypes = {carrier_dtype(o) for o in operands} | {np.dtype(np.float32)}  # that of gradients
-    return {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes}
+    dtypes = {carrier_dtype(o) for o in operands} | {_OF_GRADIENTS}
+    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes}
+    rows = {key: np.int32(row) for row, key in enumerate(plans)}
+
+    def quantized(key: Key, x: jax.Array | None) -> Quantized:
+        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x)
+        return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
+
+    return quantized
