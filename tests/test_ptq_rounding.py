@@ -14,7 +14,7 @@ from aqt_search.models import resnet
 from aqt_search.ptq import PTQError, SkippedSite, adaround, calibrate, gptq
 from aqt_search.ptq.product_matrix import product_matrix
 from aqt_search.ptq.reconstruction import reconstruct
-from aqt_search.tracing.sites import SITE_PRIMITIVES
+from aqt_search.tracing.origins import SITE_PRIMITIVES
 
 RNG = np.random.default_rng(0)
 METHODS = {

@@ -19,6 +19,16 @@ from aqt_search import SiteFormats
 from aqt_search.costs import cost
 from aqt_search.models.resnet import resnet
 from aqt_search.tracing import sites as site_analysis
+from aqt_search.tracing.control_flow import (
+    Body,
+    Call,
+    Cond,
+    Custom,
+    Remat,
+    Scan,
+    While,
+    control_flow,
+)
 from aqt_search.tracing.nonnegative import is_nonnegative_constant
 
 
@@ -45,9 +55,9 @@ def call(fun, params_and_args):
 
 
 def evaluate(body, args, path, show):
-    """Runs a jaxpr one equation at a time; `show(path, operands)` sees all of them."""
-    jaxpr, consts = body
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    """Runs a body one equation at a time; `show(path, operands)` sees all of them."""
+    jaxpr = body.jaxpr
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*body.consts, *args), strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
@@ -60,34 +70,34 @@ def evaluate(body, args, path, show):
 
 
 def step(eqn, values, here, show):
-    bodies = site_analysis.sub_jaxprs(eqn)
-    name = eqn.primitive.name
-    if name == "scan":
-        return step_scan(eqn, bodies[0], values, here, show)
-    if name == "while":
-        split = eqn.params["cond_nconsts"]
-        start = split + eqn.params["body_nconsts"]
-        test_consts, body_consts, carry = values[:split], values[split:start], values[start:]
-        while evaluate(bodies[1], test_consts + carry, here + (0,), show)[0]:
-            carry = evaluate(bodies[0], body_consts + carry, here + (1,), show)
-        return carry
-    if name == "cond":
-        branch = int(np.clip(int(values[0]), 0, len(bodies) - 1))
-        return evaluate(bodies[branch], values[1:], here + (branch,), show)
-    if len(bodies) == 1 and len(bodies[0][0].invars) == len(values) and "scatter" not in name:
-        return evaluate(bodies[0], values, here + (0,), show)
+    def inside(body, args):
+        return evaluate(body, args, body.under(here), show)
+
+    match control_flow(eqn):
+        case Scan() as scan:
+            return step_scan(scan, values, inside)
+        case While() as loop:
+            test_consts, body_consts, carry = loop.split(values)
+            while inside(loop.test, test_consts + carry)[0]:
+                carry = inside(loop.body, body_consts + carry)
+            return carry
+        case Cond(branches) as cond:
+            index, operands = cond.split(values)
+            branch = branches[int(np.clip(int(index), 0, len(branches) - 1))]
+            return inside(branch, operands)
+        case Call(body) | Remat(body) | Custom(body):
+            return inside(body, values)
     outputs = eqn.primitive.bind(*values, **eqn.params)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def step_scan(eqn, body, values, here, show):
-    count, carries = site_analysis.scan_counts(eqn)
-    consts, carry, xs = values[:count], values[count : count + carries], values[count + carries :]
+def step_scan(scan, values, inside):
+    consts, carry, xs = scan.split(values)
     stacked = []
-    for i in range(eqn.params["length"]):
-        outputs = evaluate(body, [*consts, *carry, *(x[i] for x in xs)], here + (0,), show)
-        carry = outputs[:carries]
-        stacked.append(outputs[carries:])
+    for i in range(scan.length):
+        outputs = inside(scan.body, [*consts, *carry, *(x[i] for x in xs)])
+        carry = outputs[: scan.carries]
+        stacked.append(outputs[scan.carries :])
     return [*carry, *map(jnp.stack, zip(*stacked))]
 
 
@@ -99,13 +109,12 @@ def assert_sound(closed, leaves, sites, site_paths):
         name = site_paths.get(path)
         if name is None or sites[name].refused:
             return
-        sides = ("rhs", "lhs") if sites[name].kind == "gather" else ("lhs", "rhs")
-        for side, value in zip(sides, operands):
+        for side, value in zip(sites[name].equation_sides, operands):
             if getattr(sites[name], side).nonnegative:
                 assert not np.any(np.asarray(value) < 0), (name, side)
                 seen.add((name, side))
 
-    evaluate((closed.jaxpr, closed.consts), leaves, (), show)
+    evaluate(Body(closed.jaxpr, closed.consts), leaves, (), show)
     return len(seen)
 
 
@@ -614,7 +623,7 @@ def test_lookups_of_rows_are_sites(case):
     seen = []
     closed, leaves, _, ((path, _),) = *traced[:3], traced[3].items()
     evaluate(
-        (closed.jaxpr, closed.consts),
+        Body(closed.jaxpr, closed.consts),
         leaves,
         (),
         lambda p, v: seen.append(v) if p == path else None,

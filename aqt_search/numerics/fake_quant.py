@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
-from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, floating_array, unsigned_twin
+from aqt_search.numerics.formats import NumericFormat, floating_array
 from aqt_search.numerics.gradient_rules import scaled_by_error
 from aqt_search.numerics.granularity import (
     PER_TENSOR,
@@ -21,123 +22,50 @@ from aqt_search.numerics.granularity import (
     split_blocks,
 )
 from aqt_search.numerics.outline import outline
-from aqt_search.numerics.quantizer import (
-    Codes,
-    Quantizer,
-    Recipe,
-    calibrate,
-    encode,
-    quantizer,
-    recipe,
+from aqt_search.numerics.quantized import (
+    Quantized,
+    calibrated,
+    codes_of_tensor,
+    in_one_format,
+    init_bounds,
 )
+from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer, recipe
+
+# --- Quantized tensors as values ------------------------------------------------------------------
 
 
-def pack_grids(
-    formats: Sequence[NumericFormat], dtype: np.dtype, unsigned: Sequence[bool] = ()
-) -> jax.Array:
-    """The grids of n formats as one array [n, 7] of `dtype`: a single kernel makes them all.
-
-    Where `unsigned` is set, that of the format's unsigned twin.
-    """
-    columns = zip(*formats)
-    stacked = NumericFormat(*(jnp.stack([jnp.asarray(v) for v in column]) for column in columns))
-    if any(unsigned):
-        mask = np.array(unsigned)
-        twins = unsigned_twin(stacked)
-        stacked = NumericFormat(*(jnp.where(mask, t, v) for t, v in zip(twins, stacked)))
-    return jnp.stack(as_grid(stacked, dtype), axis=1)
-
-
-def carrier_dtype(x: jax.Array) -> np.dtype:
-    """The dtype that x is rounded in."""
-    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-
-
-def unpack_grid(grids: jax.Array, row: jax.typing.ArrayLike) -> Grid:
-    """The grid at a row of `pack_grids`."""
-    packed = jax.lax.dynamic_index_in_dim(grids, row, keepdims=False)
-    return Grid(*(packed[field] for field in range(len(Grid._fields))))
-
-
-def _random(key: jax.Array, shape: tuple[int, ...], axis_name: Hashable | None, dtype) -> jax.Array:
-    """Uniform numbers, drawn row by row: a batch gets the same ones however it is sharded."""
-    if not shape:
-        return jax.random.uniform(key, shape, dtype)
-    rows = jnp.arange(shape[0])
-    if axis_name is not None:
-        rows = rows + jax.lax.axis_index(axis_name) * shape[0]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:], dtype))(keys)
-
-
-def _split(x: jax.Array, how: Recipe) -> jax.Array:
-    """x split into blocks.
-
-    Raises:
-      ValueError: the last block is short and the calibration would count what fills it up.
-    """
-    _, size, axis = how.granularity
-    if axis is not None and how.calibration.counts and x.shape[axis] % size:
-        raise ValueError(
-            f"percentile and mean_deviation need full blocks: {size} does not divide axis {axis} of"
-            f" shape {x.shape}. Choose a size that does, or absmax, min_max or mse."
-        )
-    return split_blocks(x, how.granularity)
-
-
-def codes_of_operand(
-    x: jax.Array, grid: Grid, bounds: Bounds | None, key: jax.Array | None, how: Recipe
-) -> Codes:
-    """The codes of x, split into blocks, in the grid's dtype."""
-    random = None
-    if how.rounding == "stochastic":
-        random = _random(key, x.shape, how.axis_name, grid.max_value.dtype)
-        random = split_blocks(random, how.granularity)
-    carrier = _split(x.astype(grid.max_value.dtype), how)
-    return encode(carrier, bounds, grid, how, random)
-
-
-@functools.partial(outline, static_argnums=(5,))
-def quantize_dequantize(x, grids, row, bounds, key, how: Recipe):
-    """The arguments of `fake_quant_packed`; its values, and where its gradient passes (or None)."""
-    found = codes_of_operand(x, unpack_grid(grids, row), bounds, key, how)
-    values = join_blocks(found.values(), how.granularity, x.shape).astype(x.dtype)
+@outline
+def quantize_dequantize(q: Quantized) -> tuple[jax.Array, jax.Array | None]:
+    """The values of `fake_quantized`, and where their gradient passes (None: everywhere)."""
+    found = codes_of_tensor(q, q.grid())
+    values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(q.x.dtype)
     if found.inside is None:
         return values, None
-    return values, join_blocks(found.inside, how.granularity, x.shape)
+    return values, join_blocks(found.inside, q.how.granularity, q.x.shape)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def fake_quant_packed(
-    x: jax.Array,
-    grids: jax.Array,
-    row: jax.typing.ArrayLike,
-    bounds: Bounds | None,
-    key: jax.Array | None,
-    how: Recipe,
-) -> jax.Array:
-    """`fake_quant` in the format at `row` of `grids`, an array made by `pack_grids`.
-
-    Args:
-      x: the tensor.
-      grids, row: the format.
-      bounds: as a calibration with state gave them; None for one without.
-      key: for stochastic rounding.
-      how: the static part of the quantizer.
-    """
-    return quantize_dequantize(x, grids, row, bounds, key, how)[0]
+@jax.custom_jvp
+def fake_quantized(q: Quantized) -> jax.Array:
+    """What the tensor's format makes of it, in its shape and dtype: see `fake_quant`."""
+    return quantize_dequantize(q)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def straight_through(
-    x: jax.Array,
-    bounds: Bounds | None,
-    values: jax.Array,
-    inside: jax.Array | None,
-    unscaled: jax.Array,
-    how: Recipe,
-) -> jax.Array:
-    """`values`, the result of quantizing x, with the derivative that stands for that of rounding.
+@fake_quantized.defjvp
+def _fake_quantized_jvp(primals, tangents):
+    (q,), (tangent,) = primals, tangents
+    if q.how.calibration.covers:
+        # Nothing is clipped, so the gradient is the identity and saves nothing.
+        return fake_quantized(q), tangent.x
+    values, inside = quantize_dequantize(dataclasses.replace(q, x=jax.lax.stop_gradient(q.x)))
+
+    def through(x, bounds):
+        return straight_through(dataclasses.replace(q, x=x, bounds=bounds), values, inside)
+
+    return jax.jvp(through, (q.x, q.bounds), (tangent.x, tangent.bounds))
+
+
+def straight_through(q: Quantized, values: jax.Array, inside: jax.Array | None) -> jax.Array:
+    """`values`, the result of quantizing q.x, with the derivative that stands for that of rounding.
 
         d values = dx inside of the bounds, and none outside: to every order
 
@@ -151,10 +79,15 @@ def straight_through(
     Esser et al. 2020, arXiv 1902.08153, equation 3; PACT: Choi et al. 2018, arXiv 1805.06085,
     equation 4).
     """
+    return _straight_through(q.x, q.bounds, values, inside, q.grid().unscaled, q.how)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _straight_through(x, bounds, values, inside, unscaled, how: Recipe):
     return values
 
 
-@straight_through.defjvp
+@_straight_through.defjvp
 def _straight_through_jvp(how, primals, tangents):
     x, bounds, values, inside, unscaled = primals
     tangent = tangents[0]
@@ -163,7 +96,7 @@ def _straight_through_jvp(how, primals, tangents):
         tangent = _with_slope_of_bounds(x, bounds, values, unscaled, tangent, slopes, how)
     elif inside is not None:  # None, too, where the gradient rule does not clip
         tangent = jnp.where(inside, tangent, jnp.zeros_like(tangent))
-    return straight_through(*primals, how), tangent
+    return _straight_through(*primals, how), tangent
 
 
 def _with_slope_of_bounds(x, bounds: Bounds, values, unscaled, tangent, slopes: Bounds, how):
@@ -193,45 +126,26 @@ def _with_slope_of_bounds(x, bounds: Bounds, values, unscaled, tangent, slopes: 
     return join_blocks(tangent, how.granularity, shape).astype(dtype)
 
 
-@fake_quant_packed.defjvp
-def _fake_quant_jvp(how, primals, tangents):
-    if how.calibration.covers:
-        # Nothing is clipped, so the gradient is the identity and saves nothing.
-        return fake_quant_packed(*primals, how), tangents[0]
-    x, grids, row, bounds, _ = primals
-    values, inside = quantize_dequantize(jax.lax.stop_gradient(x), *primals[1:], how)
-    unscaled = unpack_grid(grids, row).unscaled
-
-    def through(x, bounds):
-        return straight_through(x, bounds, values, inside, unscaled, how)
-
-    return jax.jvp(through, (x, bounds), (tangents[0], tangents[3]))
-
-
-@functools.partial(outline, static_argnums=(5,))
-def _relative_error(x, grids, row, bounds, key, how: Recipe) -> jax.Array:
+@outline
+def _relative_error(q: Quantized) -> jax.Array:
     """(x - its quantized value) / (what the format spans)."""
-    grid = unpack_grid(grids, row)
-    found = codes_of_operand(x, grid, bounds, key, how)
+    grid = q.grid()
+    found = codes_of_tensor(q, grid)
     span = found.scale.value() * (grid.max_value - grid.min_value)
-    error = (_split(x.astype(grids.dtype), how) - found.values()) * (1 / span)
-    return join_blocks(error, how.granularity, x.shape).astype(x.dtype)
+    error = (q.blocks() - found.values()) * (1 / span)
+    return join_blocks(error, q.how.granularity, q.x.shape).astype(q.x.dtype)
 
 
-def with_gradient_rule(
-    x: jax.Array,
-    grids: jax.Array,
-    row: jax.typing.ArrayLike,
-    bounds: Bounds | None,
-    key: jax.Array | None,
-    how: Recipe,
-) -> jax.Array:
-    """x, whose gradient is scaled by the error of quantizing it where `how.gradient` says so."""
-    delta = how.gradient.error_scaling
+def with_gradient_rule(q: Quantized) -> Quantized:
+    """The same tensor; its gradient is scaled by its error where `how.gradient` says so."""
+    delta = q.how.gradient.error_scaling
     if not delta:
-        return x
-    stopped = jax.lax.stop_gradient((x, grids, row, bounds))
-    return scaled_by_error(x, _relative_error(*stopped, key, how), delta)
+        return q
+    error = _relative_error(jax.lax.stop_gradient(q))
+    return dataclasses.replace(q, x=scaled_by_error(q.x, error, delta))
+
+
+# --- Functions of arrays --------------------------------------------------------------------------
 
 
 def check_key(q: Quantizer) -> None:
@@ -305,31 +219,7 @@ def fake_quant(
             "This calibration has state: use fake_quant_with_state(x, quantizer, state), with the"
             " first state from init_state(quantizer, x.shape)."
         )
-    grids, row = pack_grids([q.fmt], carrier_dtype(x)), np.int32(0)
-    x = with_gradient_rule(x, grids, row, None, q.key, how)
-    return fake_quant_packed(x, grids, row, None, q.key, how)
-
-
-def _bounds_shape(shape: tuple[int, ...], how: Recipe) -> tuple[int, ...]:
-    """The shape of the bounds of a tensor split into blocks."""
-    split = jax.eval_shape(
-        lambda x: split_blocks(x, how.granularity), jax.ShapeDtypeStruct(shape, np.float32)
-    ).shape
-    shared = how.over(len(shape)).axes
-    return tuple(1 if axis in shared else n for axis, n in enumerate(split))
-
-
-def init_bounds(shape: tuple[int, ...], how: Recipe) -> Any:
-    """The first state of a calibration for tensors of `shape`."""
-    return how.calibration.init(_bounds_shape(shape, how))
-
-
-def next_bounds(
-    x: jax.Array, grids: jax.Array, row: jax.typing.ArrayLike, how: Recipe, state: Any
-) -> tuple[Bounds, Any]:
-    """The bounds a calibration with state gives x, and its next state; no gradient flows."""
-    carrier = _split(jax.lax.stop_gradient(x).astype(grids.dtype), how)
-    return calibrate(carrier, unpack_grid(grids, row), how, state)
+    return fake_quantized(with_gradient_rule(in_one_format(x, q.fmt, q.key, how)))
 
 
 def init_state(q: Quantizer, shape: tuple[int, ...], channel_axes: Sequence[int] = ()) -> Any:
@@ -353,19 +243,5 @@ def fake_quant_with_state(
     is returned as it is. The other arguments are those of `fake_quant`.
     """
     x, q, how = prepare(x, q, channel_axes, axis_name, "fake_quant_with_state")
-    grids, row = pack_grids([q.fmt], carrier_dtype(x)), np.int32(0)
-    bounds, new_state = bounds_of(x, grids, row, how, state, update)
-    x = with_gradient_rule(x, grids, row, bounds, q.key, how)
-    return fake_quant_packed(x, grids, row, bounds, q.key, how), new_state
-
-
-def bounds_of(
-    x: jax.Array, grids: jax.Array, row: jax.typing.ArrayLike, how: Recipe, state: Any, update: bool
-) -> tuple[Bounds | None, Any]:
-    """Bounds for x and the next state; None for a calibration without state, which looks itself."""
-    if how.calibration.read is None:
-        return None, state
-    if not update:
-        bounds = how.calibration.read(state, unpack_grid(grids, row))
-        return jax.tree.map(lambda b: b.astype(grids.dtype), bounds), state
-    return next_bounds(x, grids, row, how, state)
+    tensor, state = calibrated(in_one_format(x, q.fmt, q.key, how), state, update=update)
+    return fake_quantized(with_gradient_rule(tensor)), state

@@ -13,13 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
-from aqt_search.numerics.fake_quant import (
-    carrier_dtype,
-    codes_of_operand,
-    pack_grids,
-    prepare,
-    unpack_grid,
-)
+from aqt_search.numerics.fake_quant import prepare
 from aqt_search.numerics.formats import (
     FormatError,
     NumericFormat,
@@ -31,6 +25,7 @@ from aqt_search.numerics.formats import (
     numeric_format,
 )
 from aqt_search.numerics.granularity import Granularity, join_blocks, split_blocks
+from aqt_search.numerics.quantized import carrier_dtype, codes_of_tensor, in_one_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 
 _STORAGE_DTYPES = {
@@ -226,8 +221,8 @@ def quantize_tensor(
         raise ValueError(
             "This calibration has state: pass bounds, as calibration.read(state) gives them."
         )
-    grid = unpack_grid(pack_grids([fmt], carrier_dtype(x)), np.int32(0))
-    found = codes_of_operand(x, grid, bounds, q.key, how)
+    tensor = in_one_format(x, fmt, q.key, how, bounds)
+    found = codes_of_tensor(tensor, tensor.grid())
     codes = join_blocks(found.codes, how.granularity, x.shape)
     if fmt in _STORAGE_DTYPES:
         data = codes.astype(_STORAGE_DTYPES[fmt])

@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import codes_of_operand, unpack_grid
 from aqt_search.numerics.granularity import join_blocks
 from aqt_search.numerics.outline import outline, where
 from aqt_search.numerics.qtensor import QTensor
-from aqt_search.numerics.quantizer import Recipe
+from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
+from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
 from aqt_search.products.carriers import Carrier, accumulator, does_not_fit, encode_carrier
 from aqt_search.products.layout import Layout, dot_layout
 from aqt_search.products.operands import (
-    Operand,
-    Quantized,
+    OperandValue,
     dtype_of,
     granularity_of,
     has_zero_point,
@@ -43,40 +42,32 @@ class Forward(NamedTuple):
 # --- Codes of an operand --------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """An operand's codes in a carrier: values = (codes - zero) * scale."""
-
-    codes: jax.Array  # the carrier's dtype, the operand's shape
-    scale: jax.Array  # float, as `granularity.scale_shape`
-    zero: jax.Array | None  # what stands for 0, after the carrier's shift
-    inside: jax.Array | None  # where the gradient passes; None: everywhere, or not told here
-
-
-@functools.partial(outline, static_argnums=(5, 6))
-def _encode(x, grids, row, bounds, key, how: Recipe, carrier: Carrier) -> Encoded:
-    grid = unpack_grid(grids, row)
-    found = codes_of_operand(x, grid, bounds, key, how)
+@functools.partial(outline, static_argnums=(1,))
+def _encode(q: Quantized, carrier: Carrier) -> Codes:
+    """A tensor's codes in a carrier; the zero point is what stands for 0 after its shift."""
+    grid, how = q.grid(), q.how
+    found = codes_of_tensor(q, grid)
     axis = how.granularity.block_axis
 
     def joined(part):
-        return part if axis is None else jnp.squeeze(part, axis + 1)
+        return part if part is None or axis is None else jnp.squeeze(part, axis + 1)
 
     scale, zero = found.scale.value(), found.scale.zero_point
     if found.inside is not None:
         # Codes of NaN do not survive in integers, so their scale tells of them.
-        bad = jnp.any(jnp.isnan(found.codes), how.over(x.ndim).axes, keepdims=True)
+        bad = jnp.any(jnp.isnan(found.codes), how.over(q.x.ndim).axes, keepdims=True)
         scale = where(bad, jnp.nan, scale)
     scale = where(does_not_fit(carrier, grid), jnp.nan, scale)
     if carrier.shift:
         zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    codes = join_blocks(encode_carrier(found.codes, carrier), how.granularity, x.shape)
+    codes = join_blocks(encode_carrier(found.codes, carrier), how.granularity, q.x.shape)
     inside = found.inside
     if inside is not None:
-        inside = join_blocks(inside, how.granularity, x.shape)
-    return Encoded(codes, joined(scale), None if zero is None else joined(zero), inside)
+        inside = join_blocks(inside, how.granularity, q.x.shape)
+    return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
 
 
-def _encode_stored(q: QTensor, carrier: Carrier) -> Encoded:
+def _encode_stored(q: QTensor, carrier: Carrier) -> Codes:
     dtype = np.dtype(np.float32)
     codes = q.codes(np.int16 if carrier.shift else carrier.dtype)
     if carrier.shift:
@@ -87,7 +78,7 @@ def _encode_stored(q: QTensor, carrier: Carrier) -> Encoded:
     zero = q.zero_point
     if carrier.shift:
         zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    return Encoded(codes, scale, zero, None)
+    return Codes(codes, Scale(scale, zero_point=zero), None)
 
 
 # --- Native products ------------------------------------------------------------------------------
@@ -103,7 +94,7 @@ def _to_result(part: jax.Array, out_axes: tuple[int | None, ...], out_ndim: int)
     return part.transpose(*kept, *(a for a in axes if out_axes[a] is None)).reshape(shape)
 
 
-def refusal(layout: Layout, operands: tuple[Operand, Operand]) -> str | None:
+def refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str | None:
     """Why a product cannot run on codes; None if it can."""
     if layout.refused:
         return layout.refused
@@ -125,7 +116,7 @@ def refusal(layout: Layout, operands: tuple[Operand, Operand]) -> str | None:
     return _block_refusal(layout, operands)
 
 
-def _block_refusal(layout: Layout, operands: tuple[Operand, Operand]) -> str | None:
+def _block_refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str | None:
     places = []
     for operand, contracting in zip(operands, layout.contracting):
         _, size, axis = granularity_of(operand)
@@ -151,19 +142,20 @@ def _ones_in_place_of(codes: jax.Array, layout: Layout, side: int) -> jax.Array:
     return jnp.ones(shape, codes.dtype)
 
 
-def _without_zero_points(product, bind_codes, layout: Layout, lhs: Encoded, rhs: Encoded):
+def _without_zero_points(product, bind_codes, layout: Layout, lhs: Codes, rhs: Codes):
     """sum (l - zl)(r - zr) = sum l r - zl sum r - zr sum l + zl zr sum 1; padding counts as 0."""
 
     def term(zero, side):
         return _to_result(zero, layout.out_axes[side], layout.out_ndim).astype(product.dtype)
 
     ones = [_ones_in_place_of(o.codes, layout, side) for side, o in enumerate((lhs, rhs))]
-    if lhs.zero is not None:
-        product = product - term(lhs.zero, 0) * bind_codes(ones[0], rhs.codes)
-    if rhs.zero is not None:
-        product = product - term(rhs.zero, 1) * bind_codes(lhs.codes, ones[1])
-    if lhs.zero is not None and rhs.zero is not None:
-        product = product + term(lhs.zero, 0) * term(rhs.zero, 1) * bind_codes(*ones)
+    left, right = lhs.scale.zero_point, rhs.scale.zero_point
+    if left is not None:
+        product = product - term(left, 0) * bind_codes(ones[0], rhs.codes)
+    if right is not None:
+        product = product - term(right, 1) * bind_codes(lhs.codes, ones[1])
+    if left is not None and right is not None:
+        product = product + term(left, 0) * term(right, 1) * bind_codes(*ones)
     return product
 
 
@@ -191,7 +183,7 @@ def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.
     return product.transpose(np.argsort(order))
 
 
-def _native(bind: Bind, layout: Layout, lhs: Encoded, rhs: Encoded, accumulate) -> jax.Array:
+def _native(bind: Bind, layout: Layout, lhs: Codes, rhs: Codes, accumulate) -> jax.Array:
     """The product of codes times the scales, in float32."""
 
     in_rows = (
@@ -209,11 +201,11 @@ def _native(bind: Bind, layout: Layout, lhs: Encoded, rhs: Encoded, accumulate) 
         return bind(a, b, accumulate)
 
     product = bind_codes(lhs.codes, rhs.codes)
-    if lhs.zero is not None or rhs.zero is not None:
+    if any(operand.scale.zero_point is not None for operand in (lhs, rhs)):
         product = _without_zero_points(product, bind_codes, layout, lhs, rhs)
     # The smaller scale first, so that only results beyond float32 overflow.
     scales = [
-        _to_result(operand.scale, layout.out_axes[side], layout.out_ndim)
+        _to_result(operand.scale.block, layout.out_axes[side], layout.out_ndim)
         for side, operand in enumerate((lhs, rhs))
     ]
     product = product.astype(np.float32) * jnp.minimum(*scales)
@@ -231,9 +223,9 @@ def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) 
         codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // size, size)
         scale, zero = (
             None if part is None else jnp.moveaxis(part, axis, -1)[..., None]
-            for part in (operand.scale, operand.zero)
+            for part in (operand.scale.block, operand.scale.zero_point)
         )
-        split.append(Encoded(codes, scale, zero, None))
+        split.append(Codes(codes, Scale(scale, zero_point=zero), None))
 
         def moved(a, axis=axis):
             return a - (a > axis)
@@ -260,7 +252,7 @@ def block_place(layout: Layout, operands) -> tuple[int, int] | None:
     return None
 
 
-def _encoded_values(encoded: Encoded, operand: Operand) -> jax.Array:
+def _encoded_values(encoded: Codes, operand: OperandValue) -> jax.Array:
     """What codes stand for, in the operand's dtype."""
     if isinstance(operand, QTensor):
         return operand.dequantize()
@@ -272,9 +264,10 @@ def _encoded_values(encoded: Encoded, operand: Operand) -> jax.Array:
             return part
         return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, codes.shape[axis], axis=axis)
 
-    if encoded.zero is not None:
-        codes = codes - spread(encoded.zero)
-    return (codes * spread(encoded.scale)).astype(operand.x.dtype)
+    scale = encoded.scale
+    if scale.zero_point is not None:
+        codes = codes - spread(scale.zero_point)
+    return (codes * spread(scale.block)).astype(operand.x.dtype)
 
 
 def native_forward(
@@ -282,9 +275,7 @@ def native_forward(
 ) -> Forward:
     """The product of two operands on codes held in `carriers`, as `dtype`."""
     encoded = tuple(
-        _encode_stored(o, carrier)
-        if isinstance(o, QTensor)
-        else _encode(o.x, o.grids, o.row, o.bounds, o.key, o.how, carrier)
+        (_encode_stored if isinstance(o, QTensor) else _encode)(o, carrier)
         for o, carrier in zip(operands, carriers)
     )
     accumulate = accumulator(carriers[0])

@@ -19,17 +19,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from opt_einsum import parser as einsum_parser
 
-from aqt_search.numerics.fake_quant import carrier_dtype, check_key, fake_quant, pack_grids
+from aqt_search.numerics.fake_quant import check_key, fake_quant, with_gradient_rule
 from aqt_search.numerics.formats import NumericFormat, floating_array
 from aqt_search.numerics.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
 from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantized import Quantized, in_one_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, einsum_layout
 from aqt_search.products.native import Bind
-from aqt_search.products.operands import Operand, Quantized, quantized_operand
+from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 
 Format = str | NumericFormat | Quantizer | None
@@ -41,7 +41,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def _operand(
     x: Any, fmt: Format, default: Granularity, contracting: Sequence[int], side: str
-) -> Operand:
+) -> OperandValue:
     if isinstance(x, QTensor):
         if fmt is not None:
             raise ValueError(
@@ -64,12 +64,8 @@ def _quantized(
             " aqt_search.quantize_with_state for the whole function, or fake_quant_with_state."
         )
     granularity = resolve(q.granularity or default, ndim or x.ndim, contracting)
-    dtype = np.dtype(np.float32) if x is None else carrier_dtype(x)
-    grids = pack_grids([q.fmt], dtype)
-    how, row = recipe(q, granularity), np.int32(0)
-    if x is None:  # of a gradient
-        return Quantized(None, grids, row, None, q.key, how)
-    return quantized_operand(x, grids, row, None, q.key, how)
+    tensor = in_one_format(x, q.fmt, q.key, recipe(q, granularity))
+    return tensor if x is None else with_gradient_rule(tensor)  # None: a gradient
 
 
 def _gradient(fmt: Format, layout: Layout, side: int) -> Quantized | None:

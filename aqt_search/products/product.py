@@ -14,27 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import quantize_dequantize, straight_through, unpack_grid
+from aqt_search.numerics.fake_quant import quantize_dequantize, straight_through
 from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantized import Quantized
 from aqt_search.products import depthwise
 from aqt_search.products.carriers import Work, carriers_of, check_execution, fastest
 from aqt_search.products.layout import Layout
 from aqt_search.products.native import Bind, Forward, block_place, native_forward, refusal
-from aqt_search.products.operands import Operand, Quantized, abstract, values_of
+from aqt_search.products.operands import OperandValue, abstract, values_of
 
 # Quantizers of the gradient in the products that give the gradients of lhs and of rhs: `Quantized`
 # without a tensor; None leaves it in floating point.
 Gradients = tuple[Quantized | None, Quantized | None]
 
 
-def _through(operand: Operand, value: jax.Array, inside: jax.Array | None) -> jax.Array:
+def _through(operand: OperandValue, value: jax.Array, inside: jax.Array | None) -> jax.Array:
     """The operand's value, with the derivative of its quantization."""
-    if not isinstance(operand, Quantized):
-        return value if isinstance(operand, QTensor) else operand
-    o = operand
-    unscaled = unpack_grid(o.grids, o.row).unscaled
-    return straight_through(o.x, o.bounds, value, inside, unscaled, o.how)
+    if isinstance(operand, Quantized):
+        return straight_through(operand, value, inside)
+    return value if isinstance(operand, QTensor) else operand
 
 
 def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Quantized:
@@ -48,7 +47,7 @@ def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Qua
     return Quantized(x, None, None, bounds, None, operand.how)
 
 
-def _stopped(operand: Operand) -> Operand:
+def _stopped(operand: OperandValue) -> OperandValue:
     if isinstance(operand, Quantized):
         x, bounds = jax.lax.stop_gradient((operand.x, operand.bounds))
         return dataclasses.replace(operand, x=x, bounds=bounds)
@@ -119,12 +118,11 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
     return run
 
 
-def _emulated_forward(bind: Bind, operands: tuple[Operand, Operand]) -> Forward:
+def _emulated_forward(bind: Bind, operands: tuple[OperandValue, OperandValue]) -> Forward:
     values, inside = [], []
     for operand in operands:
         if isinstance(operand, Quantized):
-            o = operand
-            value, mask = quantize_dequantize(o.x, o.grids, o.row, o.bounds, o.key, o.how)
+            value, mask = quantize_dequantize(operand)
         else:
             value, mask = values_of(operand), None
         values.append(value)
@@ -170,7 +168,7 @@ def _of_values(bind: Bind, layout: Layout, operands, gradients: Gradients) -> Bi
 def product(
     bind: Bind,
     layout: Layout,
-    operands: tuple[Operand, Operand],
+    operands: tuple[OperandValue, OperandValue],
     formats: tuple[NumericFormat | None, NumericFormat | None],
     execution: str,
     gradients: Gradients = (None, None),
@@ -205,7 +203,7 @@ def product(
     return _with_forward_derivative(forward, of_values)(*operands)
 
 
-def _work(layout: Layout, operands: tuple[Operand, Operand]) -> Work:
+def _work(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> Work:
     lhs, rhs = (abstract(o).shape for o in operands)
     terms = int(np.prod([rhs[axis] for axis in layout.contracting[1]]))
     rows = int(np.prod(lhs)) // max(1, int(np.prod([lhs[a] for a in layout.contracting[0]])))

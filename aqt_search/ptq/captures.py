@@ -13,23 +13,25 @@ that is not asked for, the rest of the model behind the last site included.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
 
-from aqt_search.products.operands import Operand
+from aqt_search.products.operands import OperandValue
 from aqt_search.ptq.errors import PTQError
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.interpreter import SIDES, Held, Interpreter, Plan, Trace, make_plans
-from aqt_search.tracing.sites import Path, Site
+from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
+from aqt_search.tracing.interpreter import Held, Interpreter, run_flow
+from aqt_search.tracing.planned_sites import PlannedSites
+from aqt_search.tracing.plans import make_plans
+from aqt_search.tracing.sites import SIDES, Site
+from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     checked_state,
-    trace_function,
 )
 
 
@@ -42,7 +44,8 @@ class SiteValues(NamedTuple):
     lhs: jax.Array  # as it enters the site, before the site quantizes it
     rhs: jax.Array
     out: jax.Array  # the product of the operands as the site takes them
-    operands: tuple[Operand, Operand]  # as the site takes them: `operands.values_of` gives values
+    # As the site takes them: `operands.values_of` gives values.
+    operands: tuple[OperandValue, OperandValue]
 
 
 def nearest_names(name: str, names: Collection[str]) -> str:
@@ -62,28 +65,18 @@ def check_site_names(names: Sequence[str], sites: Collection[str]) -> None:
             )
 
 
-def equations_at(
-    jaxpr: jex_core.Jaxpr, path: Path
-) -> Iterator[tuple[jex_core.Jaxpr, jex_core.JaxprEqn]]:
-    """The equations that a path leads through, each with the jaxpr that it stands in.
-
-    Of a while loop the path ends there: no value can leave it.
-    """
-    for index, branch in zip(path[::2], (*path[1::2], None)):
-        eqn = jaxpr.eqns[index]
-        yield jaxpr, eqn
-        if branch is None or eqn.primitive.name == "while":
-            return
-        jaxpr, _ = site_analysis.sub_jaxprs(eqn)[branch]
+def equations_to(trace: Trace, name: str) -> Iterator[tuple[jex_core.Jaxpr, jex_core.JaxprEqn]]:
+    """The equations that lead to a site, its own last, each with the jaxpr that it stands in."""
+    (path,) = (path for path, site in trace.site_paths.items() if site == name)
+    return equations_along(trace.closed.jaxpr, path)
 
 
 def why_out_of_reach(trace: Trace, name: str) -> str | None:
     """Why the values of a site cannot be captured; None where they can."""
     if trace.sites[name].refused:
         return trace.sites[name].refused
-    (path,) = (path for path, site in trace.site_paths.items() if site == name)
-    for _, eqn in equations_at(trace.closed.jaxpr, path):
-        if eqn.primitive.name in ("scan", "while", "cond"):
+    for _, eqn in equations_to(trace, name):
+        if isinstance(control_flow(eqn), (Scan, While, Cond)):
             return (
                 f"it is inside a {eqn.primitive.name}, out of which its values cannot be taken;"
                 " unroll it"
@@ -98,27 +91,6 @@ def reachable_sites(
     trace = trace_function(apply, variables, args, kwargs, {})
     reasons = {name: why_out_of_reach(trace, name) for name in trace.sites}
     return trace.sites, {name: reason for name, reason in reasons.items() if reason}
-
-
-class _Capture(Interpreter):
-    """Gives the values of some sites in place of the next states of calibrations."""
-
-    def __init__(self, trace: Trace, plans: Mapping[tuple[str, str], Plan], names: Collection[str]):
-        super().__init__(trace, plans, execution="emulated", update=False, visit=names)
-        self._names = set(names)
-
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        outputs, _ = super()._site(name, eqn, operands, held)
-        if name not in self._names:
-            return outputs, {}
-        lookup = self._trace.sites[name].kind == "gather"
-        lhs, rhs = reversed(operands) if lookup else operands
-        taken = tuple(self._taken((name, s), x, held) for s, x in zip(SIDES, (lhs, rhs)))
-        return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
-
-    def _taken(self, key: tuple[str, str], x: jax.Array, held: Held) -> Operand:
-        plan = self._plans.get(key)
-        return x if plan is None else self._quantized(key, plan, x, held, {})[0]
 
 
 def site_values(apply: Callable, names: Sequence[str]) -> Callable:
@@ -149,7 +121,17 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
                 raise PTQError(f"The values of site {name!r} cannot be captured: {reason}.")
         plans = make_plans(trace, assignment, None)
         held = Held(checked_state(state, trace, plans), {})
-        _, found = _Capture(trace, plans, names).run(held)
+        sites = PlannedSites(trace, plans, execution="emulated", update=False)
+
+        def at_site(name, eqn, operands, held):
+            outputs, _ = sites.at_site(name, eqn, operands, held)
+            if name not in names:
+                return outputs, {}
+            lhs, rhs = map(dict(zip(trace.sites[name].equation_sides, operands)).get, SIDES)
+            taken = tuple(sites.operand((name, s), x, held)[0] for s, x in zip(SIDES, (lhs, rhs)))
+            return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
+
+        _, found = Interpreter(trace, {*names, *sites.names}, at_site, run_flow).run(held)
         return {name: found[name, "values"] for name in names}
 
     return values

@@ -33,8 +33,7 @@ from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import static_assignment
-from aqt_search.tracing.interpreter import SIDES
-from aqt_search.tracing.sites import SiteFormats, is_unquantized
+from aqt_search.tracing.sites import SIDES, SiteFormats, is_unquantized
 from aqt_search.tracing.transform import Assignment, CalibrationState, quantize_with_state
 
 Statistics = Mapping[str, NormalStatistics]

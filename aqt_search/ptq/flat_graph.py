@@ -14,16 +14,9 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.interpreter import Trace
-from aqt_search.tracing.sites import Path, Site
-from aqt_search.tracing.transform import is_array, trace_function
-
-_INLINED = (
-    *site_analysis.INLINED_CALLS,
-    *site_analysis.REMAT_CALLS,
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-)
+from aqt_search.tracing.control_flow import Body, Call, Custom, Path, Remat, control_flow
+from aqt_search.tracing.sites import Site, parameter_name
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 
 Value = int  # values are numbered in program order
 
@@ -97,14 +90,14 @@ def trace_graph(apply: Callable, variables: Any, *args: Any) -> FlatGraph:
     trace = trace_function(apply, variables, args, {}, {})
     builder = _Builder(trace)
     inputs = [builder.new(v.aval) for v in trace.closed.jaxpr.invars]
-    outputs = builder.run(trace.closed.jaxpr, trace.closed.consts, inputs, ())
+    outputs = builder.run(Body(trace.closed.jaxpr, trace.closed.consts), inputs, ())
     return builder.graph(_leaves(variables, inputs), inputs, outputs)
 
 
 def _leaves(variables: Any, inputs: list[Value]) -> dict[Value, Leaf]:
     paths = jax.tree_util.tree_flatten_with_path(variables)[0]
     arrays = [
-        Leaf(index, site_analysis.parameter_name(path))
+        Leaf(index, parameter_name(path))
         for index, (path, leaf) in enumerate(paths)
         if is_array(leaf)
     ]
@@ -127,9 +120,10 @@ class _Builder:
         self.constants[number] = value
         return number
 
-    def run(self, jaxpr, consts, inputs: list[Value], path: Path) -> list[Value]:
-        """Appends the equations of a jaxpr; the values of its results."""
-        env = {v: self.constant(v.aval, c) for v, c in zip(jaxpr.constvars, consts)}
+    def run(self, body: Body, inputs: list[Value], path: Path) -> list[Value]:
+        """Appends the equations of a body; the values of its results."""
+        jaxpr = body.jaxpr
+        env = {v: self.constant(v.aval, c) for v, c in zip(jaxpr.constvars, body.consts)}
         env.update(zip(jaxpr.invars, inputs))
 
         def read(atom) -> Value:
@@ -143,9 +137,9 @@ class _Builder:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn, inputs: list[Value], path: Path) -> list[Value]:
-        bodies = site_analysis.sub_jaxprs(eqn) if eqn.primitive.name in _INLINED else []
-        if len(bodies) == 1 and len(bodies[0][0].invars) == len(inputs):
-            return self.run(*bodies[0], inputs, (*path, 0))
+        match control_flow(eqn):
+            case Call(body) | Remat(body) | Custom(body):
+                return self.run(body, inputs, body.under(path))
         outputs = [self.new(v.aval) for v in eqn.outvars]
         site = self.trace.site_paths.get(path)
         self.nodes.append(Node(len(self.nodes), eqn, tuple(inputs), tuple(outputs), site))

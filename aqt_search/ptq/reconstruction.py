@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import bounds_of, carrier_dtype, pack_grids, unpack_grid
 from aqt_search.numerics.formats import Grid, round_to_grid
 from aqt_search.numerics.granularity import join_blocks, split_blocks
-from aqt_search.numerics.quantizer import scale_of
+from aqt_search.numerics.quantized import calibrated, carrier_dtype, in_one_format
+from aqt_search.numerics.scale import scale_of
 from aqt_search.products.operands import values_of
 from aqt_search.ptq.captures import (
     SiteValues,
     check_site_names,
-    equations_at,
+    equations_to,
     site_values,
     why_out_of_reach,
 )
@@ -38,13 +38,14 @@ from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.product_matrix import NoMatrix, ProductMatrix, product_matrix
 from aqt_search.ptq.static_bounds import check_batches
 from aqt_search.ptq.weight_leaves import NoLeaf, WeightLeaf, weight_leaf
-from aqt_search.tracing.interpreter import SIDES, Plan, Trace, make_plans
+from aqt_search.tracing.plans import Plan, make_plans
+from aqt_search.tracing.sites import SIDES
+from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     checked_state,
-    trace_function,
 )
 
 _PRECISE = jax.lax.Precision.HIGHEST
@@ -203,8 +204,7 @@ def _layer(trace: Trace, name: str, side: int) -> Layer:
     if trace.sites[name].kind == "gather":
         raise NoLeaf("it looks up rows of its weight, and nothing is summed")
     leaf = weight_leaf(trace, name, SIDES[side])
-    (path,) = (path for path, site in trace.site_paths.items() if site == name)
-    *_, (_, eqn) = equations_at(trace.closed.jaxpr, path)
+    *_, (_, eqn) = equations_to(trace, name)
     return Layer(name, side, product_matrix(eqn, side), leaf)
 
 
@@ -281,10 +281,10 @@ def _no_worse_than_nearest(
 
 def _static_grid(matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Array) -> StaticGrid:
     """The grid under the bounds of a calibration's state, as the matrix has its elements."""
-    grids = pack_grids([plan.fmt], carrier_dtype(operand))
-    grid = unpack_grid(grids, 0)
-    bounds, _ = bounds_of(operand, grids, 0, plan.how, state, update=False)
-    scale = scale_of(bounds, grid, plan.how)
+    tensor = in_one_format(operand, plan.quantizer.fmt, plan.quantizer.key, plan.how)
+    tensor, _ = calibrated(tensor, state, update=False)
+    grid = tensor.grid()
+    scale = scale_of(tensor.bounds, grid, plan.how)
     split = jax.eval_shape(lambda x: split_blocks(x, plan.how.granularity), operand).shape
 
     def of_elements(part: jax.Array) -> jax.Array:

@@ -24,8 +24,7 @@ from aqt_search.numerics.calibration import History, frozen_after
 from aqt_search.numerics.quantizer import quantizer
 from aqt_search.ptq.captures import reachable_sites, site_values
 from aqt_search.ptq.errors import PTQError, SkippedSite
-from aqt_search.tracing.interpreter import SIDES
-from aqt_search.tracing.sites import Site, SiteFormats
+from aqt_search.tracing.sites import SIDES, Site, SiteFormats
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex_core
 
-from aqt_search.ptq.captures import equations_at
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.interpreter import Trace
-from aqt_search.tracing.transform import is_array
+from aqt_search.ptq.captures import equations_to
+from aqt_search.tracing.control_flow import Call, Remat, control_flow
+from aqt_search.tracing.liveness import used_equations
+from aqt_search.tracing.trace import Trace, is_array
 
 _REARRANGEMENTS = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy",
 )  # fmt: skip
-_CALLS = site_analysis.INLINED_CALLS + site_analysis.REMAT_CALLS
 
 
 class WeightLeaf(NamedTuple):
@@ -56,10 +55,9 @@ def weight_leaf(trace: Trace, name: str, side: str) -> WeightLeaf:
     Raises:
       NoLeaf: the operand is computed from the leaf, or something else reads the leaf, too.
     """
-    (path,) = (path for path, site in trace.site_paths.items() if site == name)
-    *around, (jaxpr, eqn) = equations_at(trace.closed.jaxpr, path)
-    sides = ("rhs", "lhs") if trace.sites[name].kind == "gather" else ("lhs", "rhs")
-    position, steps = _followed(jaxpr, eqn.invars[sides.index(side)])
+    *around, (jaxpr, eqn) = equations_to(trace, name)
+    operand = eqn.invars[trace.sites[name].equation_sides.index(side)]
+    position, steps = _followed(jaxpr, operand)
     for jaxpr, eqn in reversed(around):
         position, earlier = _followed(jaxpr, eqn.invars[position])
         steps = [*earlier, *steps]
@@ -79,9 +77,9 @@ def _followed(jaxpr: jex_core.Jaxpr, atom) -> tuple[int, list[jex_core.JaxprEqn]
         if atom in jaxpr.invars:
             return jaxpr.invars.index(atom), steps
         eqn, place = defined_by[atom]
-        if eqn.primitive.name in _CALLS:
-            ((body, _),) = site_analysis.sub_jaxprs(eqn)
-            position, inner = _followed(body, body.outvars[place])
+        if isinstance(flow := control_flow(eqn), (Call, Remat)):
+            inside = flow.body.jaxpr
+            position, inner = _followed(inside, inside.outvars[place])
             steps, atom = [*inner, *steps], eqn.invars[position]
         elif _only_moves(eqn):
             steps, atom = [eqn, *steps], eqn.invars[0]
@@ -99,7 +97,7 @@ def _only_moves(eqn: jex_core.JaxprEqn) -> bool:
 
 def _reads(jaxpr: jex_core.Jaxpr) -> dict[Any, int]:
     """How often each variable is read by what is used of a jaxpr, its results included."""
-    results, _ = site_analysis.used_equations(jaxpr, [True] * len(jaxpr.outvars))
+    results, _ = used_equations(jaxpr, [True] * len(jaxpr.outvars))
     used = [eqn for eqn, flags in zip(jaxpr.eqns, results) if any(flags) or eqn.effects]
     reads: dict[Any, int] = {}
     for atom in (*(v for eqn in used for v in eqn.invars), *jaxpr.outvars):

@@ -15,27 +15,22 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-from aqt_search.numerics.qtensor import QTensor, concrete_format
+from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
+from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.interpreter import (
-    MISSING,
-    Held,
-    Interpreter,
-    Trace,
-    WeightFinder,
-    init_states,
-    make_plans,
-)
-from aqt_search.tracing.sites import Path, SiteError, SiteFormats
+from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
+from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
+from aqt_search.tracing.liveness import scan_liveness
+from aqt_search.tracing.planned_sites import run_planned
+from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by
+from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     flat_state,
-    is_array,
-    trace_function,
 )
 
 
@@ -107,7 +102,7 @@ def freeze(
     @jax.jit
     def find(known, held):
         inputs = [*known, *[MISSING] * (len(trace.inputs) - counted)]
-        return WeightFinder(trace._replace(inputs=inputs), plans).run(Held(held, {}))[1]
+        return _stored_weights(trace._replace(inputs=inputs), plans, Held(held, {}))
 
     found = find(trace.inputs[:counted], held)
     weights: dict[str, dict[str, QTensor]] = {}
@@ -125,6 +120,31 @@ def freeze(
             keys.setdefault(name, {})[field] = plan.quantizer.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
     return Frozen(jax.tree.unflatten(tree, kept), weights, activations, keys, static)
+
+
+def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
+    """The weights of sites in storage; of the trace's inputs those that are data are missing."""
+    quantized = quantized_by(trace, plans)
+
+    def at_site(name: str, eqn, operands: Sequence, held: Held) -> Outcome:
+        site, found = trace.sites[name], {}
+        for side, x in zip(site.equation_sides, operands):
+            key = (name, side)
+            if key not in plans or getattr(site, side).role == "activation":
+                continue
+            if x is MISSING:
+                raise SiteError(
+                    f"The {side} weight of site {name!r} is computed inside a loop from what an"
+                    " earlier iteration left, so it cannot be stored. Assign it None, or compute it"
+                    " outside."
+                )
+            state = held.states.get(key, ())
+            bounds = calibrated(quantized(key, x), state, update=False)[0].bounds
+            rows = int(site.kind == "gather")
+            found[key] = quantize_tensor(x, plans[key].quantizer, bounds=bounds, row_axes=rows)
+        return [MISSING] * len(eqn.outvars), found
+
+    return Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]
 
 
 def _dropped(leaf: Any) -> Dropped:
@@ -162,16 +182,11 @@ def _without_key(q: Quantizer) -> Quantizer:
 def _needed_leaves(trace: Trace, stored: Collection[tuple[str, str]]) -> list[bool]:
     """Which inputs of the trace are read if some operands of sites are not."""
     cut = {
-        path: [(name, side) not in stored for side in _sides(trace.sites[name].kind)]
+        path: [(name, side) not in stored for side in trace.sites[name].equation_sides]
         for path, name in trace.site_paths.items()
     }
     jaxpr = trace.closed.jaxpr
     return _needed_inputs(jaxpr, [True] * len(jaxpr.outvars), (), cut)
-
-
-def _sides(kind: str) -> tuple[str, str]:
-    """Fields of a site's operands, in the order of its equation."""
-    return ("rhs", "lhs") if kind == "gather" else ("lhs", "rhs")
 
 
 def _needed_inputs(
@@ -190,25 +205,25 @@ def _needed_inputs(
 
 
 def _needed_operands(eqn, used: Sequence[bool], here: Path, cut: Mapping) -> Sequence[bool]:
-    name = eqn.primitive.name
-    bodies = [body for body, _ in site_analysis.sub_jaxprs(eqn)]
     if here in cut:
         return cut[here]
-    if name in site_analysis.INLINED_CALLS + site_analysis.REMAT_CALLS:
-        return _needed_inputs(bodies[0], used, here + (0,), cut)
-    if name == "scan":
-        used, _ = site_analysis.scan_liveness(eqn, used)
-        return _needed_inputs(bodies[0], used, here + (0,), cut)
-    if name == "cond":
-        needed = [_needed_inputs(b, used, here + (n,), cut) for n, b in enumerate(bodies)]
-        return [True, *map(any, zip(*needed))]
-    if name == "while":
-        body, test = bodies
-        tested = _needed_inputs(test, [True], here + (0,), cut)
-        run = _needed_inputs(body, [True] * len(eqn.outvars), here + (1,), cut)
-        tests, runs = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return [*tested[:tests], *run[:runs], *[True] * len(eqn.outvars)]
-    return [True] * len(eqn.invars)
+    places = range(len(eqn.invars))
+    match flow := control_flow(eqn):
+        case Call() | Remat():
+            needed = set()
+        case Scan() as scan:
+            needed, (used, _) = set(), scan_liveness(scan, used)
+        case Cond() as cond:
+            needed = {cond.split(places)[0]}
+        case While() as loop:
+            needed = set(loop.split(places)[2])
+        case _:
+            return [True] * len(eqn.invars)
+    for body, called_on in flow.calls(places):
+        results = [True] * len(body.jaxpr.outvars) if isinstance(flow, While) else used
+        flags = _needed_inputs(body.jaxpr, results, body.under(here), cut)
+        needed.update(place for place, flag in zip(called_on, flags) if flag)
+    return [place in needed for place in places]
 
 
 def serve(fun: Callable, *, execution: str = "auto") -> Callable:
@@ -240,10 +255,10 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
         weights = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
         held = Held(flat_state(frozen.state), weights)
-        interpreter = Interpreter(
-            trace._replace(inputs=inputs), plans, execution=execution, update=False
+        outputs, _ = run_planned(
+            trace._replace(inputs=inputs), plans, held, execution=execution, update=False
         )
-        return jax.tree_util.tree_unflatten(trace.out_tree, interpreter.run(held)[0])
+        return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return served
 

@@ -1,55 +1,36 @@
-"""Runs a traced function again, with the operands of its sites quantized.
+"""Runs a traced function again, with other functions in place of its sites.
 
-One interpreter serves training, evaluation and serving, and finds the weights to store. Values it
-does not have (weights that are stored in codes only, or data while weights are looked for) are
-`MISSING`; what would be computed from them is missing, too.
+Training, evaluation and serving run it (`run_flow`); those that look for the weights of sites visit
+what can be known without data (`visit_bodies`). Values that are not there (weights that are stored
+in codes only, or data while weights are looked for) are `MISSING`; what would be computed from them
+is missing, too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
-import numpy as np
 
-from aqt_search.numerics.fake_quant import (
-    bounds_of,
-    carrier_dtype,
-    check_key,
-    fake_quant_packed,
-    init_bounds,
-    pack_grids,
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.tracing.control_flow import (
+    Body,
+    Call,
+    Cond,
+    Path,
+    Remat,
+    Scan,
+    While,
+    control_flow,
 )
-from aqt_search.numerics.formats import NumericFormat, is_traced
-from aqt_search.numerics.granularity import PER_TENSOR, per_channel, resolve
-from aqt_search.numerics.qtensor import QTensor, quantize_tensor
-from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
-from aqt_search.products.layout import Layout, conv_layout, dot_layout
-from aqt_search.products.operands import Quantized, quantized_operand
-from aqt_search.products.product import product
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.sites import Path, Site, SiteError, SiteFormats
+from aqt_search.tracing.sites import Key
+from aqt_search.tracing.trace import Trace
 
 MISSING = object()
-
-SIDES = ("lhs", "rhs")
-GRADIENTS = ("lhs_gradient", "rhs_gradient")
-Key = tuple[str, str]  # site, field of SiteFormats
-
-
-class Trace(NamedTuple):
-    """A traced function."""
-
-    closed: jex_core.ClosedJaxpr
-    inputs: list[Any]  # the array leaves of params and data, in the jaxpr's order
-    out_tree: jax.tree_util.PyTreeDef
-    sites: dict[str, Site]
-    site_paths: dict[Path, str]
 
 
 class Held(NamedTuple):
@@ -66,165 +47,48 @@ class Held(NamedTuple):
 EMPTY = Held({}, {})
 
 
-class Plan(NamedTuple):
-    """How one tensor of a site is quantized."""
-
-    quantizer: Quantizer
-    fmt: NumericFormat  # that of the quantizer, or its unsigned twin
-    how: Recipe
-    row: Any  # of the format among all formats
-    twin: bool = False  # whether the twin of `fmt`, which is traced, is still to be taken
-
-
-def _layout(eqn: jex_core.JaxprEqn) -> Layout:
-    params = eqn.params
-    if eqn.primitive.name == "dot_general":
-        ndims = (v.aval.ndim for v in eqn.invars)
-        return dot_layout(*ndims, params["dimension_numbers"])
-    groups = params["feature_group_count"], params["batch_group_count"]
-    return conv_layout(params["dimension_numbers"], *groups, params)
-
-
-def site_equations(
-    jaxpr: jex_core.Jaxpr, paths: Mapping[Path, str]
-) -> dict[str, tuple[jex_core.JaxprEqn, tuple[int, ...]]]:
-    """The equation of every site, and the lengths of the scans around it."""
-    found = {}
-    for path, name in paths.items():
-        body, lengths = jaxpr, []
-        for index, branch in zip(path[::2], (*path[1::2], None)):
-            eqn = body.eqns[index]
-            if branch is not None:
-                lengths += [eqn.params["length"]] if eqn.primitive.name == "scan" else []
-                bodies = site_analysis.sub_jaxprs(eqn)
-                # Paths count a while loop's test first, its parameters in sorted order its body.
-                body, _ = bodies[1 - branch if eqn.primitive.name == "while" else branch]
-        found[name] = (eqn, tuple(lengths))
-    return found
-
-
-def make_plans(
-    trace: Trace, assignment: Mapping[str, SiteFormats], axis_name: Hashable | None
-) -> dict[Key, Plan]:
-    """The plan of every tensor that the assignment quantizes."""
-    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
-    plans: dict[Key, Plan] = {}
-    for name, formats in assignment.items():
-        for field, spec in zip(SiteFormats._fields, formats):
-            if spec is not None:
-                made = _plan(trace.sites[name], equations[name][0], field, spec, axis_name)
-                plans[name, field] = made._replace(row=np.int32(len(plans)))
-    return plans
-
-
-def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) -> Plan:
-    q = quantizer(spec)
-    check_key(q)
-    if site.kind == "gather":
-        return _lookup_plan(site, field, q)
-    layout = _layout(eqn)
-    if field in GRADIENTS:
-        side = GRADIENTS.index(field)
-        _check_stateless(q, site, field)
-        contracting = layout.gradient_contracting(side)
-        granularity = resolve(q.granularity or PER_TENSOR, layout.out_ndim, contracting)
-        return Plan(q, q.fmt, recipe(q, granularity, axis_name), None)
-    operand = getattr(site, field)
-    granularity = q.granularity or per_channel(*operand.channel_axes)
-    resolved = resolve(granularity, len(operand.shape), operand.contracting)
-    shared = axis_name if operand.role == "activation" else None
-    how = recipe(q, resolved, shared)
-    if operand.nonnegative and q.unsigned and is_traced(q.fmt):
-        return Plan(q, q.fmt, how, None, twin=True)  # for all formats at once
-    return Plan(q, operand_format(q, operand.nonnegative), how, None)
-
-
-def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
-    if field != "rhs":
-        raise SiteError(
-            f"Site {site.name!r} looks up rows of a table: only the table can be quantized. Assign"
-            " it SiteFormats(rhs=...), or a rule with {'weight': ...}."
-        )
-    _check_stateless(q, site, field)
-    granularity = q.granularity or per_channel(*site.rhs.channel_axes)
-    resolved = resolve(granularity, len(site.rhs.shape), site.rhs.contracting)
-    return Plan(q, q.fmt, recipe(q, resolved), None)
-
-
-def _check_stateless(q: Quantizer, site: Site, field: str) -> None:
-    if q.calibration.read is not None:
-        raise SiteError(
-            f"Site {site.name!r}: {field} takes no calibration with state; use absmax or another"
-            " without one."
-        )
-
-
-def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
-    """The first states of all calibrations that have one; inside scans one for each iteration.
-
-    Raises:
-      SiteError: such a site stands in a while loop.
-    """
-    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
-    states = {}
-    for (name, field), plan in plans.items():
-        if plan.quantizer.calibration.read is None:
-            continue
-        site, lengths = trace.sites[name], equations[name][1]
-        if site.repeats is None:
-            raise SiteError(
-                f"Site {name!r} is inside a while loop, through which no calibration state can be"
-                " carried. Use a calibration without state there, or lax.scan."
-            )
-        state = init_bounds(getattr(site, field).shape, plan.how)
-        states[name, field] = jax.tree.map(
-            lambda leaf, lengths=lengths: jnp.broadcast_to(leaf, (*lengths, *leaf.shape)),
-            state,
-        )
-    return states
+# What a site, or an equation that holds some, gives: its results, and what sites tell, by key.
+Outcome = tuple[list, dict[Key, Any]]
+# (name of the site, its equation, operands, held) -> outcome
+AtSite = Callable[[str, jex_core.JaxprEqn, Sequence, Held], Outcome]
+# (body, what it is called on, its path, held) -> outcome
+Evaluate = Callable[[Body, Sequence, Path, Held], Outcome]
+# (how to evaluate bodies, equation, operands, its path, held) -> outcome
+Enter = Callable[[Evaluate, jex_core.JaxprEqn, Sequence, Path, Held], Outcome]
 
 
 class Interpreter:
-    """Evaluates a trace under plans."""
+    """Evaluates a trace, its sites by a function that sees them.
 
-    def __init__(
-        self,
-        trace: Trace,
-        plans: Mapping[Key, Plan],
-        *,
-        execution: str,
-        update: bool,
-        visit: Collection[str] = (),
-    ):
+    Args:
+      trace: the function.
+      visited: the sites that `at_site` is called for. The others, and all else that holds none of
+        these, run as they were traced.
+      at_site: gives the results of a site, and tells what it likes: that is collected, inside of
+        scans in a stack of one entry for each iteration. Inside of a cond that is run it may tell
+        of what is held for it alone.
+      enter: `run_flow` or `visit_bodies`.
+    """
+
+    def __init__(self, trace: Trace, visited: Collection[str], at_site: AtSite, enter: Enter):
         self._trace = trace
-        self._plans = plans
-        self._execution = execution
-        self._update = update
-        names = {name for name, _ in plans}
-        # Only sites with formats change anything: beside those to `visit`, for a subclass that
-        # looks at them, the rest of the program runs as it is.
-        visited = names | set(visit)
+        self._at_site = at_site
+        self._enter = enter
         self._site_paths = {p: name for p, name in trace.site_paths.items() if name in visited}
-        # All formats go into one array: an array per operand would cost a kernel each.
-        formats = [plan.fmt for plan in plans.values()]
-        operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
-        dtypes = {carrier_dtype(o) for o in operands} | {np.dtype(np.float32)}
-        twins = [plan.twin for plan in plans.values()]
-        self._grids = {d: pack_grids(formats, d, twins) for d in dtypes} if formats else {}
         self._sites_under: dict[Path, set[str]] = {}
         for path, name in self._site_paths.items():
             for end in range(len(path)):
                 self._sites_under.setdefault(path[:end], set()).add(name)
 
-    def run(self, held: Held = EMPTY) -> tuple[list, dict[Key, Any]]:
-        """The function's outputs and the next states."""
+    def run(self, held: Held = EMPTY) -> Outcome:
+        """The function's outputs, and what its sites told."""
         closed = self._trace.closed
-        return self._evaluate((closed.jaxpr, closed.consts), self._trace.inputs, (), held)
+        return self._evaluate(Body(closed.jaxpr, closed.consts), self._trace.inputs, (), held)
 
-    def _evaluate(self, body, args: Sequence, path: Path, held: Held) -> tuple[list, dict]:
-        jaxpr, consts = body
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-        states: dict[Key, Any] = {}
+    def _evaluate(self, body: Body, args: Sequence, path: Path, held: Held) -> Outcome:
+        jaxpr = body.jaxpr
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*body.consts, *args)))
+        told: dict[Key, Any] = {}
 
         def read(atom):
             return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
@@ -235,16 +99,16 @@ class Interpreter:
             operands = [read(v) for v in eqn.invars]
             new: dict[Key, Any] = {}
             if here in self._site_paths:
-                outputs, new = self._site(self._site_paths[here], eqn, operands, held)
+                outputs, new = self._at_site(self._site_paths[here], eqn, operands, held)
             elif here in self._sites_under:
                 inner = held.under(self._sites_under[here])
-                outputs, new = self._enter(eqn, operands, here, inner)
+                outputs, new = self._enter(self._evaluate, eqn, operands, here, inner)
             else:
                 env.update(_run_equations(jaxpr, start, stop, env, last_use))
                 continue
-            states |= new
+            told |= new
             env.update(zip(eqn.outvars, outputs))
-        return [read(v) for v in jaxpr.outvars], states
+        return [read(v) for v in jaxpr.outvars], told
 
     def _runs(self, jaxpr: jex_core.Jaxpr, path: Path) -> list[tuple[int, int]]:
         """Splits equations into those that are or hold sites, and what lies between them."""
@@ -255,217 +119,122 @@ class Interpreter:
         edges = sorted({0, len(jaxpr.eqns), *special, *(index + 1 for index in special)})
         return list(itertools.pairwise(edges))
 
-    # --- Sites ---
 
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        with jax.named_scope(name):
-            if self._trace.sites[name].kind == "gather":
-                return [self._lookup(name, eqn, operands, held)], {}
-            return self._product(name, eqn, operands, held)
+# --- Equations that hold sites: run ---------------------------------------------------------------
 
-    def _product(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        states, quantized, formats = {}, [], []
-        for side, x in zip(SIDES, operands):
-            key = (name, side)
-            plan = self._plans.get(key)
-            if key in held.weights:
-                x = held.weights[key]
-            elif plan is not None:
-                x, states = self._quantized(key, plan, x, held, states)
-            quantized.append(x)
-            # A twin that is traced is not yet taken, but known not to be negative.
-            fmt = None if plan is None else plan.fmt
-            formats.append(fmt._replace(min_value=0.0) if plan is not None and plan.twin else fmt)
 
-        def bind(lhs, rhs, accumulate):
-            more = {} if accumulate is None else {"preferred_element_type": accumulate}
-            return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
+def run_flow(evaluate: Evaluate, eqn, operands: Sequence, here: Path, held: Held) -> Outcome:
+    """Runs an equation that holds sites."""
+    match control_flow(eqn):
+        case Call(body):
+            return evaluate(body, operands, body.under(here), held)
+        case Remat() as remat:
+            return _run_remat(remat, evaluate, eqn, operands, here, held)
+        case Cond() as cond:
+            return _run_cond(cond, evaluate, eqn, operands, here, held)
+        case Scan() as scan:
+            return _run_scan(scan, evaluate, eqn, operands, here, held)
+        case While() as loop:
+            return _run_while(loop, evaluate, eqn, operands, here, held)
+        case unknown:
+            raise AssertionError(f"{unknown}")  # sites inside of others are refused
 
-        gradients = tuple(self._gradient((name, field)) for field in GRADIENTS)
-        result = product(
-            bind, _layout(eqn), tuple(quantized), tuple(formats), self._execution, gradients
-        )
-        return [result], states
 
-    def _quantized(self, key: Key, plan: Plan, x, held: Held, states: dict):
-        grids, state = self._grids[carrier_dtype(x)], held.states.get(key, ())
-        bounds, state = bounds_of(x, grids, plan.row, plan.how, state, self._update)
-        if key in held.states:
-            states = states | {key: state}
-        key = plan.quantizer.key
-        return quantized_operand(x, grids, plan.row, bounds, key, plan.how), states
+def _run_remat(remat: Remat, evaluate: Evaluate, eqn, operands, here: Path, held: Held) -> Outcome:
+    body = remat.body
 
-    def _gradient(self, key: Key) -> Quantized | None:
-        if key not in self._plans:
-            return None
-        plan = self._plans[key]
-        grids = self._grids[np.dtype(np.float32)]
-        return Quantized(None, grids, plan.row, None, plan.quantizer.key, plan.how)
+    def run(held, *args):
+        outputs, told = evaluate(body, _filled(operands, args), body.under(here), held)
+        return _materialized(outputs, eqn.outvars), told
 
-    def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:
-        table, indices = operands
-        key = (name, "rhs")
-        if key in held.weights:
-            if _takes_leading_rows(eqn):
-                return _rows_of(held.weights[key], eqn, indices[..., 0])
-            table = held.weights[key].dequantize()
-        elif key in self._plans:
-            plan = self._plans[key]
-            grids = self._grids[carrier_dtype(table)]
-            table = fake_quant_packed(table, grids, plan.row, None, plan.quantizer.key, plan.how)
-        return eqn.primitive.bind(table, indices, **eqn.params)
+    return remat.again(run)(held, *_present(operands))
 
-    # --- Equations that hold sites ---
 
-    def _enter(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        name = eqn.primitive.name
-        if name in ("scan", "while", "cond"):
-            return getattr(self, f"_enter_{name}")(eqn, operands, here, held)
-        (body,) = site_analysis.sub_jaxprs(eqn)
-
-        if name in site_analysis.INLINED_CALLS:
-            return self._evaluate(body, operands, here + (0,), held)
-        assert name in site_analysis.REMAT_CALLS, name
-
+def _run_cond(cond: Cond, evaluate: Evaluate, eqn, operands, here: Path, held: Held) -> Outcome:
+    def branch(body, values):
         def run(held, *args):
-            outputs, states = self._evaluate(body, _filled(operands, args), here + (0,), held)
-            return _materialized(outputs, eqn.outvars), states
+            outputs, states = evaluate(body, _filled(values, args), body.under(here), held)
+            return _materialized(outputs, eqn.outvars), held.states | states
 
-        keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-        return jax.checkpoint(run, **keep)(held, *_present(operands))
+        return run
 
-    def _enter_cond(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        index, operands = operands[0], operands[1:]
-
-        def branch(number, body):
-            def run(held, *args):
-                outputs, states = self._evaluate(
-                    body, _filled(operands, args), here + (number,), held
-                )
-                return _materialized(outputs, eqn.outvars), held.states | states
-
-            return run
-
-        branches = [branch(n, body) for n, body in enumerate(site_analysis.sub_jaxprs(eqn))]
-        return jax.lax.switch(index, branches, held, *_present(operands))
-
-    def _enter_scan(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        (body,) = site_analysis.sub_jaxprs(eqn)
-        const_count, carries = site_analysis.scan_counts(eqn)
-        consts, carry, xs = _split(operands, const_count, carries)
-        carry = _materialized(carry, eqn.outvars[:carries])
-
-        def step(carry, sliced):
-            held, *present = sliced
-            args = (*consts, *carry, *_filled(xs, present))
-            outputs, states = self._evaluate(body, args, here + (0,), held)
-            outputs = _materialized(outputs, body[0].outvars)
-            return tuple(outputs[:carries]), (tuple(outputs[carries:]), states)
-
-        keep = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-        carry, (ys, states) = jax.lax.scan(step, tuple(carry), (held, *_present(xs)), **keep)
-        return [*carry, *ys], states
-
-    def _enter_while(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        # Parameters in sorted order: body_jaxpr comes before cond_jaxpr.
-        body, test = site_analysis.sub_jaxprs(eqn)
-        test_consts, body_consts, carry = _split(
-            operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        )
-
-        def decide(carry):
-            return self._evaluate(test, (*test_consts, *carry), here + (0,), held)[0][0]
-
-        def step(carry):
-            outputs, _ = self._evaluate(body, (*body_consts, *carry), here + (1,), held)
-            return tuple(_materialized(outputs, eqn.outvars))
-
-        carry = _materialized(carry, eqn.outvars)
-        return list(jax.lax.while_loop(decide, step, tuple(carry))), {}
+    branches = [branch(body, values) for body, values in cond.calls(operands)]
+    index, operands = cond.split(operands)
+    return jax.lax.switch(index, branches, held, *_present(operands))
 
 
-class WeightFinder(Interpreter):
-    """Stores the weights of sites instead of running them; data is missing."""
+def _run_scan(scan: Scan, evaluate: Evaluate, eqn, operands, here: Path, held: Held) -> Outcome:
+    body, carries = scan.body, scan.carries
+    consts, carry, xs = scan.split(operands)
+    carry = _materialized(carry, eqn.outvars[:carries])
 
-    def __init__(self, trace: Trace, plans: Mapping[Key, Plan]):
-        super().__init__(trace, plans, execution="emulated", update=False)
+    def step(carry, sliced):
+        held, *present = sliced
+        args = (*consts, *carry, *_filled(xs, present))
+        outputs, told = evaluate(body, args, body.under(here), held)
+        outputs = _materialized(outputs, body.jaxpr.outvars)
+        return tuple(outputs[:carries]), (tuple(outputs[carries:]), told)
 
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        site, found = self._trace.sites[name], {}
-        sides = ("rhs", "lhs") if site.kind == "gather" else SIDES
-        for side, x in zip(sides, operands):
-            plan = self._plans.get((name, side))
-            if plan is None or getattr(site, side).role == "activation":
-                continue
-            if x is MISSING:
-                raise SiteError(
-                    f"The {side} weight of site {name!r} is computed inside a loop from what an"
-                    " earlier iteration left, so it cannot be stored. Assign it None, or compute it"
-                    " outside."
-                )
-            key = (name, side)
-            grids = self._grids[carrier_dtype(x)]
-            state = held.states.get(key, ())
-            bounds, _ = bounds_of(x, grids, plan.row, plan.how, state, update=False)
-            stored = dataclasses.replace(
-                plan.quantizer, fmt=plan.fmt, granularity=plan.how.granularity
-            )
-            rows = int(site.kind == "gather")
-            found[key] = quantize_tensor(x, stored, bounds=bounds, row_axes=rows)
-        return [MISSING] * len(eqn.outvars), found
-
-    def _enter(self, eqn, operands: Sequence, here: Path, held: Held) -> tuple[list, dict]:
-        bodies = site_analysis.sub_jaxprs(eqn)
-        name, found = eqn.primitive.name, {}
-        if name == "scan":
-            found = self._scan_weights(eqn, operands, here, bodies[0], held)
-        elif name in ("cond", "while"):
-            for number, (body, args) in enumerate(_branches(eqn, operands, bodies)):
-                found |= self._evaluate(body, args, here + (number,), held)[1]
-        else:
-            return self._evaluate(bodies[0], operands, here + (0,), held)
-        return [MISSING] * len(eqn.outvars), found
-
-    def _scan_weights(self, eqn, operands: Sequence, here: Path, body, held: Held) -> dict:
-        const_count, carries = site_analysis.scan_counts(eqn)
-        consts, _, xs = _split(operands, const_count, carries)
-
-        def step(_, sliced):
-            held, *present = sliced
-            args = (*consts, *[MISSING] * carries, *_filled(xs, present))
-            return (), self._evaluate(body, args, here + (0,), held)[1]
-
-        return jax.lax.scan(step, (), (held, *_present(xs)), length=eqn.params["length"])[1]
+    carry, (ys, told) = scan.again(step, tuple(carry), (held, *_present(xs)))
+    return [*carry, *ys], told
 
 
-def _branches(eqn, operands: Sequence, bodies: Sequence) -> list[tuple[Any, list]]:
-    """The bodies of a cond or while in the order of their paths, each with what it is called on."""
-    if eqn.primitive.name == "cond":
-        return [(body, operands[1:]) for body in bodies]
-    body, test = bodies
-    test_consts, body_consts, carry = _split(
-        operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    )
-    missing = [MISSING] * len(carry)
-    return [(test, [*test_consts, *missing]), (body, [*body_consts, *missing])]
+def _run_while(loop: While, evaluate: Evaluate, eqn, operands, here: Path, held: Held) -> Outcome:
+    test, body = loop.bodies
+    test_consts, body_consts, carry = loop.split(operands)
+
+    def decide(carry):
+        return evaluate(test, (*test_consts, *carry), test.under(here), held)[0][0]
+
+    def step(carry):
+        outputs, _ = evaluate(body, (*body_consts, *carry), body.under(here), held)
+        return tuple(_materialized(outputs, eqn.outvars))
+
+    carry = _materialized(carry, eqn.outvars)
+    return list(jax.lax.while_loop(decide, step, tuple(carry))), {}
 
 
-def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:
-    """Whether a lookup's result is [*indices, *row] for rows along the table's first axis."""
-    numbers, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
-    row_ndim = eqn.invars[0].aval.ndim - 1
-    return numbers.start_index_map == (0,) and numbers.offset_dims == tuple(
-        range(ndim - row_ndim, ndim)
-    )
+# --- Equations that hold sites: visited without data ----------------------------------------------
 
 
-def _rows_of(table: QTensor, eqn: jex_core.JaxprEqn, indices: jax.Array) -> jax.Array:
-    """The rows a lookup takes, dequantized after they are taken."""
-    count = table.shape[0]
-    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        return table.take(jnp.clip(indices, 0, count - 1))
-    # Indices from the end were made positive before the lookup: what is negative is outside.
-    return table.take(jnp.where(indices < 0, count, indices))
+def visit_bodies(evaluate: Evaluate, eqn, operands: Sequence, here: Path, held: Held) -> Outcome:
+    """Visits every body for what its sites tell: a scan's once for each iteration, others once.
+
+    What an iteration of a loop leaves for the next is missing, and so are the results.
+    """
+    told: dict[Key, Any] = {}
+    match control_flow(eqn):
+        case Call(body) | Remat(body):
+            return evaluate(body, operands, body.under(here), held)
+        case Scan() as scan:
+            told = _visit_scan(scan, evaluate, operands, here, held)
+        case Cond() | While() as flow:
+            for body, args in flow.calls(_without_carry(flow, operands)):
+                told |= evaluate(body, args, body.under(here), held)[1]
+    return [MISSING] * len(eqn.outvars), told
+
+
+def _visit_scan(scan: Scan, evaluate: Evaluate, operands, here: Path, held: Held) -> dict:
+    body = scan.body
+    consts, carry, xs = scan.split(operands)
+
+    def step(_, sliced):
+        held, *present = sliced
+        args = (*consts, *[MISSING] * len(carry), *_filled(xs, present))
+        return (), evaluate(body, args, body.under(here), held)[1]
+
+    return jax.lax.scan(step, (), (held, *_present(xs)), length=scan.length)[1]
+
+
+def _without_carry(flow: Cond | While, operands: Sequence) -> list:
+    """The operands of a loop with its carry missing: what an iteration leaves is not known."""
+    if isinstance(flow, Cond):
+        return list(operands)
+    *consts, carry = flow.split(operands)
+    return [*itertools.chain(*consts), *[MISSING] * len(carry)]
+
+
+# --- Values ---------------------------------------------------------------------------------------
 
 
 def _materialized(values: Sequence, variables: Sequence) -> list:
@@ -484,14 +253,6 @@ def _filled(values: Sequence, present: Sequence) -> list:
     """`values` with those that are present replaced, in order."""
     rest = iter(present)
     return [v if v is MISSING else next(rest) for v in values]
-
-
-def _split(values: Sequence, *sizes: int) -> list[list]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(list(values[start : start + size]))
-        start += size
-    return [*parts, list(values[start:])]
 
 
 def _variables(atoms: Sequence) -> list:

@@ -18,59 +18,19 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from aqt_search.numerics.calibration import moving_average
 from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
-from aqt_search.tracing import sites as site_analysis
-from aqt_search.tracing.interpreter import Held, Interpreter, Plan, Trace, init_states, make_plans
-from aqt_search.tracing.sites import Site, SiteError, SiteFormats, is_unquantized
+from aqt_search.tracing.interpreter import Held
+from aqt_search.tracing.planned_sites import run_planned
+from aqt_search.tracing.plans import Plan, init_states, make_plans
+from aqt_search.tracing.sites import Key, Site, SiteError, SiteFormats, is_unquantized
+from aqt_search.tracing.trace import Trace, trace_function
 
 Assignment = Mapping[str, SiteFormats]
 CalibrationState = dict[str, dict[str, Any]]  # what calibrations remember, by site and operand
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced; others stay Python values."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
-
-
-def trace_function(
-    fun: Callable, params: Any, args: tuple, kwargs: dict, axis_sizes: Mapping[Hashable, int]
-) -> Trace:
-    """Traces `fun(params, *args, **kwargs)`; leaves that are no arrays stay Python values."""
-    paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    arrays = [index for index, leaf in enumerate(leaves) if is_array(leaf)]
-
-    def flat_fun(*values):
-        filled = list(leaves)
-        for index, value in zip(arrays, values):
-            filled[index] = value
-        inner_params, inner_args, inner_kwargs = jax.tree_util.tree_unflatten(tree, filled)
-        return fun(inner_params, *inner_args, **inner_kwargs)
-
-    inputs = [leaves[index] for index in arrays]
-    make = jax.make_jaxpr(flat_fun, axis_env=list(axis_sizes.items()), return_shape=True)
-    try:
-        closed, out_shape = make(*inputs)
-    except NameError as error:
-        if "unbound axis name" not in str(error):
-            raise
-        raise SiteError(
-            f"The function uses a mapped axis that is not bound here ({error}). Call it under the"
-            " pmap or vmap that names the axis, or, to find sites outside of it, pass"
-            " axis_sizes={'name': 1} to find_sites."
-        ) from error
-    names = [
-        site_analysis.parameter_name(path[1:]) if path[0].idx == 0 else None
-        for path, leaf in paths_and_leaves
-        if is_array(leaf)
-    ]
-    sites, site_paths = site_analysis.analyze(closed.jaxpr, names, closed.consts)
-    return Trace(closed, inputs, jax.tree_util.tree_structure(out_shape), sites, site_paths)
 
 
 def find_sites(
@@ -147,7 +107,7 @@ def quantize(
                     f"Site {name!r}: the calibration of {field} has state, which quantize does not"
                     " carry. Use quantize_with_state."
                 )
-        outputs, _ = Interpreter(trace, plans, execution=execution, update=False).run()
+        outputs, _ = run_planned(trace, plans, execution=execution, update=False)
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return quantized
@@ -187,8 +147,9 @@ def quantize_with_state(
     def run(update, assignment, state, params, args, kwargs):
         trace, plans = prepare(assignment, params, args, kwargs)
         held = checked_state(state, trace, plans)
-        interpreter = Interpreter(trace, plans, execution=execution, update=update)
-        outputs, states = interpreter.run(Held(held, {}))
+        outputs, states = run_planned(
+            trace, plans, Held(held, {}), execution=execution, update=update
+        )
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs), _nested(held | states)
 
     def apply(assignment: Assignment, state: CalibrationState, params: Any, *args: Any, **kwargs):
@@ -225,21 +186,21 @@ def with_static_activations(
     }
 
 
-def _nested(states: Mapping[tuple[str, str], Any]) -> CalibrationState:
+def _nested(states: Mapping[Key, Any]) -> CalibrationState:
     nested: CalibrationState = {}
     for (name, field), state in states.items():
         nested.setdefault(name, {})[field] = state
     return nested
 
 
-def flat_state(state: CalibrationState) -> dict[tuple[str, str], Any]:
+def flat_state(state: CalibrationState) -> dict[Key, Any]:
     """Calibration states by (site, operand)."""
     return {(name, field): s for name, fields in state.items() for field, s in fields.items()}
 
 
 def checked_state(
-    state: CalibrationState, trace: Trace, plans: Mapping[tuple[str, str], Plan]
-) -> dict[tuple[str, str], Any]:
+    state: CalibrationState, trace: Trace, plans: Mapping[Key, Plan]
+) -> dict[Key, Any]:
     """Calibration states by (site, operand).
 
     Raises:
@@ -254,7 +215,7 @@ def checked_state(
     return held
 
 
-def _listed(states: Mapping[tuple[str, str], Any]) -> str:
+def _listed(states: Mapping[Key, Any]) -> str:
     return ", ".join(f"{name} ({field})" for name, field in sorted(states)[:4]) or "nothing"
 
 

@@ -11,45 +11,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.fake_quant import (
-    bounds_of,
-    carrier_dtype,
-    codes_of_operand,
-    pack_grids,
-    unpack_grid,
-)
 from aqt_search.numerics.formats import NumericFormat, code_values, leading_power, numeric_format
-from aqt_search.numerics.granularity import join_blocks, split_blocks
+from aqt_search.numerics.granularity import join_blocks
 from aqt_search.numerics.qtensor import concrete_format
+from aqt_search.numerics.quantized import (
+    calibrated,
+    carrier_dtype,
+    codes_of_tensor,
+    in_one_format,
+)
 from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
 from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
-from aqt_search.tracing.interpreter import (
-    MISSING,
-    SIDES,
-    Held,
-    Key,
-    Plan,
-    Trace,
-    WeightFinder,
-    init_states,
-    make_plans,
-    site_equations,
-)
-from aqt_search.tracing.sites import SiteError, SiteFormats
+from aqt_search.tracing.interpreter import MISSING, Interpreter, visit_bodies
+from aqt_search.tracing.plans import Plan, init_states, make_plans, site_equations
+from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
+from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
     CalibrationState,
     check_assignment,
     flat_state,
-    is_array,
-    trace_function,
 )
 
 # An outlier lies more than three deviations from the mean: 0.27 % of a normal distribution do.
@@ -134,11 +122,11 @@ def weight_statistics(
     for key in (key for key in quantizers if key in weights):
         loops, plan, quantized = len(equations[key[0]][1]), plans[key], None
         if quantizers[key] is not None:
-            fmt, random_key = _as_arrays(plan.fmt), plan.quantizer.key
+            fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
             tensors = weights[key], states.get(key, ())
-            quantized = _quantized(*tensors, fmt, random_key, plan.how, loops)
+            quantized = _served(*tensors, fmt, random_key, plan.how, loops)
         for label, *one in _slices(key[0], before[key], quantized, loops):
-            found[label] = _statistics(key, *one, plan.fmt)
+            found[label] = _statistics(key, *one, plan.quantizer.fmt)
     return found
 
 
@@ -183,20 +171,18 @@ def _weight_states(
     return {key: held[key] for key in held if key in plans}
 
 
-class _OperandFinder(WeightFinder):
-    """Gives the weights of sites as they enter them; inside of scans a stack of them."""
-
-    def _site(self, name: str, eqn, operands: Sequence, held: Held) -> tuple[list, dict]:
-        sides = reversed(SIDES) if self._trace.sites[name].kind == "gather" else SIDES
-        weights = {(name, side): x for side, x in zip(sides, operands) if x is not MISSING}
-        found = {key: x for key, x in weights.items() if key in self._plans}
-        return [MISSING] * len(eqn.outvars), found
-
-
-def _operands(trace: Trace, plans: Mapping[Key, Plan], params: Any) -> dict[Key, jax.Array]:
+def _operands(trace: Trace, keys: Collection[Key], params: Any) -> dict[Key, jax.Array]:
+    """Weights of sites as they enter them; inside of scans a stack of them."""
     known = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
     inputs = [*known, *[MISSING] * (len(trace.inputs) - len(known))]
-    return _OperandFinder(trace._replace(inputs=inputs), plans).run()[1]
+
+    def at_site(name, eqn, operands, held):
+        sides = zip(trace.sites[name].equation_sides, operands)
+        found = {(name, side): x for side, x in sides if (name, side) in keys and x is not MISSING}
+        return [MISSING] * len(eqn.outvars), found
+
+    names = {name for name, _ in keys}
+    return Interpreter(trace._replace(inputs=inputs), names, at_site, visit_bodies).run()[1]
 
 
 def _check_alike(float_params: Any, params: Any) -> None:
@@ -214,7 +200,7 @@ def _check_alike(float_params: Any, params: Any) -> None:
 # --- One weight -----------------------------------------------------------------------------------
 
 
-class _Quantized(NamedTuple):
+class _Served(NamedTuple):
     """A weight as served."""
 
     values: jax.Array  # of the weight's shape
@@ -229,23 +215,21 @@ def _as_arrays(fmt: NumericFormat) -> NumericFormat:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _quantized(weight, state, fmt: NumericFormat, key, how: Recipe, loops: int) -> _Quantized:
+def _served(weight, state, fmt: NumericFormat, key, how: Recipe, loops: int) -> _Served:
     """Quantizes a weight, or under `loops` leading axes a stack of them."""
-    grids, row = pack_grids([fmt], carrier_dtype(weight)), np.int32(0)
-    grid = unpack_grid(grids, row)
 
-    def one(weight, state) -> _Quantized:
-        bounds, _ = bounds_of(weight, grids, row, how, state, update=False)
-        found = codes_of_operand(weight, grid, bounds, key, how)
-        steps = split_blocks(weight.astype(grids.dtype), how.granularity)
-        steps = steps * (1 / found.scale.value())
+    def one(weight, state) -> _Served:
+        tensor, _ = calibrated(in_one_format(weight, fmt, key, how), state, update=False)
+        grid = tensor.grid()
+        found = codes_of_tensor(tensor, grid)
+        steps = tensor.blocks() * (1 / found.scale.value())
         if found.scale.zero_point is not None:
             steps = steps + found.scale.zero_point
         # Beyond half of the last step no rounding explains it.
         slack = 0.501 * leading_power(grid.max_value) * grid.step
         clipped = (steps > grid.max_value + slack) | (steps < grid.min_value - slack)
         parts = found.values().astype(weight.dtype), found.codes.astype(jnp.bfloat16), clipped
-        return _Quantized(*(join_blocks(p, how.granularity, weight.shape) for p in parts))
+        return _Served(*(join_blocks(p, how.granularity, weight.shape) for p in parts))
 
     for _ in range(loops):
         one = jax.vmap(one)
@@ -253,8 +237,8 @@ def _quantized(weight, state, fmt: NumericFormat, key, how: Recipe, loops: int) 
 
 
 def _slices(
-    site: str, weight: jax.Array, quantized: _Quantized | None, loops: int
-) -> Iterator[tuple[str, np.ndarray, _Quantized | None]]:
+    site: str, weight: jax.Array, quantized: _Served | None, loops: int
+) -> Iterator[tuple[str, np.ndarray, _Served | None]]:
     """(label, weight, quantized weight) of a site, or of its every iteration."""
     weight, quantized = jax.device_get((weight, quantized))
     for number, place in enumerate(np.ndindex(*weight.shape[:loops])):
@@ -263,7 +247,7 @@ def _slices(
 
 
 def _statistics(
-    key: Key, w: np.ndarray, quantized: _Quantized | None, fmt: NumericFormat
+    key: Key, w: np.ndarray, quantized: _Served | None, fmt: NumericFormat
 ) -> WeightStatistics:
     carrier = carrier_dtype(w)
     w, q = w.astype(carrier), None if quantized is None else quantized.values.astype(carrier)

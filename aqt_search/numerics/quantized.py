@@ -1,0 +1,198 @@
+"""Tensors on their way into a format, and the codes that come of them.
+
+`Quantized` is one value that holds all that quantizing a tensor takes. What it comes to is computed
+where it is wanted: as values in floating point (`aqt_search.numerics.fake_quant`), in storage
+(`aqt_search.numerics.qtensor`), or as codes in a native product (`aqt_search.products.native`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
+from aqt_search.numerics.granularity import split_blocks
+from aqt_search.numerics.outline import where
+from aqt_search.numerics.quantizer import Recipe
+from aqt_search.numerics.scale import Scale, scale_of
+
+
+def pack_grids(
+    formats: Sequence[NumericFormat], dtype: np.dtype, unsigned: Sequence[bool] = ()
+) -> jax.Array:
+    """The grids of n formats as one array [n, 7] of `dtype`: a single kernel makes them all.
+
+    Where `unsigned` is set, that of the format's unsigned twin.
+    """
+    columns = zip(*formats)
+    stacked = NumericFormat(*(jnp.stack([jnp.asarray(v) for v in column]) for column in columns))
+    if any(unsigned):
+        mask = np.array(unsigned)
+        twins = unsigned_twin(stacked)
+        stacked = NumericFormat(*(jnp.where(mask, t, v) for t, v in zip(twins, stacked)))
+    return jnp.stack(as_grid(stacked, dtype), axis=1)
+
+
+def carrier_dtype(x: jax.Array) -> np.dtype:
+    """The dtype that x is rounded in."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A tensor with all that quantizing it takes: its format, bounds, random key and recipe."""
+
+    x: jax.Array  # any shape, floating point; None for a gradient, which is still to come
+    grids: jax.Array  # [n, 7], of `pack_grids`, in the dtype that x is rounded in
+    row: jax.typing.ArrayLike  # [], int32: of the format in `grids`
+    bounds: Bounds | None  # as a calibration with state gave them; None for one without
+    key: jax.Array | None  # for stochastic rounding
+    how: Recipe = dataclasses.field(metadata={"static": True})
+
+    def grid(self) -> Grid:
+        """The format as its arithmetic needs it."""
+        packed = jax.lax.dynamic_index_in_dim(self.grids, self.row, keepdims=False)
+        return Grid(*(packed[field] for field in range(len(Grid._fields))))
+
+    def blocks(self) -> jax.Array:
+        """x in the dtype it is rounded in, split into blocks.
+
+        Raises:
+          ValueError: the last block is short and the calibration would count what fills it up.
+        """
+        _, size, axis = self.how.granularity
+        if axis is not None and self.how.calibration.counts and self.x.shape[axis] % size:
+            raise ValueError(
+                f"percentile and mean_deviation need full blocks: {size} does not divide axis"
+                f" {axis} of shape {self.x.shape}. Choose a size that does, or absmax, min_max or"
+                " mse."
+            )
+        return split_blocks(self.x.astype(self.grids.dtype), self.how.granularity)
+
+
+def in_one_format(
+    x: jax.Array | None, fmt: NumericFormat, key: jax.Array | None, how: Recipe,
+    bounds: Bounds | None = None,
+) -> Quantized:  # fmt: skip
+    """A tensor on its way into a format that is packed for it alone."""
+    dtype = np.dtype(np.float32) if x is None else carrier_dtype(x)
+    return Quantized(x, pack_grids([fmt], dtype), np.int32(0), bounds, key, how)
+
+
+# --- Bounds ---------------------------------------------------------------------------------------
+
+
+def _bounds_shape(shape: tuple[int, ...], how: Recipe) -> tuple[int, ...]:
+    """The shape of the bounds of a tensor split into blocks."""
+    split = jax.eval_shape(
+        lambda x: split_blocks(x, how.granularity), jax.ShapeDtypeStruct(shape, np.float32)
+    ).shape
+    shared = how.over(len(shape)).axes
+    return tuple(1 if axis in shared else n for axis, n in enumerate(split))
+
+
+def init_bounds(shape: tuple[int, ...], how: Recipe) -> Any:
+    """The first state of a calibration for tensors of `shape`."""
+    return how.calibration.init(_bounds_shape(shape, how))
+
+
+def calibrated(q: Quantized, state: Any, *, update: bool) -> tuple[Quantized, Any]:
+    """The tensor with the bounds of its calibration, and the calibration's next state.
+
+    A calibration without state looks at the tensor when it is quantized. No gradient flows to x.
+
+    Args:
+      state: of the calibration; () if it has none.
+      update: whether bounds come from x and the state, or from the state alone, which then stays.
+    """
+    if q.how.calibration.read is None:
+        return q, state
+    if update:
+        stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
+        bounds, state = _calibrate(stopped.blocks(), q.grid(), q.how, state)
+    else:
+        bounds = q.how.calibration.read(state, q.grid())
+        bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
+    return dataclasses.replace(q, bounds=bounds), state
+
+
+def _calibrate(x: jax.Array, grid: Grid, how: Recipe, state: Any) -> tuple[Bounds, Any]:
+    """Bounds of x (split into blocks) by the calibration, and its next state."""
+    ndim = x.ndim - (how.granularity.block_axis is not None)
+    over = how.over(ndim)
+    nearest = how._replace(rounding="nearest_even")
+
+    def error(bounds: Bounds) -> jax.Array:
+        return over.sum(jnp.square(_encode(x, bounds, grid, nearest, None).values() - x))
+
+    return how.calibration.apply(state, x, over, grid, error)
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """What a tensor is quantized to: values = (codes - scale.zero_point) * scale.value().
+
+    Split into blocks as `codes_of_tensor` gives them, all parts broadcast. In a native product the
+    codes have the tensor's shape and their carrier's dtype, the scale `granularity.scale_shape`.
+    """
+
+    codes: jax.Array  # numbers on the format's grid
+    scale: Scale
+    inside: jax.Array | None  # which elements lie within the bounds; None: all, or not told here
+
+    def values(self) -> jax.Array:
+        """What the codes stand for."""
+        zero = self.scale.zero_point
+        codes = self.codes if zero is None else self.codes - zero
+        return codes * self.scale.value()
+
+
+def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
+    """The codes of a tensor on its grid (`q.grid()`), split into blocks.
+
+    What is not finite becomes NaN, whatever the bounds say.
+    """
+    random, how, bounds = None, q.how, q.bounds
+    if how.rounding == "stochastic":
+        random = _random(q.key, q.x.shape, how.axis_name, grid.max_value.dtype)
+        random = split_blocks(random, how.granularity)
+    x = q.blocks()
+    if bounds is None:
+        bounds, _ = _calibrate(x, grid, how, ())
+    found = _encode(x, bounds, grid, how, random)
+    if how.calibration.covers:
+        return found
+    low = -bounds.high if bounds.low is None else bounds.low
+    codes = where(jnp.isfinite(x), found.codes, jnp.nan)
+    if not how.gradient.clips or how.calibration.derivative is not None:
+        return Codes(codes, found.scale, None)  # learned bounds tell where they are differentiated
+    inside = ((x >= low) & (x <= bounds.high)) | (grid.unscaled > 0)
+    return Codes(codes, found.scale, inside)
+
+
+def _encode(x: jax.Array, bounds: Bounds, grid: Grid, how: Recipe, random) -> Codes:
+    scale = scale_of(bounds, grid, how)
+    steps = x * (1 / scale.value())
+    if scale.zero_point is not None:
+        steps = steps + scale.zero_point
+    return Codes(round_to_grid(steps, grid, how.rounding, random), scale, None)
+
+
+def _random(key: jax.Array, shape: tuple[int, ...], axis_name: Hashable | None, dtype) -> jax.Array:
+    """Uniform numbers, drawn row by row: a batch gets the same ones however it is sharded."""
+    if not shape:
+        return jax.random.uniform(key, shape, dtype)
+    rows = jnp.arange(shape[0])
+    if axis_name is not None:
+        rows = rows + jax.lax.axis_index(axis_name) * shape[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:], dtype))(keys)

@@ -1,0 +1,116 @@
+"""Sites under their plans: what training, evaluation and serving run in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+
+from aqt_search.numerics.fake_quant import fake_quantized, with_gradient_rule
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantized import calibrated
+from aqt_search.products.operands import OperandValue
+from aqt_search.products.product import product
+from aqt_search.tracing.interpreter import EMPTY, Held, Interpreter, Outcome, run_flow
+from aqt_search.tracing.plans import Plan, quantized_by, site_layout
+from aqt_search.tracing.sites import GRADIENTS, SIDES, Key
+from aqt_search.tracing.trace import Trace
+
+
+def run_planned(
+    trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: str, update: bool
+) -> Outcome:
+    """Runs a trace under plans: its outputs, and the next states of calibrations.
+
+    Args:
+      trace, plans: the function.
+      held: states of calibrations, and weights that are stored.
+      execution: as in `ops.dot_general`.
+      update: whether bounds come from the tensors, or from the states alone.
+    """
+    sites = PlannedSites(trace, plans, execution=execution, update=update)
+    # Only sites with formats change anything: the rest of the program runs as it is.
+    return Interpreter(trace, sites.names, sites.at_site, run_flow).run(held)
+
+
+class PlannedSites:
+    """Evaluates sites under plans."""
+
+    def __init__(self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool):
+        self.names = {name for name, _ in plans}
+        self._sites = trace.sites
+        self._plans = plans
+        self._execution = execution
+        self._update = update
+        self._quantized = quantized_by(trace, plans)
+
+    def at_site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence, held: Held) -> Outcome:
+        """The result of a site, and the next states of its calibrations."""
+        with jax.named_scope(name):
+            if self._sites[name].kind == "gather":
+                return [self._lookup(name, eqn, operands, held)], {}
+            return self._product(name, eqn, operands, held)
+
+    def _product(self, name: str, eqn, operands: Sequence, held: Held) -> Outcome:
+        values, states, formats = [], {}, []
+        for side, x in zip(SIDES, operands):
+            value, state = self.operand((name, side), x, held)
+            values.append(value)
+            states |= state
+            plan = self._plans.get((name, side))
+            # A twin that is traced is not yet taken, but known not to be negative.
+            fmt = None if plan is None else plan.quantizer.fmt
+            formats.append(fmt._replace(min_value=0.0) if plan is not None and plan.twin else fmt)
+
+        def bind(lhs, rhs, accumulate):
+            more = {} if accumulate is None else {"preferred_element_type": accumulate}
+            return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
+
+        keys = ((name, field) for field in GRADIENTS)
+        gradients = tuple(self._quantized(k, None) if k in self._plans else None for k in keys)
+        result = product(
+            bind, site_layout(eqn), tuple(values), tuple(formats), self._execution, gradients
+        )
+        return [result], states
+
+    def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
+        """An operand as its site takes it, and the next state of its calibration, if it has one."""
+        if key in held.weights:
+            return held.weights[key], {}
+        if key not in self._plans:
+            return x, {}
+        state = held.states.get(key, ())
+        tensor, state = calibrated(self._quantized(key, x), state, update=self._update)
+        return with_gradient_rule(tensor), {key: state} if key in held.states else {}
+
+    def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:
+        table, indices = operands
+        key = (name, "rhs")
+        if key in held.weights:
+            if _takes_leading_rows(eqn):
+                return _rows_of(held.weights[key], eqn, indices[..., 0])
+            table = held.weights[key].dequantize()
+        elif key in self._plans:
+            table = fake_quantized(self._quantized(key, table))
+        return eqn.primitive.bind(table, indices, **eqn.params)
+
+
+def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether a lookup's result is [*indices, *row] for rows along the table's first axis."""
+    numbers, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
+    row_ndim = eqn.invars[0].aval.ndim - 1
+    return numbers.start_index_map == (0,) and numbers.offset_dims == tuple(
+        range(ndim - row_ndim, ndim)
+    )
+
+
+def _rows_of(table: QTensor, eqn: jex_core.JaxprEqn, indices: jax.Array) -> jax.Array:
+    """The rows a lookup takes, dequantized after they are taken."""
+    count = table.shape[0]
+    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        return table.take(jnp.clip(indices, 0, count - 1))
+    # Indices from the end were made positive before the lookup: what is negative is outside.
+    return table.take(jnp.where(indices < 0, count, indices))

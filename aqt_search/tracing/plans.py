@@ -1,0 +1,164 @@
+"""Plans: how each tensor of a traced function's sites is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.numerics.fake_quant import check_key
+from aqt_search.numerics.formats import NumericFormat, is_traced
+from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
+from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
+from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
+from aqt_search.products.layout import Layout, conv_layout, dot_layout
+from aqt_search.tracing.control_flow import Path, Scan, control_flow, equations_along
+from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
+from aqt_search.tracing.trace import Trace
+
+_OF_GRADIENTS = np.dtype(np.float32)  # the dtype that gradients are rounded in
+
+
+class Plan(NamedTuple):
+    """How one tensor of a site is quantized, before there are arrays."""
+
+    # With the tensor's own format (an unsigned twin where it takes that) and granularity.
+    quantizer: Quantizer
+    how: Recipe
+    twin: bool = False  # whether the twin of the format, which is traced, is still to be taken
+
+
+def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
+    """The layout of a site's product."""
+    params = eqn.params
+    if eqn.primitive.name == "dot_general":
+        ndims = (v.aval.ndim for v in eqn.invars)
+        return dot_layout(*ndims, params["dimension_numbers"])
+    groups = params["feature_group_count"], params["batch_group_count"]
+    return conv_layout(params["dimension_numbers"], *groups, params)
+
+
+def site_equations(
+    jaxpr: jex_core.Jaxpr, paths: Mapping[Path, str]
+) -> dict[str, tuple[jex_core.JaxprEqn, tuple[int, ...]]]:
+    """The equation of every site, and the lengths of the scans around it."""
+    found = {}
+    for path, name in paths.items():
+        *around, eqn = (eqn for _, eqn in equations_along(jaxpr, path))
+        flows = map(control_flow, around)
+        found[name] = (eqn, tuple(flow.length for flow in flows if isinstance(flow, Scan)))
+    return found
+
+
+def make_plans(
+    trace: Trace, assignment: Mapping[str, SiteFormats], axis_name: Hashable | None
+) -> dict[Key, Plan]:
+    """The plan of every tensor that the assignment quantizes."""
+    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
+    return {
+        (name, field): _plan(trace.sites[name], equations[name][0], field, spec, axis_name)
+        for name, formats in assignment.items()
+        for field, spec in zip(SiteFormats._fields, formats)
+        if spec is not None
+    }
+
+
+def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) -> Plan:
+    q = quantizer(spec)
+    check_key(q)
+    if site.kind == "gather":
+        return _lookup_plan(site, field, q)
+    layout = site_layout(eqn)
+    if field in GRADIENTS:
+        side = GRADIENTS.index(field)
+        _check_stateless(q, site, field)
+        contracting = layout.gradient_contracting(side)
+        granularity = resolve(q.granularity or PER_TENSOR, layout.out_ndim, contracting)
+        return _resolved(q, q.fmt, granularity, axis_name)
+    operand = getattr(site, field)
+    granularity = q.granularity or per_channel(*operand.channel_axes)
+    resolved = resolve(granularity, len(operand.shape), operand.contracting)
+    shared = axis_name if operand.role == "activation" else None
+    if operand.nonnegative and q.unsigned and is_traced(q.fmt):
+        return _resolved(q, q.fmt, resolved, shared)._replace(twin=True)  # for all formats at once
+    return _resolved(q, operand_format(q, operand.nonnegative), resolved, shared)
+
+
+def _resolved(
+    q: Quantizer, fmt: NumericFormat, granularity: Granularity, axis_name: Hashable | None
+) -> Plan:
+    own = dataclasses.replace(q, fmt=fmt, granularity=granularity)
+    return Plan(own, recipe(own, granularity, axis_name))
+
+
+def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
+    if field != "rhs":
+        raise SiteError(
+            f"Site {site.name!r} looks up rows of a table: only the table can be quantized. Assign"
+            " it SiteFormats(rhs=...), or a rule with {'weight': ...}."
+        )
+    _check_stateless(q, site, field)
+    granularity = q.granularity or per_channel(*site.rhs.channel_axes)
+    resolved = resolve(granularity, len(site.rhs.shape), site.rhs.contracting)
+    return _resolved(q, q.fmt, resolved, None)
+
+
+def _check_stateless(q: Quantizer, site: Site, field: str) -> None:
+    if q.calibration.read is not None:
+        raise SiteError(
+            f"Site {site.name!r}: {field} takes no calibration with state; use absmax or another"
+            " without one."
+        )
+
+
+def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
+    """The first states of all calibrations that have one; inside scans one for each iteration.
+
+    Raises:
+      SiteError: such a site stands in a while loop.
+    """
+    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
+    states = {}
+    for (name, field), plan in plans.items():
+        if plan.quantizer.calibration.read is None:
+            continue
+        site, lengths = trace.sites[name], equations[name][1]
+        if site.repeats is None:
+            raise SiteError(
+                f"Site {name!r} is inside a while loop, through which no calibration state can be"
+                " carried. Use a calibration without state there, or lax.scan."
+            )
+        state = init_bounds(getattr(site, field).shape, plan.how)
+        states[name, field] = jax.tree.map(
+            lambda leaf, lengths=lengths: jnp.broadcast_to(leaf, (*lengths, *leaf.shape)),
+            state,
+        )
+    return states
+
+
+def quantized_by(
+    trace: Trace, plans: Mapping[Key, Plan]
+) -> Callable[[Key, jax.Array | None], Quantized]:
+    """Returns `quantized(key, x)`: a tensor under its plan, None for the gradient of a site.
+
+    The formats of all plans are packed into one array: one for each tensor would cost a kernel.
+    """
+    if not plans:
+        return lambda key, x: None
+    formats, twins = zip(*((plan.quantizer.fmt, plan.twin) for plan in plans.values()))
+    names = {name for name, _ in plans}
+    operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
+    dtypes = {carrier_dtype(o) for o in operands} | {_OF_GRADIENTS}
+    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes}
+    rows = {key: np.int32(row) for row, key in enumerate(plans)}
+
+    def quantized(key: Key, x: jax.Array | None) -> Quantized:
+        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x)
+        return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
+
+    return quantized
