@@ -342,7 +342,7 @@ def test_a_killed_search_ends_in_the_bits_of_an_undisturbed_one(whole):
 
     one, other = whole.manifest(), search.manifest()
     assert len(one["leaves"]) > 40
-    assert any(leaf["name"].startswith("policy/logits") for leaf in one["leaves"])
+    assert any(leaf["name"].startswith("search/policy/logits") for leaf in one["leaves"])
     assert one["leaves"] == other["leaves"]
     assert one["extra"]["streams"] == other["extra"]["streams"]
     assert [r["step"] for r in whole.records()] == list(range(1, STEPS + 1))
@@ -361,6 +361,6 @@ def test_a_killed_search_ends_in_the_bits_of_an_undisturbed_one(whole):
 def test_the_manifest_tells_bits_apart(whole):
     """The comparison above rests on CRCs: they are of the arrays, and the policy has moved."""
     leaves = {leaf["name"]: leaf for leaf in whole.manifest()["leaves"]}
-    logits = leaves["policy/logits"]
+    logits = leaves["search/policy/logits"]
     zeros = np.zeros(logits["shape"], logits["dtype"])
     assert logits["crc32"] != zlib.crc32(zeros.tobytes())
