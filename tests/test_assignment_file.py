@@ -15,7 +15,7 @@ from experiments.results import policy_json
 
 WEIGHTS = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
 SITES = aqs.find_sites(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], WEIGHTS, jnp.ones((2, 4)))
-ODD = aqs.NumericFormat(1.0, 1.0, -3.0, 2.0, 3.0)
+ODD = aqs.NumericFormat(1, 1, -3.0, 2.0, 3)
 RULES = {
     "one format": [(".*", "int4")],
     "by role": [("a", {"weight": "e2m1", "activation": "bf16"})],
@@ -74,6 +74,41 @@ def test_jobs_leave_to_the_configuration_what_it_says():
         policy_json(assignment)
 
 
+def test_five_numbers_are_of_their_types():
+    fmt = jax.tree.map(jnp.asarray, ODD)
+    told = aqs.to_json({"a": aqs.SiteFormats(fmt)})
+    assert json.dumps(told["a"]["lhs"]) == (
+        '{"mantissa_bits": 1, "min_exponent": 1, "min_value": -3.0, "max_value": 2.0, "bits": 3}'
+    )
+    (back,) = aqs.from_json(told).values()
+    assert list(map(type, back.lhs)) == [int, int, float, float, int]
+
+
+def test_keys_are_left_out():
+    keyed = aqs.Quantizer("int4", key=jax.random.key(0))
+    assert aqs.to_json({"a": aqs.SiteFormats(keyed)}) == {"a": {"lhs": "int4", "rhs": None}}
+
+
+@pytest.mark.parametrize(
+    "formats, words",
+    [
+        ("int4", ["'a'", "'int4'", "SiteFormats"]),
+        (aqs.SiteFormats(aqs.stack_formats(["int4", "int8"])), ["'a', lhs", "table"]),
+        (aqs.SiteFormats(rhs=aqs.Quantizer("int4", edge="half_step", calibration=aqs.mse())),
+         ["'a', rhs", "of int4 in calibration and edge."]),
+        (aqs.SiteFormats(rhs=aqs.Quantizer(ODD, calibration=aqs.mse())),
+         ["'a', rhs", "in calibration."]),
+        (aqs.SiteFormats(rhs=aqs.Quantizer("int4", calibration=aqs.mse(), unsigned=False)),
+         ["'a', rhs", "in calibration."]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told(formats, words):
+    with pytest.raises(aqs.AssignmentError) as caught:
+        aqs.to_json({"a": formats})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "0x" not in str(caught.value)  # nobody can read the address of a function
+
+
 def test_traced_formats_are_refused():
     @jax.jit
     def told(number):
@@ -94,6 +129,23 @@ def test_traced_formats_are_refused():
         ({"a": {"lhs": None, "rhs": 4}}, ["'a', rhs", "got 4"]),
         ({"a": {"lhs": None, "rhs": {"bits": 4}}}, ["'a', rhs", "mantissa_bits", "bits"]),
         ({"a": {"lhs": None, "rhs": {"format": "x", "unsigned": True}}}, ["'a', rhs", "'x'"]),
+        (
+            {"a": {"lhs": None, "rhs": {"format": "int4", "unsigned": "no"}}},
+            ["'a', rhs", "'unsigned' is true or false", "'no'"],
+        ),
+        (
+            {"a": {"lhs": {"format": {"format": "int4", "unsigned": True}, "unsigned": True}}},
+            ["'a'", "rhs"],
+        ),
+        *(
+            ({"a": {"lhs": None, "rhs": ODD._asdict() | {field: number}}}, ["'a', rhs", *words])
+            for field, number, words in (
+                ("bits", "3", ["bits is a number", "'3'"]),
+                ("bits", 2.5, ["bits is a whole number", "2.5"]),
+                ("mantissa_bits", True, ["mantissa_bits is a number", "True"]),
+                ("max_value", float("inf"), ["max_value is a number", "inf"]),
+            )
+        ),
     ],
 )
 def test_bad_values(value, words):

@@ -172,11 +172,22 @@ def spec_name(spec: NumericFormat | Quantizer) -> str:
     """
     if not isinstance(spec, Quantizer):
         return format_name(spec)
-    names = [*NAMED_QUANTIZERS, format_name(spec.fmt)]
-    for name in names:
+    for name in NAMED_QUANTIZERS:
         if quantizer(name) == spec:
             return name
-    raise FormatError(f"{spec} has no name: it differs from the default of {names[-1]}.")
+    plain = Quantizer(spec.fmt)
+    fields = [field.name for field in dataclasses.fields(spec)]
+    own = [name for name in fields if getattr(spec, name) != getattr(plain, name)]
+    if own:
+        try:
+            name = format_name(spec.fmt)
+        except FormatError:
+            name = "its format"
+        raise FormatError(
+            f"The quantizer has no name: it differs from the default of {name} in"
+            f" {' and '.join(own)}."
+        )
+    return format_name(spec.fmt)
 
 
 class Recipe(NamedTuple):

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from aqt_search.numerics.formats import FormatError, NumericFormat, format_name, is_traced
 from aqt_search.numerics.quantizer import Quantizer, operand_spec, quantizer, spec_name
 from aqt_search.tracing.sites import SiteFormats
 
 _SIDES = ("lhs", "rhs")  # always told; gradients only where they have a format
+_REAL = {"min_value": float, "max_value": float}  # of a format's numbers; the others are whole
 
 
 class AssignmentError(ValueError):
@@ -25,19 +29,26 @@ def to_json(assignment: Mapping[str, SiteFormats]) -> dict[str, dict[str, Any]]:
 
     A format is told by its name ("int4", "e4m3", "mxfp4"), or its five numbers where it has none;
     an operand that stays signed by {"format": ..., "unsigned": False}; None by None. `from_json`
-    gives an equal assignment back.
+    gives an equal assignment back. Random keys are left out.
 
     Raises:
-      AssignmentError: formats are traced, or a quantizer differs from its format's in anything
-        else: its calibration, granularity or gradient is code, which no file holds.
+      AssignmentError: a site has no `SiteFormats`; formats are traced, or tables of several; or a
+        quantizer differs from its format's in anything else: its calibration, granularity or
+        gradient is code, which no file holds.
     """
+    return {name: _site_to_json(name, formats) for name, formats in assignment.items()}
+
+
+def _site_to_json(site: str, formats: SiteFormats) -> dict[str, Any]:
+    if not isinstance(formats, SiteFormats):
+        raise AssignmentError(
+            f"Site {site!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs), as"
+            " aqt_search.assign gives them."
+        )
     return {
-        name: {
-            field: _spec_to_json(name, field, spec)
-            for field, spec in SiteFormats(*formats)._asdict().items()
-            if spec is not None or field in _SIDES
-        }
-        for name, formats in assignment.items()
+        field: _spec_to_json(site, field, spec)
+        for field, spec in formats._asdict().items()
+        if spec is not None or field in _SIDES
     }
 
 
@@ -45,9 +56,11 @@ def _spec_to_json(site: str, field: str, spec: Any) -> str | dict[str, Any] | No
     if spec is None:
         return None
     try:
-        whole = quantizer(spec)
+        whole = dataclasses.replace(quantizer(spec), key=None)
         if is_traced(whole.fmt):
             raise FormatError("the format is traced; give the assignment of known choices.")
+        if any(np.ndim(number) for number in whole.fmt):
+            raise FormatError("this is a table of formats; give the one that was chosen.")
         return _quantizer_to_json(whole)
     except FormatError as error:
         raise AssignmentError(
@@ -74,7 +87,7 @@ def _format_to_json(fmt: NumericFormat) -> str | dict[str, float]:
     try:
         return str(format_name(fmt))
     except FormatError:
-        return {name: float(number) for name, number in fmt._asdict().items()}
+        return {name: _REAL.get(name, int)(number) for name, number in fmt._asdict().items()}
 
 
 def from_json(value: Any) -> dict[str, SiteFormats]:
@@ -108,15 +121,29 @@ def _site_from_json(site: str, sides: Any) -> SiteFormats:
 
 
 def _spec_from_json(value: Any) -> NumericFormat | Quantizer:
+    if not isinstance(value, Mapping) or set(value) != {"format", "unsigned"}:
+        return _format_from_json(value)
+    if not isinstance(value["unsigned"], bool):
+        raise FormatError(f"'unsigned' is true or false; got {value['unsigned']!r}.")
+    whole = quantizer(_format_from_json(value["format"]))
+    return dataclasses.replace(whole, unsigned=value["unsigned"])
+
+
+def _format_from_json(value: Any) -> NumericFormat | Quantizer:
     if not isinstance(value, Mapping):
         return operand_spec(value)
-    if set(value) == set(NumericFormat._fields):
-        return NumericFormat(**value)
-    if set(value) != {"format", "unsigned"}:
+    if set(value) != set(NumericFormat._fields):
         raise FormatError(
             f"{dict(value)} is no format; expected a name, {', '.join(NumericFormat._fields)}, or"
             ' {"format": ..., "unsigned": ...}.'
         )
-    return dataclasses.replace(
-        quantizer(_spec_from_json(value["format"])), unsigned=bool(value["unsigned"])
-    )
+    return NumericFormat(**{name: _number(name, number) for name, number in value.items()})
+
+
+def _number(name: str, number: Any) -> float | int:
+    kind, is_number = _REAL.get(name, int), isinstance(number, (int, float))
+    if not is_number or isinstance(number, bool) or not math.isfinite(number):
+        raise FormatError(f"a format's {name} is a number; got {number!r}.")
+    if kind(number) != number:
+        raise FormatError(f"a format's {name} is a whole number; got {number!r}.")
+    return kind(number)
