@@ -1,9 +1,10 @@
-# Everything runs in .venv, which the first target to need it builds.
+# Everything runs in VENV, which the first target to need it builds.
 PYTHON ?= python3
-RUN := .venv/bin/python
-INSTALLED := .venv/installed
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
 
-.PHONY: search test fuzz lint docs benchmark clean
+.PHONY: search test test-fast fuzz lint docs benchmark clean
 
 # Searches the formats of a ResNet-8 on scikit-learn's digits, beside uniform baselines.
 search: $(INSTALLED)
@@ -11,6 +12,15 @@ search: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses auto --dist loadfile
+
+# What the library promises, without the jobs: for a second Python and jax, with programs optimised
+# as a user's are.
+FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \
+	qtensor gradient_rules learned_scales ops depthwise sites control_flow rules transform freeze \
+	stateful assignment_file cost roofline space policy critic answer searchers own_loop import))
+
+test-fast: $(INSTALLED)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest --numprocesses auto --dist loadfile $(FAST)
 
 # The random operations of the tests, ten times as many.
 fuzz: $(INSTALLED)
@@ -21,7 +31,7 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 
 # The site, into build/docs: runs the tutorials, checks every link, and stops at a warning.
-docs: .venv/installed_docs
+docs: $(VENV)/installed_docs
 	$(RUN) -m sphinx --quiet --fresh-env --nitpicky --fail-on-warning docs build/docs
 	@echo "Open build/docs/index.html"
 
@@ -32,13 +42,13 @@ benchmark: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aqt_search needs Python 3.11 or newer; run make with PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev]
 	@touch $(INSTALLED)
 
-.venv/installed_docs: $(INSTALLED)
+$(VENV)/installed_docs: $(INSTALLED)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .[dev,docs]
 	@touch $@
 
 clean:
-	rm -rf .venv runs build
+	rm -rf .venv .venv-* runs build
