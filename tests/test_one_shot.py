@@ -588,6 +588,18 @@ def test_targets_are_checked(searcher):
         getattr(searches, searcher)(setting.space, {}, total_steps=4).init({})
 
 
+@pytest.mark.parametrize("searcher", ["critic", "policy_gradient", "uniform"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1)])
+def test_a_quality_for_each_choice(searcher, shape):
+    setting = problem(spy=False)
+    factory = functools.partial(getattr(searches, searcher), samples=2, total_steps=4)
+    one_shot = factory(setting.space, {"gbops": setting.costs})
+    state = one_shot.init({"gbops": 1.5 * setting.costs.range[0]})
+    choices = one_shot.sample(state, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"one number for each"):
+        one_shot.update(state, choices, jnp.zeros(shape), jax.random.key(0))
+
+
 def test_a_measure_that_does_not_exist():
     with pytest.raises(ValueError, match=r"'f1'.*accuracy, loss"):
         problem(measure="f1")

@@ -31,6 +31,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_judged,
     check_samples,
     first_state,
     log_probabilities,
@@ -122,6 +123,7 @@ def critic_over(
         return policies.sample_many(key, log_probabilities(state, mask, steps.start), samples)
 
     def update(state: SearchState, choices, quality, key):
+        check_judged(choices, quality)
         log_p = log_probabilities(state, mask, steps.start)
         new, own = critic_step(rule, state, choices, quality)
         shared = told_of_step(costs, state.targets, log_p, choices, quality, axis_name)

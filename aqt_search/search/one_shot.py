@@ -47,8 +47,9 @@ class Search(NamedTuple):
       sample: (state, key) -> choices [samples, decisions], int32, drawn from the policy.
       update: (state, choices, quality [samples], key) -> (state, metrics). The quality of the
         choices sampled from this state, higher is better, all on the same examples; metrics are
-        float32 scalars by name. With an `axis_name`, to be called inside of that axis: replicas
-        have keys, choices and qualities of their own and end in one state.
+        float32 scalars by name. The key may be the one sampled with. With an `axis_name`, to be
+        called inside of that axis: replicas have keys, choices and qualities of their own and end
+        in one state.
       answer: (state) -> choices [decisions], int32.
     """
 
@@ -144,6 +145,16 @@ def cost_ratios(
     """Cost over target of `choices` [n, decisions]: [n, costs]."""
     ratios = [jax.vmap(table.of)(choices) / targets[name] for name, table in costs.items()]
     return jnp.stack(ratios, axis=-1)
+
+
+def check_judged(choices: jax.Array, quality: jax.Array) -> None:
+    """Raises ValueError unless there is one quality for each of the choices of a step."""
+    if jnp.ndim(choices) != 2 or jnp.shape(quality) != jnp.shape(choices)[:1]:
+        raise ValueError(
+            f"update got choices of shape {jnp.shape(choices)} and a quality of shape"
+            f" {jnp.shape(quality)}; expected [samples, decisions], all that sample gave, and"
+            " [samples]: one number for each, higher is better."
+        )
 
 
 def told_of_step(

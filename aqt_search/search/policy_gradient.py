@@ -19,6 +19,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_judged,
     check_samples,
     cost_ratios,
     first_state,
@@ -114,6 +115,7 @@ def policy_gradient(
         return first_state(costs, targets, policies.init_policy(mask, rule.adam))
 
     def update(state: SearchState, choices, quality, key):
+        check_judged(choices, quality)
         return gradient_step(rule, state, choices, quality, key)
 
     return Search(init, sample, update, answer)

@@ -15,6 +15,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_judged,
     check_samples,
     first_state,
     period,
@@ -65,6 +66,7 @@ def uniform(
         return policies.sample_many(key, log_p(state), samples)
 
     def update(state: SearchState, choices, quality, key):
+        check_judged(choices, quality)
         told = told_of_step(costs, state.targets, log_p(state), choices, quality, axis_name)
         return state._replace(step=state.step + 1), told
 
