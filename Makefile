@@ -29,6 +29,7 @@ fuzz: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(RUN)
 
 # The site, into build/docs: runs the tutorials, checks every link, and stops at a warning.
 docs: $(VENV)/installed_docs

@@ -143,6 +143,7 @@ def folder_builder(listing: FolderListing) -> type["ImageFolder"]:
         name = ImageFolder.name
         code_path = None
         BUILDER_CONFIGS: ClassVar = [
+            # pyrefly: ignore[unexpected-keyword]  # the base class is a dataclass of TFDS
             ImageFolderConfig(name=f"{folder_name}-{listing.fingerprint}", listing=listing)
         ]
 

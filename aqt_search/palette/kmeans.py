@@ -84,6 +84,7 @@ def _starts(vectors: np.ndarray, clusters: int, seed: int, restarts: int) -> lis
         distinct, counts = distinct[some], counts[some]
     exact = distinct.astype(np.float64)
     return [
+        # pyrefly: ignore[unexpected-keyword]  # seen through scikit-learn's decorator
         kmeans_plusplus(exact, clusters, sample_weight=counts, random_state=random)[0]
         for _ in range(restarts)
     ]

@@ -175,7 +175,8 @@ def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.
         sides = [x[0] for x in sides]
     last, batched = sides[0].ndim - 1, tuple(range(sides[0].ndim - 2))
     numbers = (((last,), (last - 1,)), (batched, batched))
-    product = jax.lax.dot_general(*sides, numbers, preferred_element_type=accumulate)
+    lhs, rhs = sides
+    product = jax.lax.dot_general(lhs, rhs, numbers, preferred_element_type=accumulate)
     axes = [(a, 0, axis) for axis in (*layout.batch[0], *free[0])]
     axes += [(b, 1, axis) for axis in free[1]]
     product = product.reshape([x.shape[axis] for x, _, axis in axes])
