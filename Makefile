@@ -13,14 +13,13 @@ search: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
-# What the library promises, without the jobs: for a second Python and jax, with programs optimised
-# as a user's are.
+# What the library promises, without the jobs: for a second Python and jax.
 FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \
 	qtensor gradient_rules learned_scales ops depthwise sites control_flow rules transform freeze \
 	stateful assignment_file cost roofline space policy critic answer searchers own_loop import))
 
 test-fast: $(INSTALLED)
-	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest --numprocesses auto --dist loadfile $(FAST)
+	$(RUN) -m pytest --numprocesses auto --dist loadfile $(FAST)
 
 # The random operations of the tests, ten times as many.
 fuzz: $(INSTALLED)

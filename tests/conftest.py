@@ -7,13 +7,9 @@ import tempfile
 
 # Read when JAX starts its backend, so set before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of tests run once or twice: LLVM optimises them for longer than they then run. Of a flag
-# given twice the last wins.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=2"
-)
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+).strip()
 
 # Tests build the same programs over and over, in processes of their own too: those of one worker
 # are kept until it ends. Not shared by workers, as JAX writes its files in place.

@@ -100,7 +100,7 @@ def named_gradient_rule(spec: str) -> GradientRule:
       FormatError: unknown name.
       TypeError, ValueError: arguments that it does not take.
     """
-    return _named(spec, GRADIENT_RULES, "gradient rule")
+    return _named(spec, GRADIENT_RULES, "gradient")
 
 
 def named_granularity(spec: str) -> Granularity | None:
