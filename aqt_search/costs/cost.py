@@ -100,7 +100,7 @@ def weight_bytes(
       A float, or a float32 scalar if the formats are traced.
     """
     total = 0.0
-    stored: dict[str, list] = {}
+    stored: dict[str | None, list] = {}
     for name, site in sites.items():
         formats = assignment.get(name, SiteFormats())
         for operand, fmt in ((site.lhs, formats.lhs), (site.rhs, formats.rhs)):

@@ -103,7 +103,7 @@ def _columns(formats: Sequence[NumericFormat], xp: ModuleType) -> NumericFormat:
     return NumericFormat(*(xp.array([getattr(f, field) for f in formats]) for field in fields))
 
 
-def _holds(unit: str, fmt: NumericFormat) -> np.ndarray | jax.Array:
+def _holds(unit: str, fmt: NumericFormat, xp: ModuleType) -> np.ndarray | jax.Array | bool:
     """Whether a unit takes formats [n] exactly; bool [n].
 
     A scale takes in what a float format has more on top (e5m1 is e5m2's numbers, doubled).
@@ -119,7 +119,7 @@ def _holds(unit: str, fmt: NumericFormat) -> np.ndarray | jax.Array:
         ),
     )
     # Integers next to floats go to bf16.
-    return fits & ~is_integer(fmt) if unit in ("fp4", "fp8") else fits
+    return fits & xp.logical_not(is_integer(fmt)) if unit in ("fp4", "fp8") else fits
 
 
 def _rate(
@@ -130,7 +130,8 @@ def _rate(
     for unit in (*_INTEGER_BITS, *_FLOAT_GRIDS):
         rate = getattr(rates, unit)
         if rate is not None:
-            fastest = xp.maximum(fastest, rate * (_holds(unit, lhs) & _holds(unit, rhs)))
+            held = _holds(unit, lhs, xp) & _holds(unit, rhs, xp)
+            fastest = xp.maximum(fastest, rate * held)
     return fastest
 
 
@@ -152,6 +153,7 @@ def _work(site: Site) -> _Work:
     if site.kind == "gather":  # reads the rows it looks up, of `shared` elements, and no others
         rhs = result = math.prod(site.lhs.shape[:-1]) * shared
         bits = 8 * site.rhs.dtype.itemsize
+    assert site.repeats is not None  # the first line has raised otherwise
     return _Work(operations, *(site.repeats * n for n in (lhs, rhs, bits * result)))
 
 
@@ -191,7 +193,8 @@ def latency_ms(
       ValueError: unknown name of a chip.
     """
     chip = _chip(chip) if isinstance(chip, str) else chip
-    work = _Work(*np.array([_work(s) for s in sites.values()], np.float64).reshape(-1, 4).T)
+    work = np.array([_work(site) for site in sites.values()], np.float64).reshape(-1, 4)
+    operations, lhs_size, rhs_size, result_bits = work.T
     formats = []
     for name, site in sites.items():
         found = assignment.get(name, SiteFormats())
@@ -199,7 +202,7 @@ def latency_ms(
     traced = any(is_traced(fmt) for pair in formats for fmt in pair)
     xp = jnp if traced else np
     lhs, rhs = (_columns([pair[side] for pair in formats], xp) for side in (0, 1))
-    compute = work.operations / _rate(lhs, rhs, chip.rates, xp)
-    bits = work.lhs * lhs.bits + work.rhs * rhs.bits + work.result_bits
+    compute = operations / _rate(lhs, rhs, chip.rates, xp)
+    bits = lhs_size * lhs.bits + rhs_size * rhs.bits + result_bits
     total = 1e3 * xp.sum(xp.maximum(compute, bits / 8 / chip.bandwidth))
     return total if traced else float(total)

@@ -40,7 +40,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        digits = load_digits()
+        digits: Any = load_digits()  # a dict whose keys are attributes
         images = ((digits.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
         train, test = train_test_split(
             np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0

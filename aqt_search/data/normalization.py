@@ -31,7 +31,8 @@ def channel_statistics(
     chosen = np.linspace(0, len(source) - 1, min(len(source), max_examples)).round().astype(int)
     chunks = [chosen[start : start + _READ_CHUNK] for start in range(0, len(chosen), _READ_CHUNK)]
     with ThreadPoolExecutor(source.read_threads) as pool:
-        counts = sum(pool.map(functools.partial(_value_counts, source), chunks))
+        found = pool.map(functools.partial(_value_counts, source), chunks)
+        counts = np.sum(list(found), axis=0)
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = share @ values

@@ -42,6 +42,16 @@ class ImageSource(Protocol):
         """Reads a batch."""
 
 
+class Records(Protocol):
+    """Examples by index, as TFDS data sources hand them over."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
     """Images decoded into memory."""
@@ -99,7 +109,7 @@ class RecordSource:
         read_threads: threads that read batches at a time.
     """
 
-    records: Sequence[Mapping[str, Any]]
+    records: Records
     name: str
     num_classes: int
     image_shape: tuple[int, int, int]
@@ -126,8 +136,8 @@ class RecordSource:
         """
         indices = [int(index) for index in indices]
         records = self.records.__getitems__(indices)
-        crops = [self.crop] * len(indices) if crops is None else crops
-        examples = [self._decode(*args) for args in zip(indices, records, crops, strict=True)]
+        cuts: Sequence[Crop | None] = [self.crop] * len(indices) if crops is None else crops
+        examples = [self._decode(*args) for args in zip(indices, records, cuts, strict=True)]
         return {
             "image": np.stack([example["image"] for example in examples]),
             "label": np.array([example["label"] for example in examples], np.int32),

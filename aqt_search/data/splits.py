@@ -146,8 +146,11 @@ def _checked_channels(builder) -> int:
 
     features, name = dict(builder.info.features.items()), builder.info.full_name
     image, label = (features.get(key) for key in ("image", "label"))
-    image_is_known = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
-    if not image_is_known or not isinstance(label, tfds.features.ClassLabel):
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
         raise DataError(
             f"{name}: expected features 'image' (8-bit Image) and 'label' (ClassLabel), "
             f"found {features}."

@@ -204,7 +204,7 @@ def _scaled_blocks(blocks: tuple[Block, ...], width: float, form: str) -> tuple[
 
 
 def mobilenet_v3(
-    variant: Literal["large", "small"],
+    variant: str,
     num_classes: int,
     *,
     width: float = 1.0,

@@ -131,9 +131,11 @@ def _decoded(leaves: list[Mapping[str, Any]], data: bytes) -> Any:
             end = offset + math.prod(shape) * dtype.itemsize
             arrays.append(np.frombuffer(data[offset:end], dtype).reshape(shape))
             offset = end
-        leaf = arrays[0]
         if "bits" in entry:
-            leaf = PalettedTensor(*arrays, tuple(entry["shape"]), entry["bits"])
+            codes, palette = arrays
+            leaf = PalettedTensor(codes, palette, tuple(entry["shape"]), entry["bits"])
+        else:
+            (leaf,) = arrays
         *parents, last = entry["path"]
         node = tree
         for key in parents:

@@ -40,8 +40,8 @@ class PalettedTensor:
     """
 
     # uint8 [copies, ceil(n * bits / 8)]: the n indices of each layer, packed as in a `QTensor`.
-    data: jax.Array
-    palette: jax.Array  # [copies, k, dimension], of `dtype`
+    data: jax.Array | np.ndarray
+    palette: jax.Array | np.ndarray  # [copies, k, dimension], of `dtype`
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})  # of an index
 
@@ -63,7 +63,7 @@ class PalettedTensor:
     def indices(self) -> jax.Array:
         """The indices [copies, n], uint8."""
         count = math.prod(self.shape) // (self.data.shape[0] * self.dimension)
-        return unpack_codes(self.data, self.bits, count)
+        return unpack_codes(jnp.asarray(self.data), self.bits, count)
 
     def dequantize(self) -> jax.Array:
         """The tensor, of the original shape and dtype."""
@@ -148,11 +148,12 @@ def palettize(
         check_finite(layers, name)
         if centroids is None:
             options = {"seed": seed, "restarts": restarts, "iterations": iterations, "name": name}
-            palette = [kmeans(v, weight.palette.clusters, **options).centroids for v in layers]
+            found = [kmeans(v, weight.palette.clusters, **options).centroids for v in layers]
+            palette = np.stack(found)
         else:
-            palette = centroids[name]
+            palette = np.asarray(centroids[name])
         # Rounded to the weight's dtype first: the nearest are those of what is stored.
-        palette = np.asarray(jnp.asarray(np.stack(palette), leaves[name].dtype))
+        palette = np.asarray(jnp.asarray(palette, leaves[name].dtype))
         indices = [nearest(v, c) for v, c in zip(layers, palette.astype(np.float32))]
         stored[name] = PalettedTensor(
             pack_codes(jnp.stack(indices), weight.palette.bits),

@@ -29,14 +29,14 @@ _DASHES = ("-", "--", ":", "-.")
 
 def format_colours(records: Sequence[Record]) -> dict[str, str]:
     """Hex colour of every format in the report: dark for few bits, light for many."""
-    names = {f for r in records for pair in r.policy.values() for f in pair}
+    names = {f for r in records for pair in r.policy.values() for f in pair if f is not None}
     names |= {f for r in records for d in r.space.values() for f in d.options}
-    order = sorted(names - {None}, key=format_order)
+    order = sorted(names, key=format_order)
     shades = np.linspace(0.12, 0.95, len(order)) if len(order) > 1 else [0.5]
     return {name: colors.to_hex(colormaps["viridis"](s)) for name, s in zip(order, shades)}
 
 
-def line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and dashes of a line per name: 28 different ones, then they repeat."""
     return {
         name: {"color": _PALETTE[i % 7], "ls": _DASHES[i // 7 % 4]} for i, name in enumerate(names)

@@ -133,7 +133,7 @@ def _pair_group_row(group: PairGroup) -> list[str]:
 
 
 def _pair_row(pair: Pair) -> list[str]:
-    search = pair.retrained.pair if pair.searched else f"{pair.retrained.pair}: no result"
+    search = f"{pair.retrained.pair}{'' if pair.searched else ': no result'}"
     accuracies = [_percent(pair.not_retrained), _percent(pair.retrained.accuracy)]
     return [pair.retrained.name, search, *accuracies, _difference(pair.difference)]
 

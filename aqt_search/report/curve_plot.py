@@ -107,8 +107,11 @@ def _binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     count = min(len(steps), MAX_CURVE_POINTS)
     if count == 0:
         return steps, values
-    bins = [np.array_split(array, count) for array in (steps, values)]
-    return tuple(np.array([part.mean() for part in parts]) for parts in bins)
+
+    def means(array: np.ndarray) -> np.ndarray:
+        return np.array([part.mean() for part in np.array_split(array, count)])
+
+    return means(steps), means(values)
 
 
 def entropy_series(record: Record) -> tuple[np.ndarray, np.ndarray]:

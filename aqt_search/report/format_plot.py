@@ -95,7 +95,8 @@ def _write_formats(
     for column, record in enumerate(records):
         for row, site in enumerate(sites):
             pair = record.policy.get(site, ())
-            texts = [(0.5, pair[0])] if len(set(pair)) == 1 else list(enumerate(pair))
+            both = [(0.5, name) for name in set(pair)]
+            texts = both if len(both) == 1 else list(enumerate(pair))
             for offset, name in texts:
                 ink = ink_on(NOT_QUANTIZED if name is None else colours[name])
                 label = plain(name or "float")

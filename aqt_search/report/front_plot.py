@@ -72,18 +72,21 @@ def _draw_front(axes: Axes, groups: Sequence[Group]) -> None:
         if len(groups) <= _ALL_NAMES or group.on_front:
             labels.append((group.gbops, 100 * group.accuracy, group.name, {"color": "#333333"}))
     handles = _front_legend(groups)
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": len(handles)}
-    axes.legend(handles=handles, fontsize=9, frameon=False, **place)
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles),
+        fontsize=9, frameon=False,
+    )  # fmt: skip
     place_labels(axes, [label[:3] for label in labels], segments, [label[3] for label in labels])
 
 
 def _darker(colour: str) -> tuple[float, float, float]:
     """The palette's light colours are too pale for letters."""
-    return tuple(0.75 * channel for channel in colors.to_rgb(colour))
+    red, green, blue = colors.to_rgb(colour)
+    return 0.75 * red, 0.75 * green, 0.75 * blue
 
 
 def _draw_series(
-    axes: Axes, members: Sequence[Group], line: Mapping[str, str]
+    axes: Axes, members: Sequence[Group], line: Mapping[str, Any]
 ) -> tuple[tuple[float, float], list[Segment]]:
     """The line through a series' own front; returns its dear end, and itself in short pieces."""
     costs, accuracies = (np.array([getattr(g, key) for g in members]) for key in _COORDINATES)
@@ -169,9 +172,11 @@ def place_labels(
     limits and scales of `axes` must be final. `styles` are Matplotlib's text properties, one per
     item. Returns the text boxes in pixels.
     """
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
-    axes.figure.draw(renderer)
-    pixel = axes.figure.dpi / 72
+    figure = axes.figure
+    assert isinstance(figure, Figure)  # not a part of one
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    pixel = figure.dpi / 72
     marks = axes.transData.transform([(x, y) for x, y, _ in items])
     taken = [Bbox.from_extents(*(m - 6 * pixel), *(m + 6 * pixel)) for m in marks]
     lines = [Bbox(np.sort(axes.transData.transform(ends), axis=0)) for ends in segments]
@@ -183,12 +188,11 @@ def place_labels(
         )
         size = text.get_window_extent(renderer)
         offsets = _label_offsets(size.width / pixel, size.height / pixel)
-        for avoided, (dx, dy) in itertools.product((taken + lines, taken), offsets):
-            origin = mark + np.array([dx, dy]) * pixel
-            box = Bbox.from_bounds(*origin, size.width, size.height)
-            if box.count_overlaps(avoided) == 0 and _inside(box, frame):
-                break
-        text.set_position((dx, dy))
+        corners = mark + np.array(offsets) * pixel
+        boxes = [Bbox.from_bounds(left, low, size.width, size.height) for left, low in corners]
+        chosen = _first_free(boxes, (taken + lines, taken), frame)
+        box = boxes[chosen]
+        text.set_position(offsets[chosen])
         text.set_verticalalignment("bottom")
         taken.append(box)
         placed.append(box)
@@ -197,6 +201,15 @@ def place_labels(
             tip = axes.transData.inverted().transform(near)
             axes.plot(*zip((x, y), tip), color="#999999", lw=0.6, zorder=1.5)
     return placed
+
+
+def _first_free(boxes: Sequence[Bbox], avoided: Sequence[Sequence[Bbox]], frame: Bbox) -> int:
+    """The first box in the frame that covers none of the first group, or else of the next."""
+    for group in avoided:
+        for index, box in enumerate(boxes):
+            if box.count_overlaps(group) == 0 and _inside(box, frame):
+                return index
+    return len(boxes) - 1
 
 
 def _inside(box: Bbox, frame: Bbox) -> bool:

@@ -98,4 +98,5 @@ def _mean_bits(record: Record, site: str) -> float | None:
     """Mean bits of the site's two operands; None if the name of a format does not tell."""
     formats = record.policy[site]
     bits = [_FLOAT_BITS if name is None else bits_of_format(name) for name in formats]
-    return None if None in bits else sum(bits) / len(bits)
+    known = [number for number in bits if number is not None]
+    return sum(known) / len(known) if len(known) == len(bits) else None

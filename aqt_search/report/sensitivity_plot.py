@@ -40,8 +40,9 @@ def sensitivity_figure(sensitivity: Mapping[str, Any]) -> bytes:
     bottom, panel = footer / height, 1 - (header + footer) / height
     left = figure.add_axes((0.27, bottom, 0.34, panel))
     right = figure.add_axes((0.65, bottom, 0.34, panel))
-    shade = _increase_colours(increase)
-    _draw(left, np.maximum(increase, shade.vmin), shade, "YlOrRd", formats, font)
+    low, high = _increase_range(increase)
+    shade = colors.LogNorm(low, high, clip=True)
+    _draw(left, np.maximum(increase, low), shade, "YlOrRd", formats, font)
     _draw(right, sqnr, _range_of(sqnr), "YlGnBu_r", formats, font)
     if len(sites) <= MOST_SITES_WITH_NUMBERS:
         size = min(font, 60 / max(len(formats), 1), 7.5)
@@ -66,10 +67,10 @@ def _array(rows: Sequence[Sequence[float | None]], sites: Sequence, formats: Seq
     return np.array(rows, dtype=float).reshape(len(sites), len(formats))
 
 
-def _increase_colours(increase: np.ndarray) -> colors.LogNorm:
-    """A log scale up to the largest increase, over at most four powers of ten."""
+def _increase_range(increase: np.ndarray) -> tuple[float, float]:
+    """Ends of a log scale up to the largest increase, over at most four powers of ten."""
     largest = max(np.nanmax(increase, initial=-np.inf), 10 * _SMALLEST_INCREASE)
-    return colors.LogNorm(max(_SMALLEST_INCREASE, largest / _SPANS), largest, clip=True)
+    return max(_SMALLEST_INCREASE, largest / _SPANS), largest
 
 
 def _range_of(values: np.ndarray) -> colors.Normalize:
@@ -112,7 +113,7 @@ def _increase_text(value: float) -> str:
 def _write_numbers(axes: Axes, values: np.ndarray, text: Any, size: float) -> None:
     """The values in the cells; "-" where there is none."""
     image = axes.images[0]
-    shades = image.cmap(image.norm(image.get_array()))
+    shades = image.to_rgba(np.ma.asarray(image.get_array()))
     for (row, column), value in np.ndenumerate(values):
         axes.text(
             column, row, text(value) if np.isfinite(value) else "-", ha="center", va="center",

@@ -16,18 +16,18 @@ class Row:
     name: str
     kind: str
     series: str  # "" where it is the kind
-    formats: str
-    accuracy: str  # %
-    gbops: str
-    cost_to_float: str  # ratio
-    cost_to_uniform: str  # ratio
-    weights: str  # kB = 1000 bytes
-    target: str  # GBOPs
-    miss: str  # % of the target; positive: over it
-    entropy: str  # nats, mean over decisions
-    seconds: str
-    note: str
-    on_front: bool
+    formats: str = ""
+    accuracy: str = ""  # %
+    gbops: str = ""
+    cost_to_float: str = ""  # ratio
+    cost_to_uniform: str = ""  # ratio
+    weights: str = ""  # kB = 1000 bytes
+    target: str = ""  # GBOPs
+    miss: str = ""  # % of the target; positive: over it
+    entropy: str = ""  # nats, mean over decisions
+    seconds: str = ""
+    note: str = ""
+    on_front: bool = False
 
 
 def table_rows(records: Sequence[Record]) -> tuple[Row, ...]:
@@ -72,7 +72,7 @@ def _row(record: Record, on_front: bool, float_cost: float | None, uniform_cost:
     series = "" if record.series == record.kind else record.series
     if record.error is not None:
         note = f"failed: {record.error}"
-        return Row(record.name, record.kind, series, *[""] * 10, note, False)
+        return Row(record.name, record.kind, series, note=note)
     target = record.target_gbops
     notes = ["front"] * on_front + ["not retrained"] * record.without_retraining
     return Row(

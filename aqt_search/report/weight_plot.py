@@ -107,10 +107,10 @@ def _draw_histogram(axes: Axes, label: str, record: Record) -> None:
     weight = record.weights[label]
     bins = len(weight.before)
     edges = (np.arange(bins + 1) - bins / 2) / (bins // 2) * (weight.bound or 1.0)
-    for counts, drawn in ((weight.after, {"fill": True, "color": _BAR}),
-                          (weight.before, {"color": _LINE, "lw": 0.9})):  # fmt: skip
-        if counts:
-            axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, **drawn)
+    if weight.after:
+        axes.stairs(np.maximum(weight.after, 0.5), edges, baseline=0.5, fill=True, color=_BAR)
+    if weight.before:
+        axes.stairs(np.maximum(weight.before, 0.5), edges, baseline=0.5, color=_LINE, lw=0.9)
     axes.set_yscale("log")
     top = max(*weight.before, *weight.after, 10)
     axes.set_ylim(0.5, 2 * top)

@@ -18,7 +18,9 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
+from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.granularity import free_axes
+from aqt_search.numerics.quantizer import Quantizer
 from aqt_search.tracing.control_flow import Body, Path
 from aqt_search.tracing.origins import (
     FOREIGN_PRODUCTS,
@@ -41,10 +43,11 @@ class SiteFormats(NamedTuple):
     None leaves an operand, or the gradient in a gradient product, in floating point.
     """
 
-    lhs: object | None = None
-    rhs: object | None = None
-    lhs_gradient: object | None = None  # of the result, in the product for the gradient of lhs
-    rhs_gradient: object | None = None  # and of rhs
+    lhs: NumericFormat | Quantizer | None = None
+    rhs: NumericFormat | Quantizer | None = None
+    # Of the result, in the products for the gradient of lhs and of rhs.
+    lhs_gradient: NumericFormat | Quantizer | None = None
+    rhs_gradient: NumericFormat | Quantizer | None = None
 
 
 SIDES = ("lhs", "rhs")  # its fields that are of operands

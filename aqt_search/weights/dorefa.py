@@ -56,7 +56,8 @@ def companded_model(model: Any, sites: Mapping[str, Site], names: Iterable[str])
     """
     parameters = set()
     for name in names:
-        if name not in sites or sites[name].weight is None:
+        weight = sites[name].weight if name in sites else None
+        if weight is None or weight.parameter is None:
             raise SiteError(f"{name!r} is no site with a weight to compand.")
-        parameters.add(sites[name].weight.parameter)
+        parameters.add(weight.parameter)
     return CompandedModel(model, frozenset(parameters))

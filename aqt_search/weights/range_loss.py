@@ -160,13 +160,16 @@ def range_loss(
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     chosen: dict[str, RangeLoss] = {}
     parameters: dict[str, str] = {}
+    copies: dict[str, int] = {}
     for (pattern, spec), names in zip(rules, taken):
         loss = _loss_of(spec, pattern)
         for name in names:
             weight = sites[name].weight
-            known = weight is not None and weight.parameter is not None
-            if loss and known and weight.parameter not in parameters.values():
+            if weight is None or weight.parameter is None:
+                continue
+            if loss and weight.parameter not in parameters.values():
                 chosen[name], parameters[name] = loss, weight.parameter
+                copies[name] = weight.copies
     if not chosen:
         raise RuleError("The range loss has no weight to look at: no rule gives a loss to one.")
 
@@ -180,7 +183,7 @@ def range_loss(
             )
         stacks = {name: leaves[parameter] for name, parameter in parameters.items()}
         return {
-            name: jax.vmap(_normalised)(leaf.reshape(sites[name].weight.copies, -1))
+            name: jax.vmap(_normalised)(leaf.reshape(copies[name], -1))
             for name, leaf in stacks.items()
         }
 
