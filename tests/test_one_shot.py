@@ -561,7 +561,7 @@ def test_accuracy_and_agreement():
         ("policy_gradient", {"samples": 0, "baseline_momentum": 0.9}, ["samples is 0"]),
         ("critic", {"samples": 1}, ["samples is 1", "critic compares"]),
         ("critic", {"memory": 0.0}, ["memory is 0.0"]),
-        ("critic", {"tolerance": -0.1}, ["tolerance is -0.1"]),
+        *((s, {"tolerance": -0.1}, ["tolerance is -0.1"]) for s in (*LEARNING, "uniform")),
         ("uniform", {"samples": 0}, ["samples is 0"]),
         *((searcher, {"delay": 1.0}, ["delay", "[0, 1)", "1.0"]) for searcher in LEARNING),
         *((searcher, {"delay": 0.96}, ["0.96", "10 steps", "Shorten"]) for searcher in LEARNING),
@@ -584,8 +584,29 @@ def test_targets_are_checked(searcher):
         one_shot.init({"gbops": 2 * setting.costs.range[1]})
     with pytest.raises(SpaceError, match=r"costs gbops, but targets of latency"):
         one_shot.init({"latency": 1.0})
+    for odd in ("abc", np.ones(1), None, float("nan")):
+        with pytest.raises(SpaceError, match=r"^gbops: "):
+            one_shot.init({"gbops": odd})
+    with pytest.raises(SpaceError, match=r"0\.5; expected a mapping"):
+        one_shot.init(0.5)
     with pytest.raises(SpaceError, match="at least one"):
         getattr(searches, searcher)(setting.space, {}, total_steps=4).init({})
+
+
+@pytest.mark.parametrize("searcher", ["critic", "policy_gradient", "uniform"])
+def test_a_state_may_be_donated(searcher):
+    """Its arrays are its own: none is there twice, none the user's."""
+    setting = problem(spy=False)
+    factory = functools.partial(getattr(searches, searcher), samples=2, total_steps=4)
+    one_shot = factory(setting.space, {"gbops": setting.costs})
+    target = jnp.float32(1.5 * setting.costs.range[0])
+    step = jax.jit(one_shot.update, donate_argnums=0)
+    state = one_shot.init({"gbops": target})
+    for key in jax.random.split(jax.random.key(0), 2):
+        choices = one_shot.sample(state, key)
+        state, _ = step(state, choices, jnp.zeros(2), key)
+    assert float(target) > 0
+    assert int(state.step) == 2
 
 
 @pytest.mark.parametrize("searcher", ["critic", "policy_gradient", "uniform"])

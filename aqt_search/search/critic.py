@@ -33,6 +33,7 @@ from aqt_search.search.one_shot import (
     answer_of,
     check_judged,
     check_samples,
+    check_tolerance,
     first_state,
     log_probabilities,
     period,
@@ -111,11 +112,9 @@ def critic_over(
     """
     steps = period(total_steps, delay)
     check_samples(samples, 2, ": a critic compares the points of a step")
-    if not memory > 0 or not tolerance >= 0:
-        raise ValueError(
-            f"memory is {memory}, expected a share of the run above 0; tolerance is {tolerance},"
-            " expected a share of the targets, at least 0."
-        )
+    check_tolerance(tolerance)
+    if not memory > 0:
+        raise ValueError(f"memory is {memory}; expected a share of the run, above 0.")
     keep = max(0.0, 1 - 1 / (memory * total_steps))
     rule = _Rule(mask, groups, costs, steps, keep, tolerance, one_sided, axis_name)
 
@@ -152,8 +151,9 @@ class CriticState(NamedTuple):
 
 def init_critic(mask: np.ndarray) -> CriticState:
     """A critic that has seen nothing."""
-    zeros = jnp.zeros(mask.shape, jnp.float32)
-    return CriticState(zeros, zeros, zeros, jnp.float32(0), jnp.float32(0))
+    # Arrays of their own, as the state may be donated.
+    logits, value, count = (jnp.zeros(mask.shape, jnp.float32) for _ in range(3))
+    return CriticState(logits, value, count, jnp.float32(0), jnp.float32(0))
 
 
 def observe(

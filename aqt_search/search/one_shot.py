@@ -102,11 +102,19 @@ def check_samples(samples: int, least: int, why: str) -> None:
         raise ValueError(f"samples is {samples}; expected at least {least}{why}.")
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raises ValueError for a tolerance that is no share of a target."""
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; expected a share of the targets, at least 0.")
+
+
 def check_targets(costs: Mapping[str, CostTable], targets: Mapping[str, Any]) -> None:
     """Raises SpaceError if costs and targets differ in their names, or no point meets a target.
 
     Of targets that are traced the names alone are looked at.
     """
+    if not isinstance(targets, Mapping):
+        raise SpaceError(f"targets are {targets!r}; expected a mapping of costs' names to numbers.")
     if not costs or set(costs) != set(targets):
         raise SpaceError(
             f"The search has the costs {', '.join(costs) or 'none'}, but targets of"
@@ -116,8 +124,10 @@ def check_targets(costs: Mapping[str, CostTable], targets: Mapping[str, Any]) ->
         if isinstance(target, jax.core.Tracer):
             continue
         try:
+            if np.ndim(target):
+                raise TypeError(f"the target has shape {np.shape(target)}; expected one number.")
             costs[name].check_target(float(target))
-        except SpaceError as error:
+        except (TypeError, ValueError) as error:
             raise SpaceError(f"{name}: {error}") from error
 
 
@@ -126,9 +136,9 @@ def first_state(
 ) -> SearchState:
     """The state before the first step. Raises SpaceError as `check_targets`."""
     check_targets(costs, targets)
-    return SearchState(
-        jnp.int32(0), policy, {name: jnp.asarray(t, jnp.float32) for name, t in targets.items()}
-    )
+    # Copies, as the state may be donated.
+    own = {name: jnp.array(target, jnp.float32) for name, target in targets.items()}
+    return SearchState(jnp.int32(0), policy, own)
 
 
 def log_probabilities(

@@ -21,6 +21,7 @@ from aqt_search.search.one_shot import (
     answer_of,
     check_judged,
     check_samples,
+    check_tolerance,
     cost_ratios,
     first_state,
     log_probabilities,
@@ -100,6 +101,7 @@ def policy_gradient(
         axis_name,
     )  # fmt: skip
     _check(rule, samples)
+    check_tolerance(tolerance)
     start = rule.period.start
 
     def sample(state: SearchState, key: jax.Array) -> jax.Array:

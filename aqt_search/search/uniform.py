@@ -17,6 +17,7 @@ from aqt_search.search.one_shot import (
     answer_of,
     check_judged,
     check_samples,
+    check_tolerance,
     first_state,
     period,
     told_of_step,
@@ -41,8 +42,9 @@ def uniform(
 ) -> Search:
     """The search that samples uniformly to the end, to compare others with.
 
-    Its answer is a point on target, and no better than another: judge points on the weights that it
-    leaves, by one of `aqt_search.search.searchers`. The metrics are those of
+    Its answer is a point near the targets, as `answer.most_probable_on_target` finds one, and no
+    better than another: judge points on the weights that it leaves, by one of
+    `aqt_search.search.searchers`. The metrics are those of
     `one_shot.told_of_step`.
 
     Args:
@@ -54,6 +56,7 @@ def uniform(
     """
     period(total_steps, 0.0)
     check_samples(samples, 1, "")
+    check_tolerance(tolerance)
     mask = space.mask
 
     def init(targets: Mapping[str, Any]) -> SearchState:
