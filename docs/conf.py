@@ -49,7 +49,7 @@ _FOREIGN = [
 ]  # fmt: skip
 # Types of ours that only fields have: read their source.
 _INTERNAL = [
-    "Axes", "Block", "Consumer", "OperandValue", "SiteFacts", "SiteWeight", "Stage", "Tail",
+    "Axes", "Block", "Consumer", "OperandValue", "Records", "SiteFacts", "SiteWeight", "Stage", "Tail",
     "Value", "WeightRow",
 ]  # fmt: skip
 nitpick_ignore = [("py:class", name) for name in _FOREIGN + _INTERNAL]
