@@ -11,7 +11,7 @@ search: $(INSTALLED)
 	$(RUN) -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits_resnet8
 
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses auto --dist loadfile
+	$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # What the library promises, without the jobs: for a second Python and jax.
 FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \

@@ -88,6 +88,16 @@ def _policy_gradient(options, space: Space, costs: Mapping[str, CostTable], tota
             f" {options.measure!r})."
         )
     moving = options.advantage == "baseline"
+    if options.samples == 1 and not moving:
+        raise ValueError(
+            "samples is 1, but advantage 'centred' compares the samples of a step: set samples to 2"
+            " or more, or advantage to 'baseline'."
+        )
+    if options.penalty == "annealed" and not options.cost_samples:
+        raise ValueError(
+            "penalty 'annealed' ends as that of points whose cost alone is judged, but cost_samples"
+            " is 0: set it to 2 or more, or penalty to 'sampled'."
+        )
     return search.policy_gradient(
         space, costs, total_steps=total_steps, annealed=options.penalty == "annealed",
         baseline_momentum=options.baseline_momentum if moving else None, axis_name=AXIS,
@@ -98,7 +108,8 @@ def _policy_gradient(options, space: Space, costs: Mapping[str, CostTable], tota
 def _uniform(options, space: Space, costs: Mapping[str, CostTable], total_steps: int) -> Search:
     return search.uniform(
         space, costs, total_steps=total_steps, samples=options.samples,
-        tolerance=options.tolerance, axis_name=AXIS,
+        tolerance=options.tolerance, one_sided=named_reward(options.reward).one_sided,
+        axis_name=AXIS,
     )  # fmt: skip
 
 
@@ -145,13 +156,19 @@ def uniform_rules(config: ml_collections.ConfigDict, formats: Any) -> tuple:
         offered = parsed_rule(pattern, spec)
         if isinstance(offered, Choice):
             roles = {role: formats for role in offered.options}
-            spec = formats if None in roles else {**(offered.fixed or {}), **roles}
+            spec = formats if None in roles else {**offered.fixed, **roles}
         rules.append((pattern, spec))
     return tuple(rules)
 
 
 def cost_names(config: ml_collections.ConfigDict) -> list[str]:
     """The costs that have a target; the first is the primary one."""
+    for further in config.search.further_costs:
+        if not isinstance(further, (tuple, list)) or len(further) != 3:
+            raise ConfigError(
+                f"search.further_costs has {further!r}; expected (cost, target, relative_to), such"
+                " as ('weight_bytes', 1.0, 'int4')."
+            )
     names = [config.search.cost, *(name for name, _, _ in config.search.further_costs)]
     if len(set(names)) < len(names):
         raise ConfigError(f"search has two targets for one cost: {names}.")

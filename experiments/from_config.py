@@ -138,8 +138,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         for key, value in config[section].items()
     }
     for key in _POSITIVE:
-        if not flat[key] > 0:
-            raise ConfigError(f"{key} is {flat[key]}; expected a number above 0.")
+        if not 0 < flat[key] < math.inf:
+            raise ConfigError(f"{key} is {flat[key]}; expected a finite number above 0.")
     for key in ("batch_size", "search.held_out_batch_size"):
         if flat[key] % replica_count():
             raise ConfigError(

@@ -60,3 +60,24 @@ def test_only_uncertain_decisions_give_way_and_options_that_do_not_exist_are_nev
     expected[1] = 0
     np.testing.assert_array_equal(found, expected)
     assert np.isfinite(log_p[np.arange(20), found]).all()
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_a_policy_that_has_decided_little_answers_near_its_targets(scale, share, one_sided):
+    """84 decisions, far more than are tried in all combinations; one change is at most 2 % of T."""
+    rng = np.random.default_rng(3)
+    log_p = log_probabilities(rng, (84, 3), scale)
+    log_p[:20, 2] = -np.inf
+    columns = {name: rng.uniform(1, 3, size=(84, 3)).cumsum(axis=1) for name in "ab"}
+    columns = {name: np.where(np.isfinite(log_p), c, np.nan) for name, c in columns.items()}
+    costs = {name: table_of(np.nan_to_num(c)) for name, c in columns.items()}
+    ends = {n: (np.nanmin(c, 1).sum(), np.nanmax(c, 1).sum()) for n, c in columns.items()}
+    targets = {name: low + share * (high - low) for name, (low, high) in ends.items()}
+    found = np.asarray(most_probable_on_target(log_p, costs, targets, 0.02, one_sided=one_sided))
+    assert np.isfinite(log_p[np.arange(84), found]).all()
+    for name, table in costs.items():
+        off = table.of_many(found[None])[0] / targets[name] - 1
+        assert off <= 0.02 + 2e-6
+        assert one_sided or off >= -0.02 - 2e-6

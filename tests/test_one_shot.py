@@ -553,7 +553,11 @@ def test_accuracy_and_agreement():
         ("policy_gradient", {"log_probability": "max"}, ["log_probability", "'max'", "sum, mean"]),
         ("policy_gradient", {"baseline_momentum": 1.0}, ["baseline_momentum", "1.0"]),
         ("policy_gradient", {"temperature": 0.0}, ["temperature", "0.0"]),
-        ("policy_gradient", {"beta": -1.0}, ["beta", "-1.0"]),
+        *(
+            ("policy_gradient", {name: value}, [name, str(value), "at least 0"])
+            for name in ("beta", "learning_rate", "entropy_weight")
+            for value in (-1.0, math.nan, math.inf)
+        ),
         ("policy_gradient", {"cost_samples": 1}, ["cost_samples is 1"]),
         ("policy_gradient", {"cost_samples": 0}, ["annealed", "cost_samples to 2"]),
         ("policy_gradient", {"reward": "soft"}, ["multiplies", "cost_samples to 0"]),
@@ -610,15 +614,54 @@ def test_a_state_may_be_donated(searcher):
 
 
 @pytest.mark.parametrize("searcher", ["critic", "policy_gradient", "uniform"])
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1)])
-def test_a_quality_for_each_choice(searcher, shape):
+@pytest.mark.parametrize("shape, given", [((), 2), ((1,), 2), ((3,), 2), ((2, 1), 2), ((1,), 1)])
+def test_a_quality_for_each_choice(searcher, shape, given):
     setting = problem(spy=False)
     factory = functools.partial(getattr(searches, searcher), samples=2, total_steps=4)
     one_shot = factory(setting.space, {"gbops": setting.costs})
     state = one_shot.init({"gbops": 1.5 * setting.costs.range[0]})
-    choices = one_shot.sample(state, jax.random.key(0))
+    choices = one_shot.sample(state, jax.random.key(0))[:given]
     with pytest.raises(ValueError, match=r"one number for each"):
         one_shot.update(state, choices, jnp.zeros(shape), jax.random.key(0))
+
+
+@pytest.mark.parametrize("searcher", LEARNING)
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_of_a_quality_that_is_not_finite_nothing_is_learned(searcher, odd):
+    """By no replica, whichever of them it was seen by; the search goes on."""
+    setting = problem(spy=False)
+    one_shot = getattr(searches, searcher)(
+        setting.space, {"gbops": setting.costs}, total_steps=20, delay=0.0, axis_name="replicas"
+    )
+    state = one_shot.init({"gbops": 1.5 * setting.costs.range[0]})
+    update = jax.jit(jax.vmap(one_shot.update, (None, 0, 0, 0), axis_name="replicas"))
+    for number, key in enumerate(jax.random.split(jax.random.key(0), 3)):
+        keys = jax.random.split(key, 2)
+        choices = jax.vmap(one_shot.sample, (None, 0))(state, keys)
+        quality = jnp.float32(choices.sum(-1)).at[0, 1].set(odd if number == 1 else 0.5)
+        both, told = update(state, choices, quality, keys)
+        jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[1]), both)
+        new = jax.tree.map(lambda leaf: leaf[0], both)
+        assert int(new.step) == number + 1
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+        learned = new.policy._replace(logits=0) if searcher == "critic" else new.policy
+        before = state.policy._replace(logits=0) if searcher == "critic" else state.policy
+        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), learned, before)
+        assert all(jax.tree.leaves(same)) == (number == 1)
+        assert np.isfinite(told["quality"][0]) == (number != 1)
+        state = new
+
+
+@pytest.mark.parametrize("searcher", [*LEARNING, "uniform"])
+def test_costs_are_those_of_the_space(searcher):
+    setting, other = problem(spy=False), problem(spy=False, rules=((".*", OPTIONS[:3]),))
+    factory = functools.partial(getattr(searches, searcher), setting.space, total_steps=4)
+    with pytest.raises(SpaceError, match=r"gbops.*another space: .* 12 options, .* 16\."):
+        factory({"gbops": other.costs})
+    with pytest.raises(SpaceError, match=r"expected a table, as space\.cost_table"):
+        factory({"gbops": aqs.cost.gbops})
+    with pytest.raises(SpaceError, match=r"expected a mapping"):
+        factory(setting.costs)
 
 
 def test_a_measure_that_does_not_exist():

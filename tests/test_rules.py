@@ -109,6 +109,10 @@ def test_a_constant_takes_the_format_of_weights():
         ([("stem", {"left": "int4"})], r"take the keys 'lhs' and 'rhs'.*got \['left'\]"),
         ([("stem", {"lhs": "int4", "weight": "int4"})], r"got \['lhs', 'weight'\]"),
         ([("stem", {})], r"got \[\]"),
+        ((".*", "int4"), r"A rule is '\.\*'; expected a pair"),
+        ([("stem", "int4", "int8")], r"'int8'\); expected a pair"),
+        ([(None, "int4")], r"None, 'int4'\); expected a pair"),
+        ("int4", r"Rules are 'int4'; expected pairs"),
     ],
 )
 def test_wrong_rules(sites, rules, message):

@@ -13,6 +13,8 @@ import numpy as np
 from aqt_search.search.cost_table import CostTable
 
 _POINTS = 2**13  # looked at, at most twice
+# Costs are float32: a hair of slack keeps sums in another order from telling equal ones apart.
+_SLACK = 1e-6
 
 
 def most_probable(log_p: jax.Array) -> jax.Array:
@@ -49,8 +51,10 @@ def most_probable_on_target(
     was nearly even fell to the other side. Looked at are the points in which the decisions that are
     least certain take one of their two best options (13 decisions), or any of their options (as
     many as make 2^13 points: 8 of 3 options), and all others their best. Where none of these is
-    within the tolerance, the answer is the most probable of those that are nearest, by the largest
-    |C / T - 1|.
+    within the tolerance, the most probable of those that are nearest, by the largest |C / T - 1|,
+    goes on towards the targets by one decision after another, each time by the change that gives up
+    least log-probability for what it brings nearer, until no change does: so the answer of a policy
+    that has decided little is near its targets, too.
 
     Args:
       log_p: [decisions, max_options], -inf where there is no option.
@@ -71,10 +75,52 @@ def most_probable_on_target(
     rows = np.arange(decisions)[None]
     points = order[rows, ranks]
     lost = jnp.sum((best[:, :1] - best)[rows, ranks], axis=1)
+    off = _off(points, costs, targets, one_sided)
+    off = jnp.where(jnp.isfinite(lost), off, jnp.inf)  # a second option that does not exist
+    fits = off <= jnp.maximum(tolerance, off.min()) + _SLACK
+    found = points[jnp.argmin(jnp.where(fits, lost, jnp.inf))]
+    return _nearer(found, log_p, costs, targets, tolerance, one_sided)
+
+
+def _off(
+    points: jax.Array,
+    costs: Mapping[str, CostTable],
+    targets: Mapping[str, jax.typing.ArrayLike],
+    one_sided: bool,
+) -> jax.Array:
+    """The largest |C / T - 1| of `points` [n, decisions]: [n]."""
     ratios = [jax.vmap(table.of)(points) / targets[name] for name, table in costs.items()]
     excess = jnp.stack(ratios) - 1
-    off = jnp.max(jnp.maximum(excess, 0) if one_sided else jnp.abs(excess), axis=0)
-    off = jnp.where(jnp.isfinite(lost), off, jnp.inf)  # a second option that does not exist
-    # Costs are float32: a hair of slack keeps sums in another order from telling equal ones apart.
-    fits = off <= jnp.maximum(tolerance, off.min()) + 1e-6
-    return points[jnp.argmin(jnp.where(fits, lost, jnp.inf))]
+    return jnp.max(jnp.maximum(excess, 0) if one_sided else jnp.abs(excess), axis=0)
+
+
+def _nearer(
+    point: jax.Array,
+    log_p: jax.Array,
+    costs: Mapping[str, CostTable],
+    targets: Mapping[str, jax.typing.ArrayLike],
+    tolerance: float,
+    one_sided: bool,
+) -> jax.Array:
+    """`point` [decisions], changed decision by decision until it fits or no change brings more."""
+    decisions, options = log_p.shape
+    rows, columns = np.divmod(np.arange(decisions * options), options)
+
+    def step(state):
+        point, off, _ = state
+        changed = jnp.tile(point, (len(rows), 1)).at[np.arange(len(rows)), rows].set(columns)
+        gained = off - _off(changed, costs, targets, one_sided)
+        lost = log_p[rows, point[rows]] - log_p[rows, columns]
+        useful = (gained > _SLACK) & jnp.isfinite(lost)
+        # Where nothing is given up, the change that brings most.
+        price = jnp.where(useful, (jnp.maximum(lost, 0.0) + 1e-6) / gained, jnp.inf)
+        best = jnp.argmin(price)
+        moves = useful[best]
+        return jnp.where(moves, changed[best], point), off - gained[best] * moves, moves
+
+    def goes_on(state):
+        _, off, moves = state
+        return moves & (off > tolerance + _SLACK)
+
+    off = _off(point[None], costs, targets, one_sided)[0]
+    return jax.lax.while_loop(goes_on, step, (point, off, jnp.bool_(True)))[0]

@@ -9,8 +9,8 @@ between the samples of a step, and from these values the policy in closed form,
 the distribution of largest mean value plus tau times entropy whose expected costs are their targets
 (m_k: the marginal costs of the options over the target). tau falls over the run; lambda_k is found
 by bisection at every step. So the expected cost is on its target from the first step on, and no
-weight of the cost has to be chosen. For the last tenth of the search the policy is the answer: the
-most probable point on target, under which the weights train to the end.
+weight of the cost has to be chosen. For the last tenth of the steps after the delay the policy is
+the answer: the most probable point on target, under which the weights train to the end.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_costs,
     check_judged,
     check_samples,
     check_tolerance,
@@ -113,6 +114,7 @@ def critic_over(
     steps = period(total_steps, delay)
     check_samples(samples, 2, ": a critic compares the points of a step")
     check_tolerance(tolerance)
+    check_costs(mask, costs)
     if not memory > 0:
         raise ValueError(f"memory is {memory}; expected a share of the run, above 0.")
     keep = max(0.0, 1 - 1 / (memory * total_steps))
@@ -122,7 +124,7 @@ def critic_over(
         return policies.sample_many(key, log_probabilities(state, mask, steps.start), samples)
 
     def update(state: SearchState, choices, quality, key):
-        check_judged(choices, quality)
+        check_judged(choices, quality, samples, len(mask))
         log_p = log_probabilities(state, mask, steps.start)
         new, own = critic_step(rule, state, choices, quality)
         shared = told_of_step(costs, state.targets, log_p, choices, quality, axis_name)
@@ -171,7 +173,8 @@ def observe(
         count <- keep * count + sum x^2;   value <- value + sum r x / (count + 2 * decisions)
 
     the diagonal of recursive least squares with forgetting. The constant keeps the decisions, which
-    all correct the same residual, from overshooting.
+    all correct the same residual, from overshooting. Where a quality is not finite, nothing is
+    learned.
 
     Args:
       critic: before.
@@ -196,7 +199,9 @@ def observe(
     value = critic.value + found["step"] / (count + 2 * decisions * count_of_replicas)
     steps = keep * critic.steps + 1
     variance = critic.variance + (found["variance"] / count_of_replicas - critic.variance) / steps
-    return CriticState(critic.logits, value, count, variance, steps)
+    seen = CriticState(critic.logits, value, count, variance, steps)
+    finite = jnp.isfinite(found["variance"])  # then so is every quality, of all replicas
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), seen, critic)
 
 
 def groups_of(options: Sequence[Any]) -> np.ndarray:

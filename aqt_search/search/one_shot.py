@@ -49,7 +49,7 @@ class Search(NamedTuple):
         choices sampled from this state, higher is better, all on the same examples; metrics are
         float32 scalars by name. The key may be the one sampled with. With an `axis_name`, to be
         called inside of that axis: replicas have keys, choices and qualities of their own and end
-        in one state.
+        in one state. Of a step with a quality that is not finite nothing is learned.
       answer: (state) -> choices [decisions], int32.
     """
 
@@ -108,6 +108,23 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(f"tolerance is {tolerance}; expected a share of the targets, at least 0.")
 
 
+def check_costs(mask: np.ndarray, costs: Mapping[str, CostTable]) -> None:
+    """Raises SpaceError for costs that are no tables of the space with this `mask`."""
+    if not isinstance(costs, Mapping):
+        raise SpaceError(f"costs are {costs!r}; expected a mapping of names to cost tables.")
+    for name, table in costs.items():
+        if not isinstance(table, CostTable):
+            raise SpaceError(
+                f"costs[{name!r}] is {table!r}; expected a table, as space.cost_table({name})."
+            )
+        if table.mask is not mask and not np.array_equal(table.mask, mask):
+            raise SpaceError(
+                f"costs[{name!r}] is the table of another space: it has {len(table.mask)} decisions"
+                f" with {table.mask.sum()} options, the search {len(mask)} with {mask.sum()}. Make"
+                " it by the cost_table of the space that is searched."
+            )
+
+
 def check_targets(costs: Mapping[str, CostTable], targets: Mapping[str, Any]) -> None:
     """Raises SpaceError if costs and targets differ in their names, or no point meets a target.
 
@@ -157,13 +174,14 @@ def cost_ratios(
     return jnp.stack(ratios, axis=-1)
 
 
-def check_judged(choices: jax.Array, quality: jax.Array) -> None:
+def check_judged(choices: jax.Array, quality: jax.Array, samples: int, decisions: int) -> None:
     """Raises ValueError unless there is one quality for each of the choices of a step."""
-    if jnp.ndim(choices) != 2 or jnp.shape(quality) != jnp.shape(choices)[:1]:
+    expected = (samples, decisions)
+    if jnp.shape(choices) != expected or jnp.shape(quality) != expected[:1]:
         raise ValueError(
             f"update got choices of shape {jnp.shape(choices)} and a quality of shape"
-            f" {jnp.shape(quality)}; expected [samples, decisions], all that sample gave, and"
-            " [samples]: one number for each, higher is better."
+            f" {jnp.shape(quality)}; expected {expected}, all that sample gave, and"
+            f" {expected[:1]}: one number for each, higher is better."
         )
 
 

@@ -36,12 +36,13 @@ class Choice(NamedTuple):
     """What a rule leaves to choose: options by role, None for both operands together."""
 
     options: dict[str | None, tuple[FormatSpec, ...]]
-    fixed: FormatSpec  # of the other operands
+    fixed: Mapping[str, FormatSpec]  # of the other operands
 
     def spec(self, column: int) -> FormatSpec:
         """One set of formats of the rule, for checking: option `column` of every role."""
         taken = {role: o[min(column, len(o) - 1)] for role, o in self.options.items()}
-        return taken.get(None, {**(self.fixed or {}), **taken})
+        of_roles = {role: option for role, option in taken.items() if role is not None}
+        return {**self.fixed, **of_roles} if of_roles else taken[None]
 
 
 def parsed_rule(pattern: str, spec: Any) -> Any:
@@ -56,9 +57,9 @@ def parsed_rule(pattern: str, spec: Any) -> Any:
                 f"Rule {pattern!r} has options beside {odd}: a mapping with options has the keys"
                 " 'weight' and 'activation' alone."
             )
-        choice = Choice(chosen, {k: v for k, v in spec.items() if k not in chosen} or None)
+        choice = Choice(chosen, {k: v for k, v in spec.items() if k not in chosen})
     elif (options := _options(spec)) is not None:
-        choice = Choice({None: options}, None)
+        choice = Choice({None: options}, {})
     else:
         return spec
     for role, options in choice.options.items():

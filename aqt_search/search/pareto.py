@@ -113,8 +113,8 @@ def hypervolume_interval(
     for weights in distinct:
         total = weights @ present
         shown = total > 0
-        means = [(weights @ v)[shown] / total[shown] for v in (costs, accuracies)]
-        areas.append(hypervolume(*means, *reference))
+        cost, accuracy = ((weights @ v)[shown] / total[shown] for v in (costs, accuracies))
+        areas.append(hypervolume(cost, accuracy, *reference))
     quantiles = np.quantile(np.repeat(areas, repeats), [(1 - level) / 2, (1 + level) / 2])
     return float(quantiles[0]), float(quantiles[1])
 

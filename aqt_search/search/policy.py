@@ -63,7 +63,7 @@ def reinforce_loss(
     logits: jax.Array,
     choices: jax.Array,
     advantage: jax.Array,
-    entropy_weight: jax.Array,
+    entropy_weight: jax.typing.ArrayLike,
     mask: np.ndarray,
     *,
     temperature: float,

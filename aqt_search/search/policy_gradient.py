@@ -19,6 +19,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_costs,
     check_judged,
     check_samples,
     check_tolerance,
@@ -29,7 +30,13 @@ from aqt_search.search.one_shot import (
     told_of_step,
 )
 from aqt_search.search.policy import PolicyState
-from aqt_search.search.reward import Reward, check_beta, entropy_weight_at, named_reward
+from aqt_search.search.reward import (
+    Reward,
+    check_beta,
+    check_number,
+    entropy_weight_at,
+    named_reward,
+)
 
 REDUCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {"sum": jnp.sum, "mean": jnp.mean}
 
@@ -94,6 +101,7 @@ def policy_gradient(
       ValueError: an argument out of its range, or arguments that exclude one another.
     """
     mask = space.mask
+    check_number("learning_rate", learning_rate)
     rule = _Rule(
         mask, costs, period(total_steps, delay), named_reward(reward), beta, baseline_momentum,
         cost_samples, annealed, optax.adam(learning_rate),
@@ -102,6 +110,7 @@ def policy_gradient(
     )  # fmt: skip
     _check(rule, samples)
     check_tolerance(tolerance)
+    check_costs(mask, costs)
     start = rule.period.start
 
     def sample(state: SearchState, key: jax.Array) -> jax.Array:
@@ -117,7 +126,7 @@ def policy_gradient(
         return first_state(costs, targets, policies.init_policy(mask, rule.adam))
 
     def update(state: SearchState, choices, quality, key):
-        check_judged(choices, quality)
+        check_judged(choices, quality, samples, len(mask))
         return gradient_step(rule, state, choices, quality, key)
 
     return Search(init, sample, update, answer)
@@ -175,7 +184,10 @@ def _check(rule: _Rule, samples: int) -> None:
 def gradient_step(
     rule: _Rule, state: SearchState, choices: jax.Array, quality: jax.Array, key: jax.Array
 ) -> tuple[SearchState, dict[str, jax.Array]]:
-    """The state after a step's samples; before the delay is over the policy stays."""
+    """The state after a step's samples.
+
+    The policy stays before the delay is over, and where a quality is not finite.
+    """
     step, policy, targets = state.step, state.policy, state.targets
     log_p = log_probabilities(state, rule.mask, rule.period.start, rule.temperature)
     ratios = cost_ratios(rule.costs, targets, choices)
@@ -186,7 +198,7 @@ def gradient_step(
         own, further = cost_terms(rule, targets, log_p, key, step)
         groups.append(own)
     moved, told = _policy_step(rule, policy, groups, further, step)
-    searching = step >= rule.period.start
+    searching = (step >= rule.period.start) & jnp.all(jnp.isfinite(moved.logits))
     kept = jax.tree.map(lambda new, old: jnp.where(searching, new, old), moved, policy)
     told["reward"] = replicas.mean(jnp.mean(rewards), rule.axis_name)
     shared = told_of_step(rule.costs, targets, log_p, choices, quality, rule.axis_name)
@@ -239,7 +251,7 @@ def _policy_step(rule: _Rule, policy: PolicyState, groups, further, step: jax.Ar
 
     gradient = replicas.mean(jax.grad(loss)(policy.logits), rule.axis_name)
     updates, opt_state = rule.adam.update(gradient, policy.opt_state)
-    logits = optax.apply_updates(policy.logits, updates)
+    logits: Any = optax.apply_updates(policy.logits, updates)
     momentum = rule.baseline_momentum or 0.0
     new_baseline = momentum * baseline + (1 - momentum) * mean
     told = {"entropy_weight": weight}

@@ -77,14 +77,19 @@ def named_reward(reward: str | Reward) -> Reward:
 
 
 def check_beta(beta: float) -> None:
-    """Raises ValueError for a weight of the costs that is below 0."""
-    if not beta >= 0:
-        raise ValueError(f"beta, the weight of the costs, is {beta}; expected at least 0.")
+    """Raises ValueError for a weight of the costs that is below 0 or not finite."""
+    check_number("beta, the weight of the costs,", beta)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises ValueError for a rate or weight that is below 0 or not finite."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; expected a finite number, at least 0.")
 
 
 def entropy_weight_at(
     schedule: str, end_weight: float
-) -> Callable[[jax.typing.ArrayLike, tuple[int, int]], jax.Array]:
+) -> Callable[[jax.Array | int, tuple[int, int]], jax.Array]:
     """The weight of the entropy term, as a function of the step and of (start, total) steps.
 
     It is 0 before `start`; with s = (step - start) / (total - start), cut to 0 .. 1,
@@ -95,11 +100,12 @@ def entropy_weight_at(
         step       end_weight from s = 1/2 on, before that 0
 
     Raises:
-      ValueError: unknown name, or a weight that is no number.
+      ValueError: unknown name; a weight that is below 0 or not finite.
     """
+    check_number("entropy_weight", end_weight)
     share_of_weight = _known(schedule, ENTROPY_SCHEDULES, "entropy schedule")
 
-    def weight(step: jax.typing.ArrayLike, period: tuple[int, int]) -> jax.Array:
+    def weight(step: jax.Array | int, period: tuple[int, int]) -> jax.Array:
         start, total = period
         share = jnp.clip((step - start) / (total - start), 0.0, 1.0)
         return jnp.where(step < start, 0.0, end_weight * share_of_weight(share))

@@ -15,7 +15,7 @@ from aqt_search.numerics.outline import outline
 from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import Choice, SpaceError, option_label, parsed_rule
-from aqt_search.tracing.rules import FormatSpec, assign, match_rules, site_formats
+from aqt_search.tracing.rules import FormatSpec, assign, match_rules, rule_pairs, site_formats
 from aqt_search.tracing.sites import Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
@@ -115,7 +115,9 @@ class Space:
             {name: self._fixed(name)._replace(**chosen.get(name, {})) for name in self.sites}
         )
 
-    def concrete_assignment(self, choices: Sequence[int]) -> dict[str, SiteFormats]:
+    def concrete_assignment(
+        self, choices: Sequence[int] | np.ndarray | jax.Array
+    ) -> dict[str, SiteFormats]:
         """As `assignment`, for known choices: plain Python numbers, None where nothing is done."""
         formats = {name: self._fixed(name) for name in self.sites}
         for decision, choice in zip(self.decisions, choices, strict=True):
@@ -160,7 +162,8 @@ class Space:
         covered = {name for decision in self.decisions for name in decision.sites}
         rest = {name: site for name, site in self.sites.items() if name not in covered}
         fixed = float(cost(rest, self._adapted({name: self._fixed(name) for name in rest})))
-        return CostTable(table, *np.array(pairs).T, fixed, self.mask)
+        firsts, seconds = np.array(pairs).T
+        return CostTable(table, firsts, seconds, fixed, self.mask)
 
     def _options_of(self, first: int, second: int) -> Iterable[tuple[int, int]]:
         count = [len(self.decisions[d].options) for d in (first, second)]
@@ -203,7 +206,7 @@ def make_space(
         differs), "rule" all sites of a rule, "model" all sites, whose rules offer the same.
 
     Raises:
-      RuleError: a rule matches no site or is never reached.
+      RuleError: rules that are no pairs; one that matches no site or is never reached.
       FormatError: unknown format name.
       SiteError: a rule offers a format to a site that cannot be quantized.
       SpaceError: a rule has fewer than two options or the same twice, or options that differ in
@@ -212,11 +215,12 @@ def make_space(
     """
     if decide not in DECIDE:
         raise SpaceError(f"decide is {decide!r}; expected one of {', '.join(DECIDE)}.")
-    rules = [(pattern, parsed_rule(pattern, spec)) for pattern, spec in rules]
+    rules = [(pattern, parsed_rule(pattern, spec)) for pattern, spec in rule_pairs(rules)]
     searched = {i: spec for i, (_, spec) in enumerate(rules) if isinstance(spec, Choice)}
     if not searched:
         raise SpaceError("The space has nothing to choose: give a rule a list of formats.")
     taken = match_rules(sites, [pattern for pattern, _ in rules])
+    formats: dict[str, SiteFormats] = {}
     for column in range(
         max(len(o) for choice in searched.values() for o in choice.options.values())
     ):
@@ -274,7 +278,8 @@ def _decisions(sites, pattern: str, group: str, members: list[str], choice: Choi
     if None in choice.options:
         return [Decision(group, tuple(members), choice.options[None], None, group)]
     found = []
-    for role, options in choice.options.items():
+    of_roles = {role: options for role, options in choice.options.items() if role is not None}
+    for role, options in of_roles.items():
         # The product of two activations has no weight to decide about.
         has = [n for n in members if not is_unquantized(site_formats(sites[n], {role: "int8"}))]
         if has:
@@ -282,6 +287,6 @@ def _decisions(sites, pattern: str, group: str, members: list[str], choice: Choi
     if not found:
         raise SpaceError(
             f"Rule {pattern!r} decides nothing for {members}: none has a"
-            f" {' or '.join(choice.options)} to quantize."
+            f" {' or '.join(of_roles)} to quantize."
         )
     return found

@@ -15,6 +15,7 @@ from aqt_search.search.one_shot import (
     Search,
     SearchState,
     answer_of,
+    check_costs,
     check_judged,
     check_samples,
     check_tolerance,
@@ -58,6 +59,7 @@ def uniform(
     check_samples(samples, 1, "")
     check_tolerance(tolerance)
     mask = space.mask
+    check_costs(mask, costs)
 
     def init(targets: Mapping[str, Any]) -> SearchState:
         return first_state(costs, targets, UniformPolicy(jnp.zeros(mask.shape, jnp.float32)))
@@ -69,7 +71,7 @@ def uniform(
         return policies.sample_many(key, log_p(state), samples)
 
     def update(state: SearchState, choices, quality, key):
-        check_judged(choices, quality)
+        check_judged(choices, quality, samples, len(mask))
         told = told_of_step(costs, state.targets, log_p(state), choices, quality, axis_name)
         return state._replace(step=state.step + 1), told
 

@@ -67,6 +67,22 @@ def _check_keys(spec: Mapping[str, Any]) -> None:
         raise RuleError(f"'unsigned' is True or False; got {spec['unsigned']!r}.")
 
 
+def rule_pairs(rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The ordered rules as a list.
+
+    Raises:
+      RuleError: something else than pairs whose first part is a pattern.
+    """
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise RuleError(f"Rules are {rules!r}; expected pairs (pattern, what holds), in order.")
+    pairs = list(rules)
+    for rule in pairs:
+        pair = isinstance(rule, (tuple, list)) and len(rule) == 2
+        if not pair or not isinstance(rule[0], str):
+            raise RuleError(f"A rule is {rule!r}; expected a pair (pattern, what holds).")
+    return pairs
+
+
 def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list[str]]:
     """The sites that each of the ordered patterns takes: a site goes to the first that matches it.
 
@@ -118,12 +134,13 @@ def assign(
       `SiteFormats` for every site, in the order of `sites`.
 
     Raises:
-      RuleError: a rule matches no site, or only sites that earlier rules took (the message shows
-        the nearest names); a pattern that is no regular expression; unknown operand keys.
+      RuleError: rules that are no pairs; a rule matches no site, or only sites that earlier rules
+        took (the message shows the nearest names); a pattern that is no regular expression;
+        unknown operand keys.
       FormatError: unknown format name.
       SiteError: a rule quantizes a site that cannot be.
     """
-    rules = list(rules)
+    rules = rule_pairs(rules)
     assignment = {name: SiteFormats() for name in sites}
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     for (pattern, spec), names in zip(rules, taken):

@@ -130,7 +130,8 @@ def evaluate_assignments(
         examples += float(np.sum(batch["mask"], dtype=float))
     if not examples:
         raise ValueError("There is nothing to evaluate: the batches hold no examples.")
-    return AssignmentQuality(*(sums / examples), round(examples))
+    first, second = sums / examples
+    return AssignmentQuality(first, second, round(examples))
 
 
 def _count(assignments: Any) -> int:

@@ -167,7 +167,7 @@ class _Lane:
         self.state, self.done = run.state, 0
         self.seconds = self.spent = 0.0  # before this start, and up to the newest checkpoint
         self.error: RuntimeError | None = None
-        self.writer: MetricWriter | None = None
+        self.writer: MetricWriter  # opened before the first step, if one is left
         restored = restore_latest(self.folder, jax.tree.map(np.asarray, run.state))
         if restored is not None:
             self.state, self.done = restored.state, restored.step

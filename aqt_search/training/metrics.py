@@ -13,7 +13,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
+
+# pyrefly: ignore[missing-module-attribute]  # made by protobuf when it is imported
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# pyrefly: ignore[missing-module-attribute]
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 

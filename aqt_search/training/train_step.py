@@ -142,7 +142,8 @@ def make_update(
         set_now, remembered = split_learned(
             synchronized(state.scales, own.get(SCALES, state.scales))
         )
-        params, auxiliary, learned = optax.apply_updates((*trained[:2], set_now), updates)
+        applied: Any = optax.apply_updates((*trained[:2], set_now), updates)
+        params, auxiliary, learned = applied
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
         new = TrainState(
             state.step + 1, params, batch_stats, opt_state, state.rng, auxiliary,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aqt_search.tracing.rules import RuleError, match_rules
+from aqt_search.tracing.rules import RuleError, match_rules, rule_pairs
 from aqt_search.tracing.sites import Site, parameter_name
 
 _UNIFORM_KURTOSIS = 1.8  # of a uniform distribution
@@ -156,7 +156,7 @@ def range_loss(
       RuleError: a rule matches no site, is never used or has an unknown loss; or no site with a
         weight gets a loss.
     """
-    rules = list(rules)
+    rules = rule_pairs(rules)
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     chosen: dict[str, RangeLoss] = {}
     parameters: dict[str, str] = {}

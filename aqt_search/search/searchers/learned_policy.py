@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ def learn(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(factory: Factory, costs: CostTable, state: SearchState, key: Hashable) -> jax.Array:
+def _sample(factory: Factory, costs: CostTable, state: SearchState, key: jax.Array) -> jax.Array:
     return factory(costs).sample(state, key)
 
 
