@@ -235,7 +235,7 @@ def _sum(total: Moments, moments: Moments) -> Moments:
 def _moments(layer: Layer, found: SiteValues, target: jax.Array | None) -> Moments:
     """Sums over one batch, from the site's values and what it should give (None: W x)."""
     matrix, weight = layer.matrix, found[layer.side]
-    dtype = carrier_dtype(weight)
+    dtype = carrier_dtype(weight.dtype)
     x = matrix.inputs(values_of(found.operands[1 - layer.side])).astype(dtype)
     weight = matrix.weight(weight).astype(dtype)
     product = functools.partial(jnp.einsum, precision=_PRECISE)
@@ -252,7 +252,7 @@ def _round(
     solve: Solve, matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Array, total: Moments
 ) -> jax.Array:
     """The operand with its values on the grid of its bounds."""
-    dtype = carrier_dtype(operand)
+    dtype = carrier_dtype(operand.dtype)
 
     @jax.jit
     def prepare(operand, state, total):

@@ -153,12 +153,12 @@ def quantized_by(
     formats, twins = zip(*((plan.quantizer.fmt, plan.twin) for plan in plans.values()))
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
-    dtypes = {carrier_dtype(o) for o in operands} | {_OF_GRADIENTS}
+    dtypes = {carrier_dtype(o.dtype) for o in operands} | {_OF_GRADIENTS}
     grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes}
     rows = {key: np.int32(row) for row, key in enumerate(plans)}
 
     def quantized(key: Key, x: jax.Array | None) -> Quantized:
-        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x)
+        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
         return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
 
     return quantized

@@ -249,7 +249,7 @@ def _slices(
 def _statistics(
     key: Key, w: np.ndarray, quantized: _Served | None, fmt: NumericFormat
 ) -> WeightStatistics:
-    carrier = carrier_dtype(w)
+    carrier = carrier_dtype(w.dtype)
     w, q = w.astype(carrier), None if quantized is None else quantized.values.astype(carrier)
     known = [x for x in (w, q) if x is not None]
     found = dict.fromkeys(WeightStatistics._fields)
