@@ -243,6 +243,18 @@ def test_dot_gradients_are_those_of_the_straight_through_model():
     )  # fmt: skip
 
 
+def test_the_gradient_of_a_scalar_is_quantized():
+    """One number is the largest of its tensor, so quantizing changes its rounding alone."""
+    lhs, rhs = sample(6), sample(6, seed=1)
+
+    def loss(lhs, rhs):
+        dimensions = (((0,), (0,)), ((), ()))
+        return 3 * aqs.dot_general(lhs, rhs, dimensions, lhs_gradient="int8", rhs_gradient="e4m3")
+
+    for gradient, other in zip(jax.grad(loss, (0, 1))(lhs, rhs), (rhs, lhs)):
+        np.testing.assert_allclose(gradient, 3 * other, rtol=1e-6)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_convolution_gradients_are_those_of_the_straight_through_model(groups):
     arguments = {

@@ -219,6 +219,15 @@ def test_moments_through_pooling():
     assert np.isnan(peak.moments.mean).all()
 
 
+def test_statistics_of_a_site_in_a_loop_are_refused():
+    def apply(variables, x):
+        return jax.lax.scan(lambda y, w: (y @ w, None), x, variables["w"])[0]
+
+    graph = trace_graph(apply, {"w": jnp.zeros((2, 5, 5))}, jnp.zeros((1, 5)))
+    with pytest.raises(PTQError, match=r"'w'.* inside a loop"):
+        propagate(graph, {"w": NormalStatistics(MEAN, DEVIATION)})
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -243,9 +243,22 @@ class Normed(nn.Module):
         return nn.Dense(2, name="second")(x)
 
 
+class SeveralAxes(nn.Module):
+    """Heads: a kernel with several axes of outputs, and one with several of inputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4, name="first")(x))
+        x = nn.relu(nn.DenseGeneral((2, 3), name="split")(x))
+        x = nn.relu(nn.DenseGeneral(4, axis=(-2, -1), name="merged")(x))
+        return nn.Dense(2, name="head")(x)
+
+
 @pytest.mark.parametrize(
     "model, site, words",
     [
+        (SeveralAxes(), "first", "next site 'split/kernel': its output channels are not a single"),
+        (SeveralAxes(), "merged", "its inputs are several axes"),
         (Separable(nn.relu6), "grouped", "f.s x. = s f.x. does not hold.*relu6"),
         (Separable(nn.swish), "depthwise", "does not hold.*swish"),
         (Branches(), "left", "residual"),
@@ -386,6 +399,26 @@ def test_a_layer_norm_with_another_reader_is_left():
     variables = random_variables(ReadTwice(), x)
     with pytest.warns(SkippedSite, match="'dense/kernel' as it is: .*residual"):
         smoothed = smooth(ReadTwice().apply, variables, [x])
+    jax.tree.map(np.testing.assert_array_equal, smoothed, variables)
+
+
+class Attention(nn.Module):
+    """Flax's own attention, whose kernels have an axis of heads, behind a LayerNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
+
+
+def test_kernels_with_heads_are_left():
+    x = RNG.normal(size=(2, 5, 4)).astype(np.float32)
+    variables = random_variables(Attention(), x)
+    with pytest.warns(SkippedSite) as caught:
+        smoothed = smooth(Attention().apply, variables, [x])
+    words = [f"'attention/{name}/kernel' as it is: .*not a single axis"
+             for name in ("query", "key", "value", "out")]  # fmt: skip
+    assert all(any(re.search(w, str(c.message)) for c in caught) for w in words)
     jax.tree.map(np.testing.assert_array_equal, smoothed, variables)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from aqt_search.numerics.calibration import is_asymmetric
 from aqt_search.numerics.formats import is_unscaled
@@ -23,7 +24,7 @@ def _bits(operand: Operand, fmt) -> int | jax.Array:
     return 8 * operand.dtype.itemsize if fmt is None else fmt.bits
 
 
-def _scale_bits(operand: Operand, q: Quantizer) -> float | jax.Array:
+def _scale_bits(operand: Operand, q: Quantizer) -> float | np.ndarray | jax.Array:
     """Bits of an operand's stored scales and zero points; none in formats used unscaled."""
     granularity = q.granularity or per_channel(*operand.channel_axes)
     granularity = resolve(granularity, len(operand.shape), operand.contracting)
@@ -55,7 +56,9 @@ def _site_macs(site: Site) -> int:
     return site.macs * site.repeats
 
 
-def gbops(sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]) -> float | jax.Array:
+def gbops(
+    sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]
+) -> float | np.ndarray | jax.Array:
     """Billions of bit operations of one call.
 
         GBOPs = sum over sites of MACs * lhs bits * rhs bits / 1e9   (FLIQS, arXiv 2308.03290)
@@ -83,7 +86,7 @@ def gbops(sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]) -> f
 
 def weight_bytes(
     sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats], *, scales: bool = True
-) -> float | jax.Array:
+) -> float | np.ndarray | jax.Array:
     """Bytes of the weights as they are stored: packed codes and, unless left out, their scales.
 
         bytes = sum over weights of (elements * bits + bits of scales and zero points) / 8

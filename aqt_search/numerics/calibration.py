@@ -181,7 +181,8 @@ def fixed(high: float, low: float | None = None) -> Calibration:
 
     def bounds(x, over, error):
         shape = tuple(1 if a in over.axes else n for a, n in enumerate(x.shape))
-        return Bounds(*(None if b is None else jnp.full(shape, b, x.dtype) for b in (high, low)))
+        lowest = None if low is None else jnp.full(shape, low, x.dtype)
+        return Bounds(jnp.full(shape, high, x.dtype), lowest)
 
     return _stateless(bounds)
 

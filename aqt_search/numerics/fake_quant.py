@@ -114,6 +114,7 @@ def _with_slope_of_bounds(x, bounds: Bounds, values, unscaled, tangent, slopes: 
         slope = factor * (slopes.high / jnp.maximum(bounds.high, tiny))
         tangent = jnp.where(inside, tangent, zeros) + slope
     else:
+        assert slopes.low is not None  # the slopes are the tangent of the bounds
         widening = (slopes.high - slopes.low) / jnp.maximum(bounds.high - low, tiny)
         shift = slopes.low - low * widening
 

@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,11 @@ class NumericFormat(NamedTuple):
     exponents `e >= min_exponent`, cut to `[min_value, max_value]`.
     """
 
-    mantissa_bits: int | jax.Array  # [...], int32: explicit bits after the leading one
-    min_exponent: int | jax.Array  # [...], int32: exponent of the smallest normal number
-    min_value: float | jax.Array  # [...], float32
-    max_value: float | jax.Array  # [...], float32
-    bits: int | jax.Array  # [...], int32: storage width in bits
+    mantissa_bits: int | np.ndarray | jax.Array  # [...], int32: explicit, after the leading one
+    min_exponent: int | np.ndarray | jax.Array  # [...], int32: of the smallest normal number
+    min_value: float | np.ndarray | jax.Array  # [...], float32
+    max_value: float | np.ndarray | jax.Array  # [...], float32
+    bits: int | np.ndarray | jax.Array  # [...], int32: storage width in bits
 
 
 def _integer_format(bits: int, signed: bool) -> NumericFormat:
@@ -116,6 +116,14 @@ def numeric_format(name: str | NumericFormat) -> NumericFormat:
     )
 
 
+@overload
+def format_name(fmt: NumericFormat) -> str: ...
+
+
+@overload
+def format_name(fmt: None) -> None: ...
+
+
 def format_name(fmt: NumericFormat | None) -> str | None:
     """The name `numeric_format` knows a concrete format by; None stays None.
 
@@ -148,7 +156,7 @@ def stack_formats(formats: Sequence[str | NumericFormat]) -> NumericFormat:
     return NumericFormat(*(c.astype(d) for c, d in zip(columns, dtypes)))
 
 
-def is_unscaled(fmt: NumericFormat) -> jax.Array | bool:
+def is_unscaled(fmt: NumericFormat) -> bool | np.ndarray | jax.Array:
     """Whether `fmt` is used with scale 1: formats of 16 bits or more, or with e8mY's range."""
     return (fmt.bits >= 16) | (fmt.max_value >= _WIDE_MAX_VALUE)
 
@@ -158,7 +166,7 @@ def is_traced(fmt: NumericFormat) -> bool:
     return any(isinstance(field, jax.core.Tracer) for field in fmt)
 
 
-def is_integer(fmt: NumericFormat) -> jax.Array | bool:
+def is_integer(fmt: NumericFormat) -> bool | np.ndarray | jax.Array:
     """Whether the format's grid has one spacing everywhere: its exponent never moves."""
     # e2m0, the powers of two up to 4, is the one float grid whose two numbers agree as well.
     return (fmt.mantissa_bits == fmt.min_exponent) & ((fmt.mantissa_bits > 0) | (fmt.max_value < 2))
@@ -241,6 +249,7 @@ def _round_steps(steps: jax.Array, rounding: str, random: jax.Array | None) -> j
     floor = jax.lax.floor(steps)
     if rounding == "floor":
         return floor
+    assert random is not None  # "stochastic" takes it
     # The remainder is exact, so a value on the grid stays there for any random number below 1.
     return floor + (random < steps - floor).astype(steps.dtype)
 
@@ -322,7 +331,8 @@ def code_values(fmt: str | NumericFormat) -> np.ndarray:
     fmt = numeric_format(fmt)
     if fmt.bits > 8:
         raise FormatError(f"code_values lists formats of at most 8 bits; this one has {fmt.bits}.")
-    mantissa_bits, min_exponent, min_value, max_value, bits = fmt
+    mantissa_bits, min_exponent, bits = map(int, (fmt.mantissa_bits, fmt.min_exponent, fmt.bits))
+    min_value, max_value = float(fmt.min_value), float(fmt.max_value)
     codes = np.arange(2 ** (bits if min_value == 0 else bits - 1))
     field, fraction = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
     significand = fraction + np.where(field > 0, 2**mantissa_bits, 0)

@@ -107,28 +107,34 @@ def resolve(
     )
 
 
+def resolved_channel_axes(granularity: Granularity) -> tuple[int, ...]:
+    """The channel axes of a granularity that `resolve` returned."""
+    assert granularity.channel_axes is not None, "resolve names every axis"
+    return granularity.channel_axes
+
+
 def scale_shape(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
     """The shape of the scales of a tensor: `per_block(32, -1)` gives [64, 3] for [64, 96]."""
     granularity = resolve(granularity, len(shape))
-    return tuple(
-        -(-n // granularity.block_size)
-        if axis == granularity.block_axis
-        else n if axis in granularity.channel_axes else 1
-        for axis, n in enumerate(shape)
-    )  # fmt: skip
+    channel_axes, (_, size, block_axis) = resolved_channel_axes(granularity), granularity
+    sizes = [n if axis in channel_axes else 1 for axis, n in enumerate(shape)]
+    if size is not None and block_axis is not None:
+        sizes[block_axis] = -(-shape[block_axis] // size)
+    return tuple(sizes)
 
 
 def shared_axes(ndim: int, granularity: Granularity) -> tuple[int, ...]:
     """The axes that a scale is shared over, of a tensor split by `split_blocks`."""
     if granularity.block_axis is not None:
         return (granularity.block_axis + 1,)
-    return tuple(axis for axis in range(ndim) if axis not in granularity.channel_axes)
+    channel_axes = resolved_channel_axes(granularity)
+    return tuple(axis for axis in range(ndim) if axis not in channel_axes)
 
 
 def split_blocks(x: jax.Array, granularity: Granularity) -> jax.Array:
     """Splits the block axis in two, [.., n, ..] to [.., blocks, size, ..]; zeros fill the last."""
     _, size, axis = granularity
-    if axis is None:
+    if size is None or axis is None:
         return x
     short = -x.shape[axis] % size
     if short:

@@ -241,7 +241,7 @@ def batch_quant(channel_axis: int = -1) -> Calibration:
             updates=state.updates + counts,
         )
         bounds = adjusted(state, low, high, grid)
-        return Bounds(bounds.high.astype(x.dtype), bounds.low.astype(x.dtype)), new
+        return jax.tree.map(lambda b: b.astype(x.dtype), bounds), new
 
     return Calibration(init, apply, read, derivative="lsq")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ from aqt_search.numerics.formats import (
 )
 from aqt_search.numerics.granularity import Granularity, join_blocks, split_blocks
 from aqt_search.numerics.quantized import carrier_dtype, codes_of_tensor, in_one_format
-from aqt_search.numerics.quantizer import Quantizer, quantizer
+from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
+from aqt_search.numerics.scale import Scale
 
 _STORAGE_DTYPES = {
     numeric_format(name): np.dtype(dtype)
@@ -102,7 +102,7 @@ class QTensor:
         if self.fmt in _STORAGE_DTYPES:
             return self.data.astype(dtype)
         count = math.prod(self.shape[self.row_axes :])
-        codes = unpack_codes(self.data, self.fmt.bits, count).reshape(self.shape)
+        codes = unpack_codes(self.data, int(self.fmt.bits), count).reshape(self.shape)
         if not is_integer(self.fmt):
             return jnp.take(jnp.asarray(code_values(self.fmt), dtype), codes.astype(jnp.int32))
         if self.fmt.min_value == 0:
@@ -120,7 +120,7 @@ class QTensor:
 
     def dequantize(self) -> jax.Array:
         """The represented values, of the original shape and dtype."""
-        carrier = carrier_dtype(self)
+        carrier = carrier_dtype(self.dtype)
         values, scales = self.codes(carrier), self.scales(carrier)
         if scales is None:
             return values.astype(self.dtype)
@@ -228,13 +228,19 @@ def quantize_tensor(
         data = codes.astype(_STORAGE_DTYPES[fmt])
     else:
         data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
-        data = pack_codes(data, fmt.bits) if fmt.bits < 8 else data
-    stored = [None, None, None] if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
+        data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
+    stored = (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
+    scale, tensor_scale, zero_point = stored
     centred = q.calibration.centred and bool(is_integer(fmt))
-    return QTensor(data, *stored, fmt, how.granularity, x.shape, x.dtype, row_axes, centred)
+    return QTensor(
+        data, scale, tensor_scale, zero_point, fmt, how.granularity, x.shape, x.dtype, row_axes,
+        centred,
+    )  # fmt: skip
 
 
-def _stored_scale(scale: Any, q: Quantizer, how: Any) -> list[jax.Array | None]:
+def _stored_scale(
+    scale: Scale, q: Quantizer, how: Recipe
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     axis = how.granularity.block_axis
 
     def joined(part):
@@ -245,4 +251,4 @@ def _stored_scale(scale: Any, q: Quantizer, how: Any) -> list[jax.Array | None]:
         block = block.astype(_SCALE_DTYPES[q.scale_format])
     tensor = None if scale.tensor is None else scale.tensor.reshape((1,) * block.ndim)
     zero = None if q.calibration.centred else joined(scale.zero_point)
-    return [block, tensor, zero]
+    return block, tensor, zero

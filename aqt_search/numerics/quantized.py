@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def pack_grids(
     return jnp.stack(as_grid(stacked, dtype), axis=1)
 
 
-def carrier_dtype(x: jax.Array) -> np.dtype:
-    """The dtype that x is rounded in."""
-    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+def carrier_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that values of `dtype` are rounded in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +68,8 @@ class Quantized:
           ValueError: the last block is short and the calibration would count what fills it up.
         """
         _, size, axis = self.how.granularity
-        if axis is not None and self.how.calibration.counts and self.x.shape[axis] % size:
+        counts = self.how.calibration.counts
+        if counts and size is not None and axis is not None and self.x.shape[axis] % size:
             raise ValueError(
                 f"percentile and mean_deviation need full blocks: {size} does not divide axis"
                 f" {axis} of shape {self.x.shape}. Choose a size that does, or absmax, min_max or"
@@ -82,8 +83,9 @@ def in_one_format(
     bounds: Bounds | None = None,
 ) -> Quantized:  # fmt: skip
     """A tensor on its way into a format that is packed for it alone."""
-    dtype = np.dtype(np.float32) if x is None else carrier_dtype(x)
-    return Quantized(x, pack_grids([fmt], dtype), np.int32(0), bounds, key, how)
+    dtype = np.dtype(np.float32) if x is None else carrier_dtype(x.dtype)
+    tensor = cast(jax.Array, x)  # None for a gradient
+    return Quantized(tensor, pack_grids([fmt], dtype), np.int32(0), bounds, key, how)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
     """
     random, how, bounds = None, q.how, q.bounds
     if how.rounding == "stochastic":
+        assert q.key is not None  # `check_key` saw to it
         random = _random(q.key, q.x.shape, how.axis_name, grid.max_value.dtype)
         random = split_blocks(random, how.granularity)
     x = q.blocks()

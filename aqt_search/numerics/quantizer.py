@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from aqt_search.numerics import calibration as calibrations
 from aqt_search.numerics.calibration import Calibration, Over
@@ -84,7 +85,7 @@ class Quantizer:
             )
 
     @property
-    def bits(self) -> int | jax.Array:
+    def bits(self) -> int | np.ndarray | jax.Array:
         """Bits of an element, without scales."""
         return self.fmt.bits
 
@@ -122,7 +123,7 @@ def quantizer(spec: str | NumericFormat | Quantizer) -> Quantizer:
         return Quantizer(numeric_format("e2m1"), per_block(16), scale_format="e4m3", unsigned=False)
     if spec == "binary":
         mean = calibrations.centred(calibrations.mean_deviation(1.0, 0.0))
-        return Quantizer("uint1", calibration=mean, gradient=PASS_THROUGH)
+        return Quantizer(numeric_format("uint1"), calibration=mean, gradient=PASS_THROUGH)
     if isinstance(spec, str) and spec in _MX_ELEMENTS:
         element = numeric_format(_MX_ELEMENTS[spec])
         return Quantizer(element, per_block(32), scale_format="e8m0", unsigned=False)

@@ -72,12 +72,11 @@ def _with_middle_at_zero(scale: jax.Array, grid: Grid) -> Scale:
     return Scale(scale, None, jnp.reshape(middle, (1,) * scale.ndim))
 
 
-def _asymmetric_scale(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
-    """low .. high on min_value .. max_value with a zero point; symmetric in float formats."""
-    high, low = bounds
-    info = jnp.finfo(high.dtype)
-    quarter = high.dtype.type(info.max / 4)
-    high, low = jnp.minimum(high, quarter), jnp.maximum(low, -quarter)
+def _asymmetric_scale(upper: jax.Array, lower: jax.Array, grid: Grid, how: Recipe) -> Scale:
+    """lower .. upper on min_value .. max_value with a zero point; symmetric in float formats."""
+    info = jnp.finfo(upper.dtype)
+    quarter = upper.dtype.type(info.max / 4)
+    high, low = jnp.minimum(upper, quarter), jnp.maximum(lower, -quarter)
     integer = _is_integer(grid)
     symmetric = jnp.maximum(high, -low) * grid.inverse_max
     scale = where(integer, (high - low) * (1 / (grid.max_value - grid.min_value)), symmetric)
@@ -88,7 +87,7 @@ def _asymmetric_scale(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
     scale = where((high == low) | (grid.unscaled > 0), jnp.ones_like(scale), scale)
     zero = jax.lax.round(grid.min_value - low / scale, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     zero = where(integer, jax.lax.clamp(grid.min_value, zero, grid.max_value), 0.0)
-    return Scale(scale + 0 * (bounds.high + bounds.low), None, zero)
+    return Scale(scale + 0 * (upper + lower), None, zero)
 
 
 def scale_of(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
@@ -99,7 +98,7 @@ def scale_of(bounds: Bounds, grid: Grid, how: Recipe) -> Scale:
     is 0 or the format is used unscaled, NaN where a bound is not finite.
     """
     if bounds.low is not None:
-        return _asymmetric_scale(bounds, grid, how)
+        return _asymmetric_scale(bounds.high, bounds.low, grid, how)
     bound = bounds.high
     info = jnp.finfo(bound.dtype)
     cut = jax.lax.min(bound, bound.dtype.type(info.max / 4))

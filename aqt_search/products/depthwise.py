@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,14 +101,16 @@ def _shifted_products(lhs: jax.Array, rhs: jax.Array, windows: _Windows) -> jax.
     counts, stride = windows.counts(lhs.shape, rhs.shape), [1] * lhs.ndim
     for axis, step in zip(lhs_spec[2:], windows.strides):
         stride[axis] = step
-    total = None
-    for weights, tap in zip(jnp.unstack(kernel), itertools.product(*map(range, taps))):
+
+    def term(weights: jax.Array, tap: tuple[int, ...]) -> jax.Array:
         start, limit = [0] * lhs.ndim, list(images.shape)
         for place, axis in enumerate(lhs_spec[2:]):
             start[axis] = tap[place] * windows.dilation[place]
             limit[axis] = start[axis] + (counts[place] - 1) * stride[axis] + 1
         part = jax.lax.slice(images, start, limit, stride).astype(dtype)
-        term = part * jax.lax.broadcast_in_dim(weights, part.shape, lhs_spec[1:2])
-        total = term if total is None else total + term
+        return part * jax.lax.broadcast_in_dim(weights, part.shape, lhs_spec[1:2])
+
+    terms = map(term, jnp.unstack(kernel), itertools.product(*map(range, taps)))
+    total = functools.reduce(operator.add, terms)
     order = [source for _, source in sorted(zip(out_spec, lhs_spec))]
     return total.transpose(order).astype(windows.result or lhs.dtype)

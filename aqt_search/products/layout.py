@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
 def dot_layout(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> Layout:
     """The layout of `lax.dot_general`: batch axes, then free axes of lhs, then of rhs."""
-    contracting, batch = (tuple(tuple(axes) for axes in pair) for pair in dimension_numbers)
+    contracting, batch = ((tuple(lhs), tuple(rhs)) for lhs, rhs in dimension_numbers)
     position = len(batch[0])
     out_axes = []
     for ndim, contracted, batched in zip((lhs_ndim, rhs_ndim), contracting, batch):
@@ -37,7 +37,8 @@ def dot_layout(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> Layout:
             if axis not in contracted and axis not in batched:
                 axes[axis], position = position, position + 1
         out_axes.append(tuple(axes))
-    return Layout("dot_general", contracting, tuple(out_axes), position, batch)
+    lhs_axes, rhs_axes = out_axes
+    return Layout("dot_general", contracting, (lhs_axes, rhs_axes), position, batch)
 
 
 def conv_layout(
@@ -69,20 +70,16 @@ def einsum_layout(lhs: str, rhs: str, output: str) -> Layout:
         refused = "a label stands twice in one operand"
     elif any(label not in output and label not in contracted for label in lhs + rhs):
         refused = "a label is summed over in one operand alone"
+
+    def summed(labels: str, other: str) -> tuple[int, ...]:
+        alone = (a for a, label in enumerate(labels) if label not in output + other)
+        return (*alone, *map(labels.index, contracted))
+
+    def reached(labels: str) -> tuple[int | None, ...]:
+        return tuple(output.index(label) if label in output else None for label in labels)
+
+    batch = tuple(map(lhs.index, batched)), tuple(map(rhs.index, batched))
     return Layout(
-        "einsum",
-        tuple(
-            (
-                *(a for a, label in enumerate(labels) if label not in output + other),
-                *map(labels.index, contracted),
-            )
-            for labels, other in ((lhs, rhs), (rhs, lhs))
-        ),
-        tuple(
-            tuple(output.index(label) if label in output else None for label in labels)
-            for labels in (lhs, rhs)
-        ),
-        len(output),
-        tuple(tuple(labels.index(label) for label in batched) for labels in (lhs, rhs)),
-        refused=refused,
-    )
+        "einsum", (summed(lhs, rhs), summed(rhs, lhs)), (reached(lhs), reached(rhs)), len(output),
+        batch, refused=refused,
+    )  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.granularity import join_blocks
+from aqt_search.numerics.granularity import join_blocks, resolved_channel_axes
 from aqt_search.numerics.outline import outline, where
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
@@ -69,7 +69,7 @@ def _encode(q: Quantized, carrier: Carrier) -> Codes:
 
 def _encode_stored(q: QTensor, carrier: Carrier) -> Codes:
     dtype = np.dtype(np.float32)
-    codes = q.codes(np.int16 if carrier.shift else carrier.dtype)
+    codes = q.codes(np.dtype(np.int16) if carrier.shift else carrier.dtype)
     if carrier.shift:
         codes = (codes - np.int16(carrier.shift)).astype(np.int8)
     scale = q.scales(dtype)
@@ -86,18 +86,19 @@ def _encode_stored(q: QTensor, carrier: Carrier) -> Codes:
 
 def _to_result(part: jax.Array, out_axes: tuple[int | None, ...], out_ndim: int) -> jax.Array:
     """Scales of an operand in the shape that broadcasts against the product's result."""
-    axes = range(part.ndim)
-    kept = sorted((a for a in axes if out_axes[a] is not None), key=lambda a: out_axes[a])
+    kept = sorted((out, axis) for axis, out in enumerate(out_axes) if out is not None)
+    summed = (axis for axis, out in enumerate(out_axes) if out is None)
     shape = [1] * out_ndim
-    for axis in kept:
-        shape[out_axes[axis]] = part.shape[axis]
-    return part.transpose(*kept, *(a for a in axes if out_axes[a] is None)).reshape(shape)
+    for out, axis in kept:
+        shape[out] = part.shape[axis]
+    return part.transpose(*(axis for _, axis in kept), *summed).reshape(shape)
 
 
 def refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str | None:
     """Why a product cannot run on codes; None if it can."""
     if layout.refused:
         return layout.refused
+    quantized = []
     for operand, out_axes, side in zip(operands, layout.out_axes, ("left", "right")):
         if not isinstance(operand, (Quantized, QTensor)):
             return f"the {side} operand is not quantized"
@@ -107,16 +108,17 @@ def refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str 
         axis = granularity.block_axis
         if axis is not None and layout.kind != "dot_general":
             return "blocks have such a form in dot_general only"
-        if any(out_axes[a] is None and a != axis for a in granularity.channel_axes):
+        if any(out_axes[a] is None and a != axis for a in resolved_channel_axes(granularity)):
             return f"the {side} operand has a scale along an axis that the product sums over"
-    if any(map(is_centred, operands)):
+        quantized.append(operand)
+    if any(map(is_centred, quantized)):
         return "no code of a centred grid stands for 0"
-    if layout.kind == "conv_general_dilated" and has_zero_point(operands[1]):
+    if layout.kind == "conv_general_dilated" and has_zero_point(quantized[1]):
         return "the kernel of a convolution has a zero point"
-    return _block_refusal(layout, operands)
+    return _block_refusal(layout, quantized)
 
 
-def _block_refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str | None:
+def _block_refusal(layout: Layout, operands: Sequence[Quantized | QTensor]) -> str | None:
     places = []
     for operand, contracting in zip(operands, layout.contracting):
         _, size, axis = granularity_of(operand)
@@ -181,22 +183,24 @@ def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.
     axes += [(b, 1, axis) for axis in free[1]]
     product = product.reshape([x.shape[axis] for x, _, axis in axes])
     order = [layout.out_axes[side][axis] for _, side, axis in axes]
-    return product.transpose(np.argsort(order))
+    return product.transpose(np.argsort(np.array(order)))
 
 
-def _native(bind: Bind, layout: Layout, lhs: Codes, rhs: Codes, accumulate) -> jax.Array:
+def _row_parameters(layout: Layout, accumulate: np.dtype) -> Mapping[str, Any] | None:
+    """The parameters of a convolution that runs over rows; None for any other product."""
+    params = layout.parameters
+    if params is None or accumulate != np.int32 or jax.default_backend() != "cpu":
+        return None
+    return params if row_convolution.applies(params) else None
+
+
+def _native(bind: Bind, layout: Layout, lhs: Codes, rhs: Codes, accumulate: np.dtype) -> jax.Array:
     """The product of codes times the scales, in float32."""
-
-    in_rows = (
-        layout.parameters is not None
-        and accumulate == np.int32
-        and jax.default_backend() == "cpu"
-        and row_convolution.applies(layout.parameters)
-    )
+    row_params = _row_parameters(layout, accumulate)
 
     def bind_codes(a, b):
-        if in_rows:
-            return row_convolution.row_convolution(a, b, layout.parameters, accumulate)
+        if row_params is not None:
+            return row_convolution.row_convolution(a, b, row_params, accumulate)
         if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
             return _as_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
@@ -213,7 +217,9 @@ def _native(bind: Bind, layout: Layout, lhs: Codes, rhs: Codes, accumulate) -> j
     return product * jnp.maximum(*scales)
 
 
-def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) -> jax.Array:
+def _native_blocks(
+    layout: Layout, lhs: Codes, rhs: Codes, place: int, size: int, accumulate: np.dtype
+) -> jax.Array:
     """The product of codes in blocks along the contracting axes at `place`: a batch axis more."""
     contracting, batch = layout.contracting, layout.batch
     split, new_contracting, new_batch = [], [], []
@@ -222,11 +228,10 @@ def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) 
         codes = jnp.moveaxis(operand.codes, axis, -1)
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % size)])
         codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // size, size)
-        scale, zero = (
-            None if part is None else jnp.moveaxis(part, axis, -1)[..., None]
-            for part in (operand.scale.block, operand.scale.zero_point)
+        scale = jax.tree.map(
+            lambda part, a=axis: jnp.moveaxis(part, a, -1)[..., None], operand.scale
         )
-        split.append(Codes(codes, Scale(scale, zero_point=zero), None))
+        split.append(Codes(codes, scale, None))
 
         def moved(a, axis=axis):
             return a - (a > axis)
@@ -240,20 +245,21 @@ def _native_blocks(layout: Layout, lhs, rhs, place: int, size: int, accumulate) 
     def bind(a, b, accumulate):
         return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulate)
 
-    blocks = dot_layout(*(side.codes.ndim for side in split), dimensions)
-    return jnp.sum(_native(bind, blocks, *split, accumulate), len(batch[0]))
+    lhs, rhs = split
+    blocks = dot_layout(lhs.codes.ndim, rhs.codes.ndim, dimensions)
+    return jnp.sum(_native(bind, blocks, lhs, rhs, accumulate), len(batch[0]))
 
 
 def block_place(layout: Layout, operands) -> tuple[int, int] | None:
     """Which contracting axes have blocks, and of what size."""
     for operand, contracting in zip(operands, layout.contracting):
         _, size, axis = granularity_of(operand)
-        if axis is not None:
+        if size is not None and axis is not None:
             return contracting.index(axis), size
     return None
 
 
-def _encoded_values(encoded: Codes, operand: OperandValue) -> jax.Array:
+def _encoded_values(encoded: Codes, operand: Quantized | QTensor) -> jax.Array:
     """What codes stand for, in the operand's dtype."""
     if isinstance(operand, QTensor):
         return operand.dequantize()
@@ -261,7 +267,7 @@ def _encoded_values(encoded: Codes, operand: OperandValue) -> jax.Array:
     _, size, axis = operand.how.granularity
 
     def spread(part):
-        if axis is None:
+        if size is None or axis is None:
             return part
         return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, codes.shape[axis], axis=axis)
 
@@ -272,18 +278,18 @@ def _encoded_values(encoded: Codes, operand: OperandValue) -> jax.Array:
 
 
 def native_forward(
-    bind: Bind, layout: Layout, carriers: tuple[Carrier, Carrier], dtype: np.dtype, operands
+    bind: Bind, layout: Layout, carriers: Sequence[Carrier], dtype: np.dtype, operands
 ) -> Forward:
     """The product of two operands on codes held in `carriers`, as `dtype`."""
-    encoded = tuple(
+    lhs, rhs = (
         (_encode_stored if isinstance(o, QTensor) else _encode)(o, carrier)
         for o, carrier in zip(operands, carriers)
     )
     accumulate = accumulator(carriers[0])
     place = block_place(layout, operands)
     if place is None:
-        result = _native(bind, layout, *encoded, accumulate)
+        result = _native(bind, layout, lhs, rhs, accumulate)
     else:
-        result = _native_blocks(layout, *encoded, *place, accumulate)
-    values = tuple(map(_encoded_values, encoded, operands))
-    return Forward(result.astype(dtype), values, tuple(e.inside for e in encoded))
+        result = _native_blocks(layout, lhs, rhs, *place, accumulate)
+    left, right = map(_encoded_values, (lhs, rhs), operands)
+    return Forward(result.astype(dtype), (left, right), (lhs.inside, rhs.inside))

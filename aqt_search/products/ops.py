@@ -51,11 +51,12 @@ def _operand(
     if fmt is None:
         return jnp.asarray(x)
     q = quantizer(fmt)
-    return _quantized(floating_array(x, "A quantized product"), q, default, contracting)
+    array = floating_array(x, "A quantized product")
+    return _quantized(array, array.ndim, q, default, contracting)
 
 
 def _quantized(
-    x: jax.Array | None, q: Quantizer, default: Granularity, contracting, ndim: int | None = None
+    x: jax.Array | None, ndim: int, q: Quantizer, default: Granularity, contracting: Sequence[int]
 ) -> Quantized:
     check_key(q)
     if q.calibration.read is not None:
@@ -63,7 +64,7 @@ def _quantized(
             "A calibration with state has no place in a single product: use"
             " aqt_search.quantize_with_state for the whole function, or fake_quant_with_state."
         )
-    granularity = resolve(q.granularity or default, ndim or x.ndim, contracting)
+    granularity = resolve(q.granularity or default, ndim, contracting)
     tensor = in_one_format(x, q.fmt, q.key, recipe(q, granularity))
     return tensor if x is None else with_gradient_rule(tensor)  # None: a gradient
 
@@ -72,9 +73,8 @@ def _gradient(fmt: Format, layout: Layout, side: int) -> Quantized | None:
     """How the gradient of the result is quantized in the product for the gradient of `side`."""
     if fmt is None:
         return None
-    return _quantized(
-        None, quantizer(fmt), PER_TENSOR, layout.gradient_contracting(side), layout.out_ndim
-    )
+    contracting = layout.gradient_contracting(side)
+    return _quantized(None, layout.out_ndim, quantizer(fmt), PER_TENSOR, contracting)
 
 
 def _format_of(x: Any, fmt: Format) -> NumericFormat | None:
@@ -92,8 +92,8 @@ def _product(
         _operand(rhs, formats[1], PER_CHANNEL, layout.contracting[1], "rhs"),
     )
     return product(
-        bind, layout, operands, tuple(map(_format_of, (lhs, rhs), formats)), execution,
-        tuple(_gradient(fmt, layout, side) for side, fmt in enumerate(gradients)),
+        bind, layout, operands, (_format_of(lhs, formats[0]), _format_of(rhs, formats[1])),
+        execution, (_gradient(gradients[0], layout, 0), _gradient(gradients[1], layout, 1)),
     )  # fmt: skip
 
 
@@ -238,7 +238,8 @@ def einsum(
             **einsum_arguments,
         )  # fmt: skip
 
-    layout = einsum_layout(*inputs.split(","), output)
+    lhs_labels, rhs_labels = inputs.split(",")
+    layout = einsum_layout(lhs_labels, rhs_labels, output)
     return _product(
         bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Qua
 
     _, pull = jax.vjp(through, operand.x, operand.bounds)
     x, bounds = pull(gradient)
-    return Quantized(x, None, None, bounds, None, operand.how)
+    none: Any = None  # no gradient
+    return Quantized(x, none, none, bounds, none, operand.how)
 
 
 def _stopped(operand: OperandValue) -> OperandValue:
@@ -62,13 +64,13 @@ def _with_forward_derivative(forward: Callable, bind: Bind) -> Callable:
         return result
 
     def rule(primals, tangents):
-        result, *values = primals
-        terms = []
-        for side, tangent in enumerate(tangents[1:]):
-            if not isinstance(tangent, jax.custom_derivatives.SymbolicZero):
-                pair = list(values)
-                pair[side] = tangent
-                terms.append(bind(*pair, None).astype(result.dtype))
+        result, lhs, rhs = primals
+        _, of_lhs, of_rhs = tangents
+        terms = [
+            bind(a, b, None).astype(result.dtype)
+            for a, b, tangent in ((of_lhs, rhs, of_lhs), (lhs, of_rhs, of_rhs))
+            if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        ]
         slope = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(result)
         return differentiable(*primals), slope
 
@@ -106,7 +108,8 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
             incoming = gradient if how is None else values_of(dataclasses.replace(how, x=gradient))
 
             def of_side(x, side=side):
-                return bind(*(x if s == side else v for s, v in enumerate(values)), None)
+                lhs, rhs = (x if s == side else v for s, v in enumerate(values))
+                return bind(lhs, rhs, None)
 
             (back,) = jax.linear_transpose(of_side, values[side])(incoming)
             if isinstance(operand, Quantized):
@@ -118,16 +121,15 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
     return run
 
 
+def _value_and_inside(operand: OperandValue) -> tuple[jax.Array, jax.Array | None]:
+    if isinstance(operand, Quantized):
+        return quantize_dequantize(operand)
+    return values_of(operand), None
+
+
 def _emulated_forward(bind: Bind, operands: tuple[OperandValue, OperandValue]) -> Forward:
-    values, inside = [], []
-    for operand in operands:
-        if isinstance(operand, Quantized):
-            value, mask = quantize_dequantize(operand)
-        else:
-            value, mask = values_of(operand), None
-        values.append(value)
-        inside.append(mask)
-    return Forward(bind(*values, None), tuple(values), tuple(inside))
+    (lhs, lhs_inside), (rhs, rhs_inside) = map(_value_and_inside, operands)
+    return Forward(bind(lhs, rhs, None), (lhs, rhs), (lhs_inside, rhs_inside))
 
 
 def _choose(layout: Layout, operands, execution: str, formats) -> str:
@@ -192,11 +194,13 @@ def product(
     of_values = _of_values(bind, layout, operands, gradients)
     if execution == "emulated":
         if not quantized_gradients:
-            return of_values(*map(values_of, operands), None)
+            lhs, rhs = map(values_of, operands)
+            return of_values(lhs, rhs, None)
         forward = functools.partial(_emulated_forward, of_values)
     else:
         dtype = jax.eval_shape(lambda a, b: bind(a, b, None), *map(abstract, operands)).dtype
-        carriers = carriers_of(execution, formats, alike=layout.kind == "conv_general_dilated")
+        known = [fmt for fmt in formats if fmt is not None]  # both: neither operand was refused
+        carriers = carriers_of(execution, known, alike=layout.kind == "conv_general_dilated")
         forward = functools.partial(native_forward, bind, layout, carriers, dtype)
     if quantized_gradients:
         return _with_quantized_gradients(forward, of_values)(*operands, gradients)

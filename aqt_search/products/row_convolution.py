@@ -8,8 +8,10 @@ times; of 16 channels on 32 x 32 in 7.8 and 2.0 times. In floating point the con
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,14 +63,14 @@ def row_convolution(
 
     last = len(taps)
     columns = jnp.concatenate([rows(padded, last, tap) for tap in range(width)], -1)
-    total = None
-    for place in itertools.product(*map(range, taps)):
+
+    def term(place: tuple[int, ...]) -> jax.Array:
         part = columns
         for axis, tap in enumerate(place):
             part = rows(part, axis, tap)
         weights = kernel[place].reshape(math.prod(kernel.shape[last:-1]), kernel.shape[-1])
-        term = jax.lax.dot_general(
+        return jax.lax.dot_general(
             part, weights, (((part.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate
         )
-        total = term if total is None else total + term
-    return total
+
+    return functools.reduce(operator.add, map(term, itertools.product(*map(range, taps))))

@@ -8,7 +8,7 @@ In this form BatchNorm is the same whichever way it was written down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,6 +16,12 @@ from aqt_search.ptq.channels import MOVES, Channels, moved
 from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value
 
 _MOST_TERMS = 8  # an expression with more is no affine operation of a layer
+
+
+class Leaves(Protocol):
+    """The values of leaves by their index."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Factor(NamedTuple):
@@ -30,7 +36,7 @@ class Factor(NamedTuple):
         """Whether it is the leaf itself."""
         return self.power == 1 and self.offset == 0
 
-    def value(self, leaves: Sequence) -> np.ndarray:
+    def value(self, leaves: Leaves) -> np.ndarray:
         """Its float64 value, shape [channels]."""
         leaf = np.asarray(leaves[self.leaf.index], np.float64).reshape(-1)
         return (leaf + self.offset) ** self.power
@@ -52,7 +58,7 @@ class Term(NamedTuple):
         factors = tuple(f._replace(power=f.power * power) for f in self.factors)
         return Term(self.coefficient**power, factors)
 
-    def value(self, leaves: Sequence) -> np.ndarray | float:
+    def value(self, leaves: Leaves) -> np.ndarray | float:
         """Its float64 value, shape [channels]."""
         product = self.coefficient
         for factor in self.factors:
@@ -115,8 +121,9 @@ class Reader:
             return None
         self.nodes[node.index] = node
         self.values.add(value)
-        operands = [self.expression(operand) for operand in node.inputs]
-        if any(operand is None for operand in operands) or not operands:
+        found = [self.expression(operand) for operand in node.inputs]
+        operands = [operand for operand in found if operand is not None]
+        if len(operands) < len(found) or not operands:
             return None
         if node.primitive in MOVES:
             (operand,) = operands
@@ -144,7 +151,7 @@ def _combined(node: Node, operands: list[Expression]) -> Expression | None:
     if not all(_aligned(channels[0], other) for other in channels):
         return None
     terms = _combined_terms(node.primitive, [operand.terms for operand in operands])
-    return terms and Expression(terms, channels[0] if channels else None)
+    return Expression(terms, channels[0] if channels else None) if terms else None
 
 
 def _combined_terms(name: str, operands: list[tuple[Term, ...]]) -> tuple[Term, ...] | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from aqt_search.ptq.affine import Reader
 from aqt_search.ptq.channels import MOVES, Channels
-from aqt_search.ptq.dataflow import Consumer, SiteFlow, read_by, site_flows
+from aqt_search.ptq.dataflow import Consumer, read_by, site_flows
 from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value
 
 
@@ -32,9 +32,10 @@ def affine_producers(graph: FlatGraph) -> tuple[list[Producer], dict[str, str]]:
         if flow.weight is None or flow.weight.axes.inputs is None:
             reasons[name] = flow.reason or "its input channels are not a single axis"
             continue
-        value, channels = _origin(graph, flow)
+        assert flow.activation is not None  # it has a weight
+        value = _origin(graph, flow.activation)
         if value not in found:
-            found[value] = _producer(graph, value, channels)
+            found[value] = _producer(graph, value, flow.weight.inputs)
         producer = found[value]
         if isinstance(producer, str):
             reasons[name] = producer
@@ -43,12 +44,11 @@ def affine_producers(graph: FlatGraph) -> tuple[list[Producer], dict[str, str]]:
     return [p for p in found.values() if isinstance(p, Producer)], reasons
 
 
-def _origin(graph: FlatGraph, flow: SiteFlow) -> tuple[Value, int]:
-    """The value that a site's activation is, before its elements were moved; its channel count."""
-    value = flow.activation
+def _origin(graph: FlatGraph, value: Value) -> Value:
+    """The value that a site's activation is, before its elements were moved."""
     while value in graph.producer and graph.producer[value].primitive in (*MOVES, "slice"):
         value = graph.producer[value].inputs[0]
-    return value, flow.weight.inputs
+    return value
 
 
 def _producer(graph: FlatGraph, value: Value, count: int) -> Producer | str:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from aqt_search.ptq.affine import Factor, Reader, Term
-from aqt_search.ptq.dataflow import SiteFlow, site_flows
+from aqt_search.ptq.dataflow import Tail, site_flows, weight_and_tail, why_not_changeable
 from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.flat_graph import FlatGraph, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
+from aqt_search.ptq.site_weights import SiteWeight
 
 
 def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
@@ -48,22 +49,21 @@ def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
         if flow.tail is None or not flow.tail.has_gain:
             continue
         tails |= flow.tail.nodes
-        reason = flow.reason or flow.tail.refused
+        reason = why_not_changeable(flow)
         if reason:
             warn_skipped("fold_batch_norm", name, reason)
         else:
-            _fold(rewriting, flow)
+            _fold(rewriting, name, *weight_and_tail(flow))
     _warn_of_others(graph, tails)
     return rewriting.variables()
 
 
-def _fold(rewriting: Rewriting, flow: SiteFlow) -> None:
-    factors = flow.tail.gain.factors
+def _fold(rewriting: Rewriting, site: str, weight: SiteWeight, tail: Tail) -> None:
+    factors = tail.gain.factors
     for factor in factors:
-        _check(rewriting, flow.name, factor)
-    gain = Term(1.0, factors).value(rewriting)
-    weight = flow.weight
-    shifts = [(s.leaf, s.through.value(rewriting)) for s in flow.tail.shifts]
+        _check(rewriting, site, factor)
+    gain = np.asarray(Term(1.0, factors).value(rewriting))
+    shifts = [(s.leaf, s.through.value(rewriting)) for s in tail.shifts]
     rewriting.write(weight.leaf, weight.scaled(rewriting.read(weight.leaf), outputs=gain))
     for leaf, through in shifts:
         rewriting.multiply(leaf, through)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.ptq.captures import site_values
-from aqt_search.ptq.dataflow import SiteFlow, dataflow
+from aqt_search.ptq.dataflow import SiteFlow, Tail, dataflow, why_not_changeable
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import check_batches
@@ -58,21 +58,21 @@ def correct_bias(
     served = _served(dataflow(apply, variables, batches[0]), assignment)
     if not served:
         return variables
-    means = _channel_means(apply, {name: flow.axes.product for name, flow in served.items()})
+    means = _channel_means(apply, {name: tail.product_axis for name, tail in served.items()})
     target = _average(jax.jit(lambda v, x: means({}, {}, v, x)), variables, batches)
     quantized = jax.jit(lambda v, x: means(assignment, state, v, x))
-    for name, flow in served.items():
+    for name, tail in served.items():
         delta = target[name] - _average(quantized, variables, batches)[name]
         if not np.isfinite(delta).all():
             raise PTQError(f"Site {name!r}: the mean of its product is not finite on these data.")
         rewriting = Rewriting(variables)
-        rewriting.add_to_product(flow.tail, delta)
+        rewriting.add_to_product(tail, delta)
         variables = rewriting.variables()
     return variables
 
 
-def _served(flows: Mapping[str, SiteFlow], assignment: Assignment) -> dict[str, SiteFlow]:
-    """The quantized sites that can be corrected, in program order."""
+def _served(flows: Mapping[str, SiteFlow], assignment: Assignment) -> dict[str, Tail]:
+    """The tails of the quantized sites that can be corrected, in program order."""
     for name in assignment:
         if name not in flows and not is_unquantized(assignment[name]):
             warn_skipped("correct_bias", name, "it is no product with a weight")
@@ -84,14 +84,15 @@ def _served(flows: Mapping[str, SiteFlow], assignment: Assignment) -> dict[str, 
         if reason:
             warn_skipped("correct_bias", name, reason)
         else:
-            served[name] = flow
+            assert flow.tail is not None  # else there were a reason
+            served[name] = flow.tail
     return served
 
 
 def why_not_correctable(flow: SiteFlow) -> str | None:
     """Why nothing can be added to the product of a site."""
     if flow.tail is None or flow.tail.refused:
-        return flow.reason or flow.tail.refused
+        return why_not_changeable(flow)
     return None if flow.tail.shifts else "no bias or mean is added to its product"
 
 

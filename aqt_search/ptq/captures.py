@@ -127,9 +127,10 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
             outputs, _ = sites.at_site(name, eqn, operands, held)
             if name not in names:
                 return outputs, {}
-            lhs, rhs = map(dict(zip(trace.sites[name].equation_sides, operands)).get, SIDES)
-            taken = tuple(sites.operand((name, s), x, held)[0] for s, x in zip(SIDES, (lhs, rhs)))
-            return outputs, {(name, "values"): SiteValues(lhs, rhs, outputs[0], taken)}
+            entering = dict(zip(trace.sites[name].equation_sides, operands))
+            lhs, rhs = (sites.operand((name, side), entering[side], held)[0] for side in SIDES)
+            found = SiteValues(entering["lhs"], entering["rhs"], outputs[0], (lhs, rhs))
+            return outputs, {(name, "values"): found}
 
         _, found = Interpreter(trace, {*names, *sites.names}, at_site, run_flow).run(held)
         return {name: found[name, "values"] for name in names}

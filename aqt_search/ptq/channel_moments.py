@@ -18,6 +18,7 @@ from aqt_search.ptq.captures import check_site_names
 from aqt_search.ptq.channels import MOVES, POOLS, SUMS, Channels, moved
 from aqt_search.ptq.dataflow import SiteFlow, Tail, site_flows
 from aqt_search.ptq.elementwise import Elementwise, elementwise, single
+from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import FlatGraph, Node, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting
 
@@ -70,9 +71,9 @@ def batch_norm_statistics(
     """
     rewriting, found = Rewriting(variables), {}
     for name, flow in site_flows(trace_graph(apply, variables, *args)).items():
-        variance = _variance(flow.tail) if flow.tail is not None else None
-        if variance is not None:
-            found[name] = _statistics(rewriting, flow.tail, variance)
+        tail = flow.tail
+        if tail is not None and (variance := _variance(tail)) is not None:
+            found[name] = _statistics(rewriting, tail, variance)
     return found
 
 
@@ -140,15 +141,21 @@ def propagate(
         source = next((v for v in node.inputs if v in found), None)
         function = None if source is None else elementwise(graph, source)
         if function is not None and function.result not in found:
-            found[function.result] = _of_function(function, found[source])
+            found[function.result] = _of_function(function, found[function.source])
     return found
 
 
 def _seeds(flows: Mapping[str, SiteFlow], statistics, deviations: float) -> dict[Value, Located]:
-    return {
-        flows[name].tail.value: Located(normal_moments(s, deviations), flows[name].tail.channels)
-        for name, s in statistics.items()
-    }
+    found = {}
+    for name, normal in statistics.items():
+        tail = flows[name].tail
+        if tail is None:
+            raise PTQError(
+                f"Statistics are given of site {name!r}, of which nothing follows:"
+                f" {flows[name].reason}. Take those of `batch_norm_statistics`."
+            )
+        found[tail.value] = Located(normal_moments(normal, deviations), tail.channels)
+    return found
 
 
 def _of_function(function: Elementwise, located: Located) -> Located:
@@ -160,16 +167,17 @@ def _result(graph: FlatGraph, node: Node, found, deviations: float) -> Located |
     known = [found.get(value) for value in node.inputs]
     if known and known[0] is not None and node.primitive in (*MOVES, *POOLS):
         channels = moved(graph, node, known[0].channels)
-        return channels and Located(_pooled(graph, node, known[0].moments), channels)
-    if node.primitive in ("add", "add_any") and all(known):
-        same = known[0].channels == known[1].channels
-        return _sum(*known, deviations) if same else None
+        if channels is None:
+            return None
+        return Located(_pooled(graph, node, known[0].moments), channels)
+    if node.primitive in ("add", "add_any"):
+        first, second = known
+        if first is not None and second is not None:
+            return _sum(first, second, deviations) if first.channels == second.channels else None
     function = single(graph, node)
-    return _of_function(function, found[function.source]) if _ready(function, found) else None
-
-
-def _ready(function: Elementwise | None, found) -> bool:
-    return function is not None and function.source in found
+    if function is None or function.source not in found:
+        return None
+    return _of_function(function, found[function.source])
 
 
 def _sum(first: Located, second: Located, deviations: float) -> Located:

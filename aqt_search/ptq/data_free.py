@@ -28,7 +28,7 @@ from aqt_search.ptq.channel_moments import (
     NormalStatistics,
     propagate,
 )
-from aqt_search.ptq.dataflow import SiteFlow, site_flows
+from aqt_search.ptq.dataflow import SiteFlow, site_flows, weight_and_tail
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
@@ -82,7 +82,7 @@ def calibrate_data_free(
     bounds = _activation_bounds(graph, state, statistics, other_bounds, deviations)
     # On zeros, which no calibration counts: the bounds of weights alone.
     state = jax.jit(lambda *inputs: qfun.apply(static, *inputs)[1])(state, variables, zeros)
-    found = {name: dict(fields) for name, fields in state.items()}
+    found: dict[str, dict[str, Any]] = {name: dict(fields) for name, fields in state.items()}
     for (name, side), (low, high) in bounds.items():
         found[name][side] = _history(name, side, state[name][side], low, high)
     return static, found
@@ -102,8 +102,8 @@ def _activation_bounds(
         for side in state.get(name, ()):
             if getattr(site, side).role != "activation":
                 continue
-            value = nodes[name].inputs[SIDES.index(side)] if name in nodes else None
-            bounds = _range(values.get(value), other_bounds.get(name))
+            located = values.get(nodes[name].inputs[SIDES.index(side)]) if name in nodes else None
+            bounds = _range(located, other_bounds.get(name))
             if bounds is None:
                 unknown.append(name)
             else:
@@ -189,10 +189,10 @@ def correct_bias_data_free(
     errors = _weight_errors(apply, assignment, state, variables, x, {n: flows[n] for n in means})
     rewriting = Rewriting(variables)
     for name, mean in means.items():
-        weight = flows[name].weight
+        weight, tail = weight_and_tail(flows[name])
         shift = weight.matrix(errors[name]) * weight.of_inputs(mean)
         delta = -shift.reshape(-1, weight.outputs).sum(0)
-        rewriting.add_to_product(flows[name].tail, delta)
+        rewriting.add_to_product(tail, delta)
     return rewriting.variables()
 
 
@@ -201,10 +201,11 @@ def _mean_inputs(flow: SiteFlow, values: Mapping[Value, Located]) -> np.ndarray 
     reason = flow.reason or why_not_correctable(flow)
     if reason or flow.axes.inputs is None:
         return reason or "its input channels are not a single axis"
-    located = values.get(flow.activation)
+    weight, _ = weight_and_tail(flow)
+    located = None if flow.activation is None else values.get(flow.activation)
     if located is None or located.channels.axis != flow.axes.activation:
         return "no BatchNorm tells the mean of its activation"
-    mean = located.moments.mean[located.channels.of_elements(flow.weight.inputs)]
+    mean = located.moments.mean[located.channels.of_elements(weight.inputs)]
     return mean if np.isfinite(mean).all() else "the mean of a maximum is not known without data"
 
 

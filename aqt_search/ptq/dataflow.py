@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_search.ptq.affine import Factor, Reader, Term, negated
+from aqt_search.ptq.affine import Factor, Leaves, Reader, Term, negated
 from aqt_search.ptq.channels import MOVES, POOLS, Channels, moved
 from aqt_search.ptq.elementwise import Elementwise, elementwise
 from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value, trace_graph
@@ -33,7 +33,7 @@ class Shift:
     coefficient: float
     through: Term  # the gains that the leaf goes through; Term() where it comes after all of them
 
-    def value(self, leaves: Sequence) -> np.ndarray:
+    def value(self, leaves: Leaves) -> np.ndarray:
         """What is added: float64, shape [channels]."""
         return self.coefficient * Factor(self.leaf).value(leaves) * self.through.value(leaves)
 
@@ -49,6 +49,7 @@ class Tail:
     shifts: tuple[Shift, ...]  # in program order
     value: Value  # y
     channels: Channels
+    product_axis: int  # where the product has them
     refused: str | None  # why its leaves cannot be changed
     nodes: frozenset[int] = dataclasses.field(repr=False)  # equations it is made of
 
@@ -80,7 +81,7 @@ class SiteFlow:
     tail: Tail | None
     consumers: tuple[Consumer, ...]  # sites reached through elementwise functions and pooling
     obstacles: tuple[str, ...]  # what else becomes of the result: why it cannot be scaled freely
-    axes: Axes | None  # where the channels of its operands and its product are
+    axes: Axes  # where the channels of its operands and its product are
     activation: Value | None  # the other operand
     reason: str | None = None
 
@@ -105,7 +106,8 @@ def site_flows(graph: FlatGraph) -> dict[str, SiteFlow]:
             continue
         if name not in nodes:
             reason = "it is inside a loop, a conditional or a function that is not entered"
-            found[name] = SiteFlow(name, None, None, (), (), None, None, reason)
+            axes = Axes(1 if site.weight is site.rhs else 0)
+            found[name] = SiteFlow(name, None, None, (), (), axes, None, reason)
         else:
             found[name] = _site_flow(graph, name, nodes[name])
     return found
@@ -127,18 +129,31 @@ def _site_flow(graph: FlatGraph, name: str, node: Node) -> SiteFlow:
     return SiteFlow(name, weight, tail, consumers, obstacles, axes, activation, reason)
 
 
+def why_not_changeable(flow: SiteFlow) -> str | None:
+    """Why the weight of a site or its tail cannot be changed."""
+    return flow.reason or (flow.tail.refused if flow.tail else None)
+
+
+def weight_and_tail(flow: SiteFlow) -> tuple[SiteWeight, Tail]:
+    """The weight and the tail of a site; one without a `reason` has both."""
+    assert flow.weight is not None, flow.reason
+    assert flow.tail is not None, flow.reason
+    return flow.weight, flow.tail
+
+
 # --- The tail -------------------------------------------------------------------------------------
 
 
 def _tail(graph: FlatGraph, value: Value, channels: Channels) -> Tail:
-    reader, used = Reader(graph), set()
+    reader, used, axis = Reader(graph), set(), channels.axis
     gain, terms = Term(), ()
     found = value, channels  # behind the last affine operation
     while (node := graph.only_consumer(value)) is not None:
         if node.primitive in MOVES:
-            channels = moved(graph, node, channels)
-            if channels is None:
+            at = moved(graph, node, channels)
+            if at is None:
                 break
+            channels = at
         else:
             step = _affine_step(graph, reader, node, value, channels)
             if step is None:
@@ -151,7 +166,7 @@ def _tail(graph: FlatGraph, value: Value, channels: Channels) -> Tail:
     shifts, refused = _shifts(terms, gain), reader.shared(used)
     if shifts is None or len({shift.leaf for shift in shifts}) < len(shifts):
         shifts, refused = (), "what is added behind it is not one parameter for each term"
-    return Tail(gain, shifts, *found, refused, frozenset(used | set(reader.nodes)))
+    return Tail(gain, shifts, *found, axis, refused, frozenset(used | set(reader.nodes)))
 
 
 def _affine_step(
@@ -209,7 +224,7 @@ def _ends(
         yield OUTPUT
     for node in graph.consumers.get(value, ()):
         if node.site is not None:
-            yield _consumer(graph, node, value, channels, functions)
+            yield _consumer(graph, node, node.site, value, channels, functions)
             continue
         at = moved(graph, node, channels) if node.inputs[0] == value else None
         if at is not None:
@@ -218,15 +233,17 @@ def _ends(
             yield _obstacle(node)
 
 
-def _consumer(graph, node: Node, value: Value, channels: Channels, functions) -> Consumer | str:
-    site = graph.sites[node.site]
+def _consumer(
+    graph: FlatGraph, node: Node, name: str, value: Value, channels: Channels, functions
+) -> Consumer | str:
+    site = graph.sites[name]
     if site.weight is None:
-        return f"it enters the product of activations {node.site!r}"
+        return f"it enters the product of activations {name!r}"
     side = 1 if site.weight is site.rhs else 0
     axes = product_axes(graph, node, side)
     if node.inputs[1 - side] != value or axes.activation != channels.axis:
-        return f"site {node.site!r} does not sum over its channels"
-    return Consumer(node.site, channels, functions, value)
+        return f"site {name!r} does not sum over its channels"
+    return Consumer(name, channels, functions, value)
 
 
 def _obstacle(node: Node) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,14 @@ class Elementwise:
     result: Value
     graph: FlatGraph = dataclasses.field(repr=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
         """f(x), in float32."""
-        x = jnp.asarray(x, jnp.float32)
-        env = {self.source: x}
+        env = {self.source: jnp.asarray(x, jnp.float32)}
+        shape = env[self.source].shape
 
         def read(value: Value, dtype) -> jax.Array:
             found = env.get(value)
-            return jnp.full(x.shape, self.graph.scalar(value), dtype) if found is None else found
+            return jnp.full(shape, self._constant(value), dtype) if found is None else found
 
         for node in self.nodes:
             avals = [self.graph.avals[value] for value in node.inputs]
@@ -78,12 +79,17 @@ class Elementwise:
     def _values(self) -> np.ndarray:
         return np.asarray(self(_LINE), np.float64)
 
+    def _constant(self, value: Value) -> Any:
+        number = self.graph.scalar(value)
+        assert number is not None  # what its equations read beside its source is constant
+        return number
+
     def _at(self, x: float) -> float:
         return float(self._values[np.argmin(np.abs(_LINE - x))])
 
     def _matches(self, function: Callable[[np.ndarray], np.ndarray], tolerance: float) -> bool:
         expected = function(_LINE)
-        return bool(np.allclose(self._values, expected, rtol=tolerance, atol=tolerance**2))
+        return np.allclose(self._values, expected, rtol=tolerance, atol=tolerance**2)
 
 
 def _computed(dtype) -> np.dtype:

@@ -15,9 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_search.ptq.dataflow import OUTPUT, SiteFlow, dataflow
+from aqt_search.ptq.dataflow import (
+    OUTPUT,
+    Shift,
+    SiteFlow,
+    dataflow,
+    weight_and_tail,
+    why_not_changeable,
+)
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
+from aqt_search.ptq.site_weights import SiteWeight
 
 _FOLDED = 1e-3  # how far from 1 a folded BatchNorm may be
 _CONVERGED = 1e-3  # of log s
@@ -26,8 +34,10 @@ _CONVERGED = 1e-3  # of log s
 class Pair(NamedTuple):
     """A site, and the one that alone reads its result."""
 
-    first: SiteFlow
-    second: SiteFlow
+    first: str
+    second: str
+    weights: tuple[SiteWeight, SiteWeight]
+    shifts: tuple[Shift, ...]  # of the first
     elements: np.ndarray  # int, [inputs of the second]: the channel of the first it belongs to
 
 
@@ -60,9 +70,9 @@ def equalize(apply: Callable, variables: Any, *args: Any, iterations: int = 40) 
     rewriting = Rewriting(variables)
     scales = _scales(rewriting, pairs, iterations)
     for pair in pairs:
-        s, (first, second) = scales[pair.first.name], (pair.first.weight, pair.second.weight)
+        s, (first, second) = scales[pair.first], pair.weights
         rewriting.write(first.leaf, first.scaled(rewriting.read(first.leaf), outputs=1 / s))
-        for shift in pair.first.tail.shifts:
+        for shift in pair.shifts:
             rewriting.multiply(shift.leaf, 1 / s)
         scaled = second.scaled(rewriting.read(second.leaf), inputs=s[pair.elements])
         rewriting.write(second.leaf, scaled)
@@ -82,12 +92,9 @@ def equalization_scales(
 def _scales(rewriting: Rewriting, pairs: list[Pair], iterations: int) -> dict[str, np.ndarray]:
     if iterations < 1:
         raise PTQError(f"equalize takes at least one iteration; got {iterations}.")
-    flows = {flow.name: flow for pair in pairs for flow in (pair.first, pair.second)}
-    magnitudes = {
-        name: flow.weight.magnitudes(rewriting.read(flow.weight.leaf))
-        for name, flow in flows.items()
-    }
-    scales = {pair.first.name: np.ones(pair.first.weight.outputs) for pair in pairs}
+    weights = {n: w for pair in pairs for n, w in zip((pair.first, pair.second), pair.weights)}
+    magnitudes = {name: w.magnitudes(rewriting.read(w.leaf)) for name, w in weights.items()}
+    scales = {pair.first: np.ones(pair.weights[0].outputs) for pair in pairs}
     for _ in range(iterations if pairs else 0):
         steps = [_step(pair, magnitudes, scales) for pair in pairs]
         if max(steps) < _CONVERGED:
@@ -97,15 +104,15 @@ def _scales(rewriting: Rewriting, pairs: list[Pair], iterations: int) -> dict[st
 
 def _step(pair: Pair, magnitudes: dict[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> float:
     """Equalizes a pair; how far s was from 1, as |log s|."""
-    first, second = pair.first.name, pair.second.name
+    first, second, weight = pair.first, pair.second, pair.weights[1]
     output_range = magnitudes[first].max(0)
     input_range = np.zeros_like(output_range)
-    np.maximum.at(input_range, pair.elements, pair.second.weight.per_input(magnitudes[second]))
+    np.maximum.at(input_range, pair.elements, weight.per_input(magnitudes[second]))
     s = np.ones_like(output_range)
     counts = (output_range > 0) & (input_range > 0)
     s[counts] = np.sqrt(output_range[counts] / input_range[counts])
     magnitudes[first] = magnitudes[first] / s
-    magnitudes[second] = magnitudes[second] * pair.second.weight.of_inputs(s[pair.elements])
+    magnitudes[second] = magnitudes[second] * weight.of_inputs(s[pair.elements])
     scales[first][...] *= s
     return float(np.abs(np.log(s)).max(initial=0))
 
@@ -124,15 +131,19 @@ def _pairs(apply: Callable, variables: Any, args: tuple) -> list[Pair]:
             warn_skipped("equalize", name, reason)
             continue
         (consumer,) = flow.consumers
-        second = flows[consumer.site]
-        found.append(Pair(flow, second, consumer.channels.of_elements(second.weight.inputs)))
+        (weight, tail), second = weight_and_tail(flow), flows[consumer.site].weight
+        assert second is not None  # else there were a reason
+        elements = consumer.channels.of_elements(second.inputs)
+        found.append(Pair(name, consumer.site, (weight, second), tail.shifts, elements))
     return found
 
 
 def why_not_a_pair(flow: SiteFlow, flows: Mapping[str, SiteFlow]) -> str | None:
     """Why the results of a site cannot be scaled against the weights of the next."""
-    if flow.reason or flow.tail.refused:
-        return flow.reason or flow.tail.refused
+    if reason := why_not_changeable(flow):
+        return reason
+    if not weight_and_tail(flow)[0].is_matrix:
+        return "its inputs are several axes"
     if flow.obstacles:
         return flow.obstacles[0]
     if len(flow.consumers) != 1:
@@ -143,13 +154,14 @@ def why_not_a_pair(flow: SiteFlow, flows: Mapping[str, SiteFlow]) -> str | None:
         if not function.positive_homogeneous:
             return f"f(s x) = s f(x) does not hold for its activation, {function.name}"
     second = flows[consumer.site]
-    if second.weight is None or second.weight.axes.inputs is None:
+    if second.weight is None or not second.weight.is_matrix:
         return f"of the next site {second.name!r}: {second.reason or 'inputs are several axes'}"
     return None
 
 
 def _why_not_folded(flow: SiteFlow, rewriting: Rewriting) -> str | None:
-    gain = flow.tail.gain.value(rewriting) / flow.tail.gain.coefficient
+    _, tail = weight_and_tail(flow)
+    gain = tail.gain.value(rewriting) / tail.gain.coefficient
     if np.allclose(gain, 1, rtol=0, atol=_FOLDED):
         return None
     return "its BatchNorm is not folded into its weights; use fold_batch_norm before"

@@ -17,6 +17,8 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 
+from aqt_search.tracing.origins import array_type
+
 
 class ProductMatrix(NamedTuple):
     """The axes of a product whose one operand is a weight, rearranged; elements are only moved."""
@@ -49,7 +51,7 @@ def _of_contraction(eqn: jex_core.JaxprEqn, weight_side: int) -> ProductMatrix:
     contracting, batch = eqn.params["dimension_numbers"]
 
     def to_matrix(side: int) -> Callable[[jax.Array], jax.Array]:
-        shape = eqn.invars[side].aval.shape
+        shape = array_type(eqn.invars[side]).shape
         fixed = (*batch[side], *contracting[side])
         free = [axis for axis in range(len(shape)) if axis not in fixed]
         order = (*batch[side], *free, *contracting[side])
@@ -74,7 +76,7 @@ def _of_contraction(eqn: jex_core.JaxprEqn, weight_side: int) -> ProductMatrix:
 def _of_convolution(eqn: jex_core.JaxprEqn) -> ProductMatrix:
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
     groups = eqn.params["feature_group_count"]
-    kernel = eqn.invars[1].aval.shape
+    kernel = array_type(eqn.invars[1]).shape
     taps = [kernel[axis] for axis in rhs_spec[2:]]
     features = kernel[rhs_spec[1]]  # of one group
 

@@ -62,8 +62,8 @@ class Moments(NamedTuple):
 
     def means(self) -> Moments:
         """The means of what are sums."""
-        sums = (self.second, self.slope, self.constant)
-        return Moments(*(part / self.rows for part in sums), self.rows)
+        rows = self.rows
+        return Moments(self.second / rows, self.slope / rows, self.constant / rows, rows)
 
     def error(self, change: jax.Array) -> jax.Array:
         """[groups, outputs]: E (y - W~ x)^2 of each output, for change = W - W~."""
@@ -234,8 +234,8 @@ def _sum(total: Moments, moments: Moments) -> Moments:
 
 def _moments(layer: Layer, found: SiteValues, target: jax.Array | None) -> Moments:
     """Sums over one batch, from the site's values and what it should give (None: W x)."""
-    matrix, weight = layer.matrix, found[layer.side]
-    dtype = carrier_dtype(weight)
+    matrix, weight = layer.matrix, (found.lhs, found.rhs)[layer.side]
+    dtype = carrier_dtype(weight.dtype)
     x = matrix.inputs(values_of(found.operands[1 - layer.side])).astype(dtype)
     weight = matrix.weight(weight).astype(dtype)
     product = functools.partial(jnp.einsum, precision=_PRECISE)
@@ -252,7 +252,7 @@ def _round(
     solve: Solve, matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Array, total: Moments
 ) -> jax.Array:
     """The operand with its values on the grid of its bounds."""
-    dtype = carrier_dtype(operand)
+    dtype = carrier_dtype(operand.dtype)
 
     @jax.jit
     def prepare(operand, state, total):
@@ -284,6 +284,7 @@ def _static_grid(matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Arr
     tensor = in_one_format(operand, plan.quantizer.fmt, plan.quantizer.key, plan.how)
     tensor, _ = calibrated(tensor, state, update=False)
     grid = tensor.grid()
+    assert tensor.bounds is not None  # the calibration has a state
     scale = scale_of(tensor.bounds, grid, plan.how)
     split = jax.eval_shape(lambda x: split_blocks(x, plan.how.granularity), operand).shape
 

@@ -16,11 +16,17 @@ class Axes(NamedTuple):
     """Which axes of a product hold the channels; None where there are several or none."""
 
     side: int  # the operand that is the weight
-    outputs: int | None  # of the weight
-    inputs: int | None
-    product: int | None  # of the product: its output channels
-    activation: int | None  # of the other operand: its input channels
+    outputs: int | None = None  # of the weight
+    inputs: int | None = None
+    product: int | None = None  # of the product: its output channels
+    activation: int | None = None  # of the other operand: its input channels
     groups: int = 1
+
+
+def known_axis(axis: int | None) -> int:
+    """One of `Axes` that is a single axis: whoever has to do with its channels saw to that."""
+    assert axis is not None
+    return axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,17 @@ class SiteWeight:
     @property
     def outputs(self) -> int:
         """Number of output channels."""
-        return self.shape[self.axes.outputs]
+        return self.shape[known_axis(self.axes.outputs)]
 
     @property
     def inputs(self) -> int:
         """Number of input channels, those of all groups."""
-        return self.shape[self.axes.inputs] * self.axes.groups
+        return self.shape[known_axis(self.axes.inputs)] * self.axes.groups
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the channels of both sides are a single axis each, as `matrix` takes them."""
+        return self.axes.inputs is not None and self.axes.outputs is not None
 
     def operand(self, leaf: np.ndarray) -> np.ndarray:
         """The operand that a leaf gives."""
@@ -66,7 +77,8 @@ class SiteWeight:
 
     def matrix(self, operand: np.ndarray) -> np.ndarray:
         """The operand as [..., inputs of a group, outputs]; a view."""
-        return np.moveaxis(operand, (self.axes.inputs, self.axes.outputs), (-2, -1))
+        axes = known_axis(self.axes.inputs), known_axis(self.axes.outputs)
+        return np.moveaxis(operand, axes, (-2, -1))
 
     def of_inputs(self, values: np.ndarray) -> np.ndarray:
         """Values of input channels, [inputs], as [inputs of a group, outputs]."""
@@ -91,7 +103,7 @@ class SiteWeight:
         operand = self.operand(leaf).copy()
         if outputs is not None:
             factor_shape = [1] * operand.ndim
-            factor_shape[self.axes.outputs] = -1
+            factor_shape[known_axis(self.axes.outputs)] = -1
             operand *= outputs.reshape(factor_shape)
         if inputs is not None:
             self.matrix(operand)[...] *= self.of_inputs(inputs)
@@ -103,17 +115,17 @@ def product_axes(graph: FlatGraph, node: Node, side: int) -> Axes:
     if node.primitive == "dot_general":
         return _dot_axes(graph, node, side)
     if node.primitive != "conv_general_dilated" or side != 1:
-        return Axes(side, None, None, None, None)
+        return Axes(side)
     lhs, rhs, out = node.eqn.params["dimension_numbers"]
     if node.eqn.params["batch_group_count"] != 1:
-        return Axes(side, None, None, None, None)
+        return Axes(side)
     return Axes(1, rhs[0], rhs[1], out[1], lhs[1], node.eqn.params["feature_group_count"])
 
 
 def _dot_axes(graph: FlatGraph, node: Node, side: int) -> Axes:
     contracting, batch = node.eqn.params["dimension_numbers"]
     if batch[side]:
-        return Axes(side, None, None, None, None)
+        return Axes(side)
     ndims = [len(graph.shape(value)) for value in node.inputs]
     free = [axis for axis in range(ndims[side]) if axis not in contracting[side]]
     outputs = free[0] if len(free) == 1 else None

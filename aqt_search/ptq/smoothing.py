@@ -19,7 +19,7 @@ from aqt_search.ptq.dataflow import Consumer, SiteFlow, site_flows
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
-from aqt_search.ptq.site_weights import Axes
+from aqt_search.ptq.site_weights import Axes, SiteWeight, known_axis
 from aqt_search.ptq.static_bounds import check_batches
 
 
@@ -35,7 +35,8 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     keeps s = 1. Any affine operation by parameters that an activation comes from is served as
     LayerNorm is; an elementwise function in between has to have f(s x) = s f(x) for s > 0.
     A site whose activation comes from elsewhere stays, with a `SkippedSite` warning; so do all
-    sites of a LayerNorm that something else reads, too.
+    sites of a LayerNorm that something else reads, too, or a kernel whose input or output channels
+    are several axes, as those of Flax's own attention.
 
     Args:
       apply: `apply(variables, batch) -> outputs`, in evaluation mode.
@@ -66,8 +67,9 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     axes = {c.site: flows[c.site].axes for producer in served for c in producer.consumers}
     largest = _largest_inputs(apply, axes, variables, batches) if axes else {}
     rewriting = Rewriting(variables)
+    weights = {name: flow.weight for name, flow in flows.items() if flow.weight is not None}
     for producer in served:
-        _smooth_one(rewriting, producer, flows, largest, strength)
+        _smooth_one(rewriting, producer, weights, largest, strength)
     return rewriting.variables()
 
 
@@ -76,7 +78,7 @@ def _why_not(producer: Producer, flows: Mapping[str, SiteFlow]) -> str | None:
         return f"of what its activation comes from: {producer.obstacles[0]}"
     for consumer in producer.consumers:
         flow = flows[consumer.site]
-        if flow.weight is None or flow.axes.inputs is None:
+        if flow.weight is None or not flow.weight.is_matrix:
             return f"of site {flow.name!r}: {flow.reason or 'its inputs are several axes'}"
         for function in consumer.functions:
             if not function.positive_homogeneous:
@@ -93,7 +95,9 @@ def _largest_inputs(
     @jax.jit
     def largest(variables, batch):
         found = values({}, {}, variables, batch)
-        return {name: of(found[name][1 - a.side], a.activation) for name, a in axes.items()}
+        return {
+            name: of(found[name][1 - a.side], known_axis(a.activation)) for name, a in axes.items()
+        }
 
     def of(x: jax.Array, axis: int) -> jax.Array:
         others = tuple(a for a in range(x.ndim) if a != axis)
@@ -110,14 +114,15 @@ def _largest_inputs(
 def _smooth_one(
     rewriting: Rewriting,
     producer: Producer,
-    flows: Mapping[str, SiteFlow],
+    weights: Mapping[str, SiteWeight],
     largest: Mapping[str, np.ndarray],
     strength: float,
 ) -> None:
     activation_range = np.zeros(producer.channels.count)
     weight_range = np.zeros(producer.channels.count)
     for consumer in producer.consumers:
-        elements, weight = _elements(consumer, flows), flows[consumer.site].weight
+        weight = weights[consumer.site]
+        elements = _elements(consumer, weight)
         ranges = weight.per_input(weight.magnitudes(rewriting.read(weight.leaf)))
         np.maximum.at(activation_range, elements, largest[consumer.site])
         np.maximum.at(weight_range, elements, ranges)
@@ -127,11 +132,11 @@ def _smooth_one(
     for leaf in (producer.gain, *producer.shifts):
         rewriting.multiply(leaf, 1 / s)
     for consumer in producer.consumers:
-        weight = flows[consumer.site].weight
-        inputs = s[_elements(consumer, flows)]
+        weight = weights[consumer.site]
+        inputs = s[_elements(consumer, weight)]
         rewriting.write(weight.leaf, weight.scaled(rewriting.read(weight.leaf), inputs=inputs))
 
 
-def _elements(consumer: Consumer, flows: Mapping[str, SiteFlow]) -> np.ndarray:
+def _elements(consumer: Consumer, weight: SiteWeight) -> np.ndarray:
     """The channel of every input of a site."""
-    return consumer.channels.of_elements(flows[consumer.site].weight.inputs)
+    return consumer.channels.of_elements(weight.inputs)

@@ -131,15 +131,15 @@ def _uninformed(
 def _check_finite(apply: Callable, variables: Any, batches: Sequence[Any], names: set[str]) -> None:
     """Raises PTQError for an operand of these sites that is not finite in the float model."""
     _, out_of_reach = reachable_sites(apply, variables, batches[0])
-    names = [name for name in names if name not in out_of_reach]
-    values = site_values(apply, names)
+    reached = [name for name in names if name not in out_of_reach]
+    values = site_values(apply, reached)
 
     @jax.jit
     def finite(variables, x):
         found = values({}, {}, variables, x)
         return {
             (name, side): jnp.all(jnp.isfinite(getattr(found[name], side)))
-            for name in names
+            for name in reached
             for side in SIDES
         }
 

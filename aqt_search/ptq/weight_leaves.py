@@ -16,6 +16,7 @@ import jax.extend.core as jex_core
 from aqt_search.ptq.captures import equations_to
 from aqt_search.tracing.control_flow import Call, Remat, control_flow
 from aqt_search.tracing.liveness import used_equations
+from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.trace import Trace, is_array
 
 _REARRANGEMENTS = (
@@ -91,8 +92,9 @@ def _followed(jaxpr: jex_core.Jaxpr, atom) -> tuple[int, list[jex_core.JaxprEqn]
 
 def _only_moves(eqn: jex_core.JaxprEqn) -> bool:
     """Whether every element goes to one place, as it is or cast."""
-    same_size = eqn.invars[0].aval.size == eqn.outvars[0].aval.size
-    return eqn.primitive.name in _REARRANGEMENTS and same_size
+    if eqn.primitive.name not in _REARRANGEMENTS:
+        return False
+    return array_type(eqn.invars[0]).size == array_type(eqn.outvars[0]).size
 
 
 def _reads(jaxpr: jex_core.Jaxpr) -> dict[Any, int]:

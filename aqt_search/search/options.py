@@ -102,5 +102,5 @@ def _named(spec: FormatSpec) -> str:
     fmt = spec.fmt if isinstance(spec, Quantizer) else spec
     for name in (lambda: spec_name(spec), lambda: format_name(fmt)):
         with contextlib.suppress(FormatError):
-            return str(name())
+            return name()
     return f"({', '.join(f'{float(number):.6g}' for number in fmt)})"

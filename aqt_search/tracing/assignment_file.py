@@ -85,7 +85,7 @@ def _quantizer_to_json(whole: Quantizer) -> str | dict[str, Any]:
 
 def _format_to_json(fmt: NumericFormat) -> str | dict[str, float]:
     try:
-        return str(format_name(fmt))
+        return format_name(fmt)
     except FormatError:
         return {name: _REAL.get(name, int)(number) for name, number in fmt._asdict().items()}
 
@@ -137,7 +137,8 @@ def _format_from_json(value: Any) -> NumericFormat | Quantizer:
             f"{dict(value)} is no format; expected a name, {', '.join(NumericFormat._fields)}, or"
             ' {"format": ..., "unsigned": ...}.'
         )
-    return NumericFormat(**{name: _number(name, number) for name, number in value.items()})
+    numbers: dict[str, Any] = {name: _number(name, number) for name, number in value.items()}
+    return NumericFormat(**numbers)
 
 
 def _number(name: str, number: Any) -> float | int:

@@ -184,7 +184,9 @@ def equations_along(
         eqn = jaxpr.eqns[index]
         yield jaxpr, eqn
         if number is not None:
-            jaxpr = control_flow(eqn).bodies[number].jaxpr
+            flow = control_flow(eqn)
+            assert flow is not None  # a path goes on where an equation holds jaxprs
+            jaxpr = flow.bodies[number].jaxpr
 
 
 def _jaxprs(params: dict[str, Any]) -> list:

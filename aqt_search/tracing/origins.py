@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 
@@ -226,7 +227,7 @@ def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
         return all(floating) and any(o.data for o in inputs)
     if name in LOOKUP_PRIMITIVES:
         table, indices = inputs
-        is_weight = floating[0] and table.parameters and not table.data
+        is_weight = floating[0] and bool(table.parameters) and not table.data
         return is_weight and indices.data and lookup_axis(eqn) is not None
     return name in FOREIGN_PRODUCTS and any(o.data for o in inputs)
 
@@ -265,13 +266,19 @@ def join_scope(*scopes: str) -> str:
     return "/".join(s for s in scopes if s)
 
 
+def array_type(atom: jex_core.Var | jex_core.Literal) -> jax.core.ShapedArray:
+    """The shape and dtype of an operand or result of a product or lookup: these are arrays."""
+    assert isinstance(atom.aval, jax.core.ShapedArray)
+    return atom.aval
+
+
 def lookup_axis(eqn: jex_core.JaxprEqn) -> int | None:
     """The axis that a gather indexes if it takes whole rows along it (`table[ids]`), else None.
 
     vmap of an indexed row writes a start for every axis and keeps the row's axis of length 1.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.invars[0].aval.shape
+    shape = array_type(eqn.invars[0]).shape
     partial = [axis for axis, size in enumerate(sizes) if size != shape[axis]]
     axes = {*numbers.collapsed_slice_dims, *partial}
     if len(shape) < 2 or len(axes) != 1 or numbers.operand_batching_dims:

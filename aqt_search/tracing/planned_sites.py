@@ -10,11 +10,13 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from aqt_search.numerics.fake_quant import fake_quantized, with_gradient_rule
+from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 from aqt_search.tracing.interpreter import EMPTY, Held, Interpreter, Outcome, run_flow
+from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.plans import Plan, quantized_by, site_layout
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key
 from aqt_search.tracing.trace import Trace
@@ -61,19 +63,19 @@ class PlannedSites:
             values.append(value)
             states |= state
             plan = self._plans.get((name, side))
-            # A twin that is traced is not yet taken, but known not to be negative.
-            fmt = None if plan is None else plan.quantizer.fmt
-            formats.append(fmt._replace(min_value=0.0) if plan is not None and plan.twin else fmt)
+            formats.append(None if plan is None else _known_format(plan))
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
             return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
 
         keys = ((name, field) for field in GRADIENTS)
-        gradients = tuple(self._quantized(k, None) if k in self._plans else None for k in keys)
+        of_lhs, of_rhs = (self._quantized(k, None) if k in self._plans else None for k in keys)
+        (lhs, rhs), (lhs_format, rhs_format) = values, formats
         result = product(
-            bind, site_layout(eqn), tuple(values), tuple(formats), self._execution, gradients
-        )
+            bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution,
+            (of_lhs, of_rhs),
+        )  # fmt: skip
         return [result], states
 
     def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
@@ -98,10 +100,17 @@ class PlannedSites:
         return eqn.primitive.bind(table, indices, **eqn.params)
 
 
+def _known_format(plan: Plan) -> NumericFormat:
+    """What is known of an operand's format before the program runs."""
+    fmt = plan.quantizer.fmt
+    # A twin that is traced is not yet taken, but known not to be negative.
+    return fmt._replace(min_value=0.0) if plan.twin else fmt
+
+
 def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:
     """Whether a lookup's result is [*indices, *row] for rows along the table's first axis."""
-    numbers, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
-    row_ndim = eqn.invars[0].aval.ndim - 1
+    numbers, ndim = eqn.params["dimension_numbers"], array_type(eqn.outvars[0]).ndim
+    row_ndim = array_type(eqn.invars[0]).ndim - 1
     return numbers.start_index_map == (0,) and numbers.offset_dims == tuple(
         range(ndim - row_ndim, ndim)
     )

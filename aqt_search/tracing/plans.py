@@ -18,6 +18,7 @@ from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds,
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout
 from aqt_search.tracing.control_flow import Path, Scan, control_flow, equations_along
+from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace
 
@@ -37,8 +38,8 @@ def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
     """The layout of a site's product."""
     params = eqn.params
     if eqn.primitive.name == "dot_general":
-        ndims = (v.aval.ndim for v in eqn.invars)
-        return dot_layout(*ndims, params["dimension_numbers"])
+        lhs, rhs = (array_type(v) for v in eqn.invars)
+        return dot_layout(lhs.ndim, rhs.ndim, params["dimension_numbers"])
     groups = params["feature_group_count"], params["batch_group_count"]
     return conv_layout(params["dimension_numbers"], *groups, params)
 
@@ -144,21 +145,20 @@ def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
 def quantized_by(
     trace: Trace, plans: Mapping[Key, Plan]
 ) -> Callable[[Key, jax.Array | None], Quantized]:
-    """Returns `quantized(key, x)`: a tensor under its plan, None for the gradient of a site.
+    """Returns `quantized(key, x)`: a tensor under its plan, x None for the gradient of a site.
 
     The formats of all plans are packed into one array: one for each tensor would cost a kernel.
     """
-    if not plans:
-        return lambda key, x: None
-    formats, twins = zip(*((plan.quantizer.fmt, plan.twin) for plan in plans.values()))
+    formats = [plan.quantizer.fmt for plan in plans.values()]
+    twins = [plan.twin for plan in plans.values()]
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
-    dtypes = {carrier_dtype(o) for o in operands} | {_OF_GRADIENTS}
-    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes}
+    dtypes = {carrier_dtype(o.dtype) for o in operands} | {_OF_GRADIENTS}
+    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes if plans}
     rows = {key: np.int32(row) for row, key in enumerate(plans)}
 
-    def quantized(key: Key, x: jax.Array | None) -> Quantized:
-        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x)
+    def quantized(key: Key, x: Any) -> Quantized:
+        plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
         return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
 
     return quantized

@@ -27,6 +27,7 @@ from aqt_search.tracing.origins import (
     LOOKUP_PRIMITIVES,
     Found,
     Origin,
+    array_type,
     find_products,
     join_scope,
     lookup_axis,
@@ -148,18 +149,20 @@ def _lhs_rhs(eqn: jex_core.JaxprEqn, values: Sequence) -> tuple:
 def _contracting(eqn: jex_core.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of (lhs, rhs) that share one scale at finest: of a product those it sums over."""
     if eqn.primitive.name in LOOKUP_PRIMITIVES:
-        return (), free_axes(eqn.invars[0].aval.ndim, (lookup_axis(eqn),))
+        axis = lookup_axis(eqn)
+        assert axis is not None  # else it is no site
+        return (), free_axes(array_type(eqn.invars[0]).ndim, (axis,))
     if eqn.primitive.name == "dot_general":
         return eqn.params["dimension_numbers"][0]
     lhs_spec, rhs_spec, _ = eqn.params["dimension_numbers"]
-    return tuple((*spec[2:], spec[1]) for spec in (lhs_spec, rhs_spec))
+    return (*lhs_spec[2:], lhs_spec[1]), (*rhs_spec[2:], rhs_spec[1])
 
 
 def _macs(eqn: jex_core.JaxprEqn) -> int:
     if eqn.primitive.name in LOOKUP_PRIMITIVES:
         return 0
-    output = math.prod(eqn.outvars[0].aval.shape)
-    lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
+    output = math.prod(array_type(eqn.outvars[0]).shape)
+    lhs, rhs = (array_type(v).shape for v in eqn.invars[:2])
     if eqn.primitive.name == "dot_general":
         return output * math.prod(lhs[axis] for axis in _contracting(eqn)[0])
     taps = math.prod(rhs[axis] for axis in _contracting(eqn)[1])
@@ -168,9 +171,10 @@ def _macs(eqn: jex_core.JaxprEqn) -> int:
 
 
 def _operand(
-    atom, origin: Origin, contracting, names: Sequence[str], sizes: Sequence[int]
+    atom, origin: Origin, contracting, names: Sequence[str | None], sizes: Sequence[int]
 ) -> Operand:
-    shape, dtype = tuple(atom.aval.shape), np.dtype(atom.aval.dtype)
+    aval = array_type(atom)
+    shape, dtype = tuple(aval.shape), np.dtype(aval.dtype)
     contracting = tuple(contracting)
     if origin.data:
         return Operand(shape, dtype, "activation", None, (), 1, origin.nonnegative, contracting)
@@ -184,12 +188,12 @@ def _operand(
     return Operand(shape, dtype, "weight", names[leaf], axes, *stored)
 
 
-def _site(found: Found, names: Sequence[str], sizes: Sequence[int]) -> Site:
+def _site(found: Found, names: Sequence[str | None], sizes: Sequence[int]) -> Site:
     eqn = found.eqn
     if eqn.primitive.name in FOREIGN_PRODUCTS:
         lhs, rhs = (
-            Operand(tuple(v.aval.shape), np.dtype(v.aval.dtype), "activation", None, ())
-            for v in eqn.invars[:2]
+            Operand(tuple(a.shape), np.dtype(a.dtype), "activation", None, ())
+            for a in map(array_type, eqn.invars[:2])
         )
         macs = 0
     else:
@@ -198,8 +202,8 @@ def _site(found: Found, names: Sequence[str], sizes: Sequence[int]) -> Site:
         macs = _macs(eqn)
     kind, (_, repeats, scope) = eqn.primitive.name, found.place
     site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused)
-    name = site.weight.parameter if site.weight else join_scope(scope, kind)
-    return dataclasses.replace(site, name=name)
+    parameter = site.weight.parameter if site.weight else None
+    return dataclasses.replace(site, name=parameter or join_scope(scope, kind))
 
 
 def _with_unique_names(sites: Sequence[Site]) -> list[Site]:

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def claim_workdir(
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
+def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
     """Hold the folder for this process; the system lets go when the process ends, however it does.
 
     The lock is `flock` on `run.lock`, which stays behind and holds the PID of its last owner.

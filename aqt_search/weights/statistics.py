@@ -125,8 +125,8 @@ def weight_statistics(
             fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
             tensors = weights[key], states.get(key, ())
             quantized = _served(*tensors, fmt, random_key, plan.how, loops)
-        for label, *one in _slices(key[0], before[key], quantized, loops):
-            found[label] = _statistics(key, *one, plan.quantizer.fmt)
+        for label, weight, served in _slices(key[0], before[key], quantized, loops):
+            found[label] = _statistics(key, weight, served, plan.quantizer.fmt)
     return found
 
 
@@ -203,15 +203,15 @@ def _check_alike(float_params: Any, params: Any) -> None:
 class _Served(NamedTuple):
     """A weight as served."""
 
-    values: jax.Array  # of the weight's shape
-    codes: jax.Array  # the same, bfloat16, which holds those of 8 bits or fewer
-    clipped: jax.Array  # the same, bool
+    values: np.ndarray | jax.Array  # of the weight's shape
+    codes: np.ndarray | jax.Array  # the same, bfloat16, which holds those of 8 bits or fewer
+    clipped: np.ndarray | jax.Array  # the same, bool
 
 
 def _as_arrays(fmt: NumericFormat) -> NumericFormat:
     """The format as arrays: one compiled program serves all formats."""
-    dtypes = NumericFormat(np.int32, np.int32, np.float32, np.float32, np.int32)
-    return NumericFormat(*map(np.asarray, fmt, dtypes))
+    dtypes = (np.int32, np.int32, np.float32, np.float32, np.int32)
+    return NumericFormat(*(np.asarray(field, dtype) for field, dtype in zip(fmt, dtypes)))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -243,27 +243,28 @@ def _slices(
     weight, quantized = jax.device_get((weight, quantized))
     for number, place in enumerate(np.ndindex(*weight.shape[:loops])):
         label = f"{site}[{number}]" if loops else site
-        yield label, *jax.tree.map(lambda leaf, place=place: leaf[place], (weight, quantized))
+        w, q = jax.tree.map(lambda leaf, place=place: leaf[place], (weight, quantized))
+        yield label, w, q
 
 
 def _statistics(
     key: Key, w: np.ndarray, quantized: _Served | None, fmt: NumericFormat
 ) -> WeightStatistics:
-    carrier = carrier_dtype(w)
-    w, q = w.astype(carrier), None if quantized is None else quantized.values.astype(carrier)
+    carrier = carrier_dtype(w.dtype)
+    w, q = w.astype(carrier), None if quantized is None else np.asarray(quantized.values, carrier)
     known = [x for x in (w, q) if x is not None]
-    found = dict.fromkeys(WeightStatistics._fields)
+    found: dict[str, Any] = dict.fromkeys(WeightStatistics._fields)
     found |= {"site": key[0], "operand": key[1], "weights": w.size}
     if not all(np.isfinite(x).all() for x in known):
         return WeightStatistics(**found)
     bound = float(max(np.max(np.abs(x)) for x in known))
     found |= _spread(w) | {"bound": bound, "before": _histogram(w, bound)}
-    if q is not None:
+    if quantized is not None and q is not None:
         found["sqnr_db"] = _number(sqnr_db(noise_to_signal(w, q)))
         found["clipped"] = float(np.mean(quantized.clipped))
         found["after"] = _histogram(q, bound)
         if fmt.bits <= 8:
-            found |= _code_use(quantized.codes, fmt)
+            found |= _code_use(np.asarray(quantized.codes), fmt)
     return WeightStatistics(**found)
 
 
