@@ -184,6 +184,36 @@ def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
         run(tmp_path, step=diverging)
 
 
+# --- What the host does on the way ----------------------------------------------------------------
+
+
+def test_a_turn_changes_the_state_before_its_step(tmp_path):
+    seen = []
+
+    def turn(state):
+        seen.append(int(state["step"]))
+        return state | {"weights": np.float32([5.0, 6.0, 7.0])}
+
+    def noted(state):
+        return {"first": float(parallel.unreplicate(state["weights"])[0])}
+
+    run(tmp_path / "plain", steps=5, schedule=(1, 5))
+    whole = run(tmp_path / "whole", turns={6: turn}, schedule=(1, 5), describe=noted)
+    assert seen == [5]
+    first = [record["first"] for record in read_metrics(tmp_path / "whole")]
+    before = [record["loss"] for record in read_metrics(tmp_path / "plain")]
+    assert [record["loss"] for record in read_metrics(tmp_path / "whole")][:5] == before
+    # 0.9 * 5 and a gradient of mean products and one draw of noise, all of standard deviation 1.
+    assert abs(first[5] - 4.5) < 0.1 * 6
+    # Ended just before the turn, a run does it when it goes on; after it, it does not again.
+    for steps in (5, 10):
+        run(tmp_path / str(steps), steps=steps, turns={6: turn}, schedule=(1, 5))
+        seen.clear()
+        end = run(tmp_path / str(steps), turns={6: turn}, schedule=(1, 5))
+        assert seen == ([5] if steps == 5 else [])
+        same_bits(end.state, whole.state)
+
+
 # --- Runs side by side ----------------------------------------------------------------------------
 
 
@@ -198,12 +228,19 @@ def scaled_step(state, factor, batch):
     return state | {"weights": weights, "step": state["step"] + 1}, {"loss": loss}
 
 
-def side_by_side(workdir, factors, steps=12):
+def side_by_side(workdir, factors, steps=12, turns=({}, {}, {})):
     streams = [Numbers() for _ in factors]
     for number, stream in enumerate(streams):
         stream.number = 100 * number
     runs = [
-        Run(workdir / str(i), start(), [stream], np.float32(factor), describe=first_weight)
+        Run(
+            workdir / str(i),
+            start(),
+            [stream],
+            np.float32(factor),
+            describe=first_weight,
+            turns=turns[i],
+        )
         for i, (factor, stream) in enumerate(zip(factors, streams))
     ]
     for one in runs:
@@ -236,6 +273,23 @@ def test_one_run_that_diverges_does_not_stop_the_others(tmp_path):
     same_bits(good.state, side_by_side(tmp_path / "again", (0.1, 0.5))[1].state)
     assert checkpoints(tmp_path / "0") == ["step_000000005"]
     assert all(isinstance(r, DivergedError) for r in side_by_side(tmp_path / "x", (np.nan,) * 2))
+
+
+def test_a_turn_is_of_one_run_alone(tmp_path):
+    plain = side_by_side(tmp_path / "plain", (0.1, 0.5))
+
+    def double(state):
+        return state | {"weights": 2 * state["weights"]}
+
+    def fail(state):
+        raise DivergedError("the scores are not finite")
+
+    one, other = side_by_side(tmp_path / "one", (0.1, 0.5), turns=({4: double}, {}))
+    same_bits(other.state, plain[1].state)
+    assert (one.state["weights"] != plain[0].state["weights"]).all()
+    one, other = side_by_side(tmp_path / "failed", (0.1, 0.5), turns=({4: fail}, {}))
+    same_bits(other.state, plain[1].state)
+    assert isinstance(one, DivergedError)
 
 
 def test_runs_side_by_side_resume_to_the_same_bits(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +68,9 @@ class Run(NamedTuple):
     describe: Callable[[Any], Mapping[str, float]] = lambda state: {}
     # Called with every step's metrics, in order; raises to stop the run.
     check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    # By number of a step: what the host makes of the state, not replicated, just before that step.
+    # A run that goes on from the step before makes it again, so it depends on the state alone.
+    turns: Mapping[int, Callable[[Any], Any]] = types.MappingProxyType({})
 
 
 class LoopResult(NamedTuple):
@@ -140,6 +144,7 @@ def _run_together(
         for lane in lanes:
             lane.writer = writers.enter_context(MetricWriter(lane.run.workdir, done))
         for number in range(done + 1, schedule.total_steps + 1):
+            loop.turn(number)
             loop.advance()
             last = number == schedule.total_steps
             stopped_by = interrupt.requested  # read once: a later signal ends the next step
@@ -225,6 +230,19 @@ class _Loop:
         self._pending.append(metrics)
         if len(self._pending) > _MOST_STEPS_AHEAD:
             jax.block_until_ready(self._pending[-_MOST_STEPS_AHEAD])
+
+    def turn(self, number: int) -> None:
+        """Lets every run that has something to do before the step `number` do it."""
+        if not any(number in lane.run.turns for lane in self._lanes):
+            return
+        states = [self._fetch(self._state, index) for index in range(len(self._lanes))]
+        for index, lane in enumerate(self._lanes):
+            if number in lane.run.turns and not lane.error:
+                try:
+                    states[index] = lane.run.turns[number](states[index])
+                except RuntimeError as error:  # of this run alone
+                    lane.error = error
+        self._state = self._placement.put(states)
 
     def _fetch(self, tree: Any, index: int) -> Any:
         return parallel.unreplicate(self._placement.view(tree, index))
