@@ -7,6 +7,7 @@
 judge points of weights that stay as they are stand in `aqt_search.search.searchers`.
 """
 
+from aqt_search.search.allocation import allocate
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.critic import critic
 from aqt_search.search.one_shot import Search, SearchState
@@ -14,6 +15,7 @@ from aqt_search.search.options import NAMED_OPTIONS, SpaceError
 from aqt_search.search.pareto import pareto_front
 from aqt_search.search.policy_gradient import policy_gradient
 from aqt_search.search.reward import Reward
+from aqt_search.search.scores import score
 from aqt_search.search.space import Decision, Space, make_space
 from aqt_search.search.uniform import uniform
 
@@ -26,9 +28,11 @@ __all__ = [
     "SearchState",
     "Space",
     "SpaceError",
+    "allocate",
     "critic",
     "make_space",
     "pareto_front",
     "policy_gradient",
+    "score",
     "uniform",
 ]

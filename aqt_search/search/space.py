@@ -290,3 +290,9 @@ def _decisions(sites, pattern: str, group: str, members: list[str], choice: Choi
             f" {' or '.join(of_roles)} to quantize."
         )
     return found
+
+
+def searched_operands(space: Space) -> dict[tuple[str, str], int]:
+    """The operands (site, side) that a space chooses formats of, and the decision about each."""
+    operands, decision_of, _ = space._quantizers()
+    return dict(zip(operands, decision_of.tolist()))
