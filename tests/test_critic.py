@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,22 @@ def test_a_search_finds_nearly_the_best_point(one_sided):
         span = values[fits].max() - np.median(values[fits])
         lost.append((values[fits].max() - found) / span)
     assert np.mean(lost) < 0.5
+
+
+def test_an_update_has_no_loop_and_no_branch_and_few_kernels():
+    """Each would be a round trip on a GPU; a bisection for one cost had 30, a phase a switch."""
+    one_shot = critic_over(
+        MASK, groups_of(["a"] * 6), {"a": table_of(COLUMNS)}, total_steps=STEPS, delay=0.25,
+        samples=2, tolerance=TOLERANCE, one_sided=False, memory=0.5, axis_name=None,
+    )  # fmt: skip
+    state = one_shot.init({"a": TARGET})
+    choices = one_shot.sample(state, jax.random.key(0))
+    lowered = jax.jit(one_shot.update).lower(state, choices, jnp.zeros(2), jax.random.key(0))
+    text = lowered.compile().as_text()
+    assert not re.findall(r" (while|conditional)\(", text)
+    entry = text[text.index("ENTRY") :]
+    kernels = re.findall(r" (fusion|call|custom-call|dot|sort|reduce|gather|scatter)\(", entry)
+    assert len(kernels) <= 120
 
 
 def test_very_short_searches_settle_too():

@@ -46,7 +46,7 @@ def allocate(
             " max_options], finite where there is an option."
         )
     first, second = tables[0].first, tables[0].second
-    group, i, j = _pairs(tables[0])
+    group, i, j = np.nonzero(tables[0].pairs)
     gain = np.asarray(values, float)[first[group], i]
     gain = gain + np.where(first == second, 0.0, 1.0)[group] * values[second[group], j]
     one_each = coo_array((np.ones(len(group)), (group, np.arange(len(group)))))
@@ -74,12 +74,3 @@ def allocate(
     choices[second[group[taken]]] = j[taken]
     choices[first[group[taken]]] = i[taken]
     return choices
-
-
-def _pairs(table: CostTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(group, option of its first decision, option of its second) of all that can be taken."""
-    usable = table.mask[table.first][:, :, None] & table.mask[table.second][:, None, :]
-    tied = (table.first == table.second)[:, None, None]
-    usable &= ~tied | np.eye(table.table.shape[-1], dtype=bool)
-    group, first, second = np.nonzero(usable)
-    return group, first, second

@@ -12,7 +12,6 @@ import numpy as np
 
 from aqt_search.search.cost_table import CostTable
 
-_POINTS = 2**13  # looked at, at most twice
 # Costs are float32: a hair of slack keeps sums in another order from telling equal ones apart.
 _SLACK = 1e-6
 
@@ -26,11 +25,11 @@ def most_probable(log_p: jax.Array) -> jax.Array:
     return jnp.argmax(log_p, axis=-1)
 
 
-def _ranks(decisions: int, options: int) -> np.ndarray:
+def _ranks(decisions: int, options: int, most: int) -> np.ndarray:
     """[points, decisions], int: which of its options, best first, each decision takes."""
     found = []
     for count in (2, options):
-        is_open = min(decisions, int(math.log(_POINTS, count) + 1e-9)) if count > 1 else 0
+        is_open = min(decisions, int(math.log(most, count) + 1e-9)) if count > 1 else 0
         ranks = np.zeros((count**is_open, decisions), int)
         ranks[:, :is_open] = list(itertools.product(range(count), repeat=is_open))
         found.append(ranks)
@@ -44,13 +43,15 @@ def most_probable_on_target(
     tolerance: float,
     *,
     one_sided: bool = False,
+    points: int = 2**13,
+    further: bool = True,
 ) -> jax.Array:
     """The most probable point whose costs are all within `tolerance` of their targets.
 
     A policy that ends decided may still end a few per cent off its target, where a decision that
     was nearly even fell to the other side. Looked at are the points in which the decisions that are
-    least certain take one of their two best options (13 decisions), or any of their options (as
-    many as make 2^13 points: 8 of 3 options), and all others their best. Where none of these is
+    least certain take one of their two best options (of 2^13 points, 13 decisions), or any of their
+    options (8 decisions of 3), and all others their best. Where none of these is
     within the tolerance, the most probable of those that are nearest, by the largest |C / T - 1|,
     goes on towards the targets by one decision after another, each time by the change that gives up
     least log-probability for what it brings nearer, until no change does: so the answer of a policy
@@ -62,24 +63,26 @@ def most_probable_on_target(
       targets: of each cost.
       tolerance: largest |C / T - 1|, at least 0; infinity gives the most probable point.
       one_sided: whether costs below their targets are as good as on them.
+      points: looked at in each of the two ways.
+      further: whether to go on from there decision by decision, which is a loop.
 
     Returns:
       int [decisions].
     """
     log_p = jnp.asarray(log_p)
-    decisions = log_p.shape[0]
-    best, order = jax.lax.top_k(log_p, log_p.shape[1])
+    decisions, options = log_p.shape
+    best, order = jax.lax.top_k(log_p, options)
     least_certain = jnp.argsort(best[:, 0] - best[:, 1])
-    alternatives = _ranks(*log_p.shape)  # of the least certain first
+    alternatives = _ranks(decisions, options, points)  # of the least certain first
     ranks = jnp.zeros(alternatives.shape, int).at[:, least_certain].set(alternatives)
     rows = np.arange(decisions)[None]
-    points = order[rows, ranks]
+    looked_at = order[rows, ranks]
     lost = jnp.sum((best[:, :1] - best)[rows, ranks], axis=1)
-    off = _off(points, costs, targets, one_sided)
+    off = _off(looked_at, costs, targets, one_sided)
     off = jnp.where(jnp.isfinite(lost), off, jnp.inf)  # a second option that does not exist
     fits = off <= jnp.maximum(tolerance, off.min()) + _SLACK
-    found = points[jnp.argmin(jnp.where(fits, lost, jnp.inf))]
-    return _nearer(found, log_p, costs, targets, tolerance, one_sided)
+    found = looked_at[jnp.argmin(jnp.where(fits, lost, jnp.inf))]
+    return _nearer(found, log_p, costs, targets, tolerance, one_sided) if further else found
 
 
 def _off(

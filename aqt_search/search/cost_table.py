@@ -52,14 +52,30 @@ class CostTable:
         return self.fixed + jnp.sum(jnp.where(self.first == self.second, diagonal, apart))
 
     @property
-    def range(self) -> tuple[float, float]:
-        """The costs of the cheapest and the dearest point of the space."""
+    def pairs(self) -> np.ndarray:
+        """[groups, max_options, max_options], bool: the options a group can take together."""
         usable = self.mask[self.first][:, :, None] & self.mask[self.second][:, None, :]
         tied = (self.first == self.second)[:, None, None]
-        usable &= ~tied | np.eye(self.table.shape[-1], dtype=bool)
-        cheapest = np.where(usable, self.table, np.inf).min(axis=(1, 2)).sum()
-        dearest = np.where(usable, self.table, -np.inf).max(axis=(1, 2)).sum()
+        return usable & (~tied | np.eye(self.table.shape[-1], dtype=bool))
+
+    def _usable(self, otherwise: float) -> np.ndarray:
+        """The table, with `otherwise` where options cannot be taken together."""
+        return np.where(self.pairs, self.table, otherwise)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The costs of the cheapest and the dearest point of the space."""
+        cheapest = self._usable(np.inf).min(axis=(1, 2)).sum()
+        dearest = self._usable(-np.inf).max(axis=(1, 2)).sum()
         return self.fixed + float(cheapest), self.fixed + float(dearest)
+
+    @property
+    def dearest(self) -> np.ndarray:
+        """The point that costs most; of equal ones that of the first options: int [decisions]."""
+        choices = np.zeros(len(self.mask), int)
+        for table, first, second in zip(self._usable(-np.inf), self.first, self.second):
+            choices[first], choices[second] = np.unravel_index(np.argmax(table), table.shape)
+        return choices
 
     def check_target(self, target: float) -> None:
         """Raises SpaceError if no point of the space can cost `target`, up to rounding."""

@@ -8,9 +8,9 @@ between the samples of a step, and from these values the policy in closed form,
 
 the distribution of largest mean value plus tau times entropy whose expected costs are their targets
 (m_k: the marginal costs of the options over the target). tau falls over the run; lambda_k is found
-by bisection at every step. So the expected cost is on its target from the first step on, and no
-weight of the cost has to be chosen. For the last tenth of the steps after the delay the policy is
-the answer: the most probable point on target, under which the weights train to the end.
+anew at every step. So the expected cost is on its target from the first step on, and no weight of
+the cost has to be chosen. For the last tenth of the steps after the delay the policy is the answer:
+the most probable point on target, under which the weights train to the end.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ from aqt_search.search.space import Space
 
 # Of the root mean square of the values' differences: nearly open, and all but decided.
 _TEMPERATURES = (4.0, 0.02)
-_BISECTIONS = 30
+# Multipliers tried at once, and how often between two of them: a bisection would be a loop, and a
+# step of it a round trip on a GPU.
+_MULTIPLIERS, _REFINEMENTS = 32, 4
 _LARGEST_MULTIPLIER = 12.0  # lambda / tau = sinh of up to this: 8e4
+_ANSWER_POINTS = 2**10  # that the answer is looked for among, at every step
 _SWEEPS = 3  # over the multipliers, where there are several costs
 _CERTAIN = 50.0  # logit of the options of the answer: the others have probability 0 in float32
 
@@ -257,7 +260,7 @@ def logits_on_target(
     """`scores` less multiples of the marginal costs, such that the expected costs are the targets.
 
     Marginal costs are those at the policy `log_p`; of a cost that adds up over decisions they are
-    the same at every policy. Multipliers are found by bisection, one cost after another.
+    the same at every policy. Multipliers are found by trying many, one cost after another.
 
     Args:
       scores: [decisions, max_options], values over the temperature.
@@ -280,17 +283,18 @@ def logits_on_target(
         """The position of one multiplier that meets its target beside the others as they are."""
         table, target = tables[index]
 
-        def halve(_, ends):
-            low, high = ends
-            middle = (low + high) / 2
-            logits = shifted([*positions[:index], middle, *positions[index + 1 :]])
+        def is_above(position):
+            logits = shifted([*positions[:index], position, *positions[index + 1 :]])
             found = policies.log_probabilities(logits, mask)
-            above = table.expected(jnp.exp(found)) > target
-            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+            return table.expected(jnp.exp(found)) > target
 
-        start = 0.0 if one_sided else -_LARGEST_MULTIPLIER
-        ends = (jnp.float32(start), jnp.float32(_LARGEST_MULTIPLIER))
-        low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, ends)
+        low = jnp.float32(0.0 if one_sided else -_LARGEST_MULTIPLIER)
+        high = jnp.float32(_LARGEST_MULTIPLIER)
+        for _ in range(_REFINEMENTS):
+            grid = low + (high - low) * np.linspace(0, 1, _MULTIPLIERS, dtype=np.float32)
+            above = jax.vmap(is_above)(grid)
+            last = jnp.where(jnp.all(above), _MULTIPLIERS - 1, jnp.argmin(above))
+            low, high = grid[jnp.maximum(last - 1, 0)], grid[jnp.maximum(last, 1)]
         return (low + high) / 2
 
     positions = [jnp.float32(0)] * len(tables)
@@ -323,19 +327,17 @@ def critic_step(
     share = (step - rule.period.start) / (rule.period.total - rule.period.start)
     tau = temperature(values, mask, jnp.clip(share, 0.0, 1.0))
     log_p = policies.log_probabilities(state.policy.logits, mask)
-
-    def searched():
-        scores, one_sided = values / tau, rule.one_sided
-        found = logits_on_target(scores, log_p, rule.costs, targets, mask, one_sided=one_sided)
-        return jnp.where(mask, found, 0.0)
-
-    def answered():
-        options = {"tolerance": rule.tolerance or np.inf, "one_sided": rule.one_sided}
-        point = most_probable_on_target(log_p, rule.costs, targets, **options)
-        return _CERTAIN * jax.nn.one_hot(point, mask.shape[-1], dtype=jnp.float32)
-
+    found = logits_on_target(
+        values / tau, log_p, rule.costs, targets, mask, one_sided=rule.one_sided
+    )
+    # All is computed at every step and the phase selects: a branch would be a round trip on a GPU.
+    answer = most_probable_on_target(
+        log_p, rule.costs, targets, rule.tolerance or np.inf, one_sided=rule.one_sided,
+        points=_ANSWER_POINTS, further=False,
+    )  # fmt: skip
+    settled = _CERTAIN * jax.nn.one_hot(answer, mask.shape[-1], dtype=jnp.float32)
     searches = (step >= rule.period.start) & (step < rule.period.settles)
-    phase = jnp.where(searches, 1, jnp.where(step == rule.period.settles, 2, 0))
-    logits = jax.lax.switch(phase, [lambda: state.policy.logits, searched, answered])
+    logits = jnp.where(step == rule.period.settles, settled, state.policy.logits)
+    logits = jnp.where(searches, jnp.where(mask, found, 0.0), logits)
     new = SearchState(step + 1, seen._replace(logits=logits), targets)
     return new, {"temperature": tau, "quality_noise": jnp.sqrt(seen.variance)}

@@ -65,7 +65,7 @@ def score(
     found = [np.asarray(program(params, batch)) for batch in batches]
     if not found:
         raise ValueError("There is nothing to score by: there are no batches.")
-    return np.mean(found, axis=0, dtype=np.float64)
+    return np.stack(found).mean(axis=0, dtype=np.float64)
 
 
 def _scores(apply, loss, space: Space, reference, params, batch) -> jax.Array:
@@ -114,7 +114,9 @@ def _offered(trace: Trace, space: Space) -> Callable[[Key, jax.Array], tuple[Any
 
     def offered(key: Key, x: jax.Array) -> tuple[Any, jax.Array]:
         found = [quantized(key, x) for quantized in options]
-        how = dataclasses.replace(found[0], x=None, grids=None)
+        how: Any = found[0]
+        # Without the tensor, which stands for itself, and with the grids of all options apart.
+        how = dataclasses.replace(how, x=None, grids=None)
         return how, jnp.stack([quantized.grids for quantized in found])
 
     return offered
