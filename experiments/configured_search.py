@@ -30,8 +30,9 @@ class ConfiguredSearch(NamedTuple):
     space: Space
     costs: dict[str, CostTable]  # by name; the first is the primary one
     targets: dict[str, float]  # in the units of the costs
-    one_shot: Search
-    delay_steps: int  # in which points are sampled uniformly
+    plain: Space  # the same with formats as they are, without the quantizers of the configuration
+    one_shot: Search | None  # None: "scores" decides, which samples nothing
+    delay_steps: int  # after which formats begin to be decided
 
     def first_assignment(self) -> dict[str, aqs.SiteFormats]:
         """The assignment of some point: what calibration states are made for."""
@@ -47,14 +48,15 @@ def configured_search(
       ConfigError: values that cannot be, or not together.
       SpaceError: a target outside of the space.
     """
-    space = configured_space(config, sites)
+    plain = plain_space(config, sites)
+    space = with_quantizers(config, plain)
     costs = {name: space.cost_table(cost_function(name)) for name in cost_names(config)}
     targets = cost_targets(config, sites)
     check_targets(costs, targets)
     with checked_values("search"):
         one_shot = _one_shot(config.search, space, costs, total_steps)
         start = period(total_steps, config.search.delay).start
-    return ConfiguredSearch(space, costs, targets, one_shot, start)
+    return ConfiguredSearch(space, costs, targets, plain, one_shot, start)
 
 
 def _critic(options, space: Space, costs: Mapping[str, CostTable], total_steps: int) -> Search:
@@ -121,9 +123,12 @@ ONE_SHOT: Mapping[str, Callable[..., Search]] = {
 }
 
 
+# Decides once, by gradients (experiments.jobs.scored_search).
+SCORES = "scores"
+
 # What the named controls may be, whether the searcher has a use for them or not.
 _NAMES: Mapping[str, Collection[str]] = {
-    "searcher": ONE_SHOT,
+    "searcher": (SCORES, *ONE_SHOT),
     "reward": REWARDS,
     "quality": QUALITIES,
     "measure": MEASURES,
@@ -136,11 +141,13 @@ _NAMES: Mapping[str, Collection[str]] = {
 
 def _one_shot(
     options: ml_collections.ConfigDict, space: Space, costs: Mapping[str, Any], total_steps: int
-) -> Search:
+) -> Search | None:
     for key, known in _NAMES.items():
         if options[key] not in known:
             raise ValueError(f"Unknown {key} {options[key]!r}: expected one of {', '.join(known)}.")
     check_beta(options.beta)
+    if options.searcher == SCORES:
+        return None
     if options.samples > 1 and options.quality == "train":
         raise ValueError(
             f"samples is {options.samples}, but quality 'train' judges the one point that the"
@@ -191,7 +198,16 @@ def cost_targets(
 
 def configured_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> Space:
     """The space of `config.search`, with the quantizers of the configuration."""
-    space = make_space(sites, config.search.space, decide=config.search.decide)
+    return with_quantizers(config, plain_space(config, sites))
+
+
+def plain_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> Space:
+    """The space of `config.search`, with scales of the formats alone."""
+    return make_space(sites, config.search.space, decide=config.search.decide)
+
+
+def with_quantizers(config: ml_collections.ConfigDict, space: Space) -> Space:
+    """The space with the quantizers of the configuration."""
     quantizers = configured_quantizers(config, format_names(space))
     adapted = dataclasses.replace(space, adapt=quantizers.of_site)
     first_assignment(adapted)  # raises where they do not fit

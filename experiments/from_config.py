@@ -35,7 +35,7 @@ _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
 # Values without which there is no run; 0 would pass for one until something divides by it.
 _POSITIVE = (
     "batch_size", "epochs", "log_every", "checkpoint_every", "evaluation.batch_size",
-    "search.held_out_batch_size",
+    "search.held_out_batch_size", "search.score_images",
 )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ GRADIENT = {"search.searcher": "policy_gradient"}
             {"search.further_costs": (("weight_bytes", 50.0, "int4"),)},
             ["SpaceError", "weight_bytes", "outside", "between"],
         ),
+        ("search", {"search.score_images": 0}, ["search.score_images is 0", "above 0"]),
         ("search", {"search.held_out_batch_size": 33}, ["held_out_batch_size 33", "multiple"]),
         # the model, the optimizer and the numbers of a run
         ("train", {"model.name": "vgg"}, ["ConfigError", "'vgg'", "mobilenet_v2"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,111 +17,66 @@ from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.guard import QualityGuard
 from aqt_search.training.loop import LoopResult, Run
-from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import unreplicate
 from aqt_search.training.search_step import ClassifierSearchState, make_search_step
-from aqt_search.training.workdir import write_json, write_text
-from experiments import from_config, results
-from experiments.configured_search import ConfiguredSearch, configured_search
+from experiments import from_config
+from experiments.configured_search import SCORES, ConfiguredSearch, configured_search
 from experiments.job import Job, claim_run, run_alone
-
-_PROBABILITY = "probability"
-
-
-def probabilities(logits: np.ndarray, space: Space, temperature: float) -> dict[str, float]:
-    """The policy as metrics: "probability/<decision>/<option>"."""
-    log_p = policies.log_probabilities(logits, space.mask, temperature)
-    return {
-        f"{_PROBABILITY}/{decision.name}/{label}": float(p)
-        for decision, row in zip(space.decisions, np.exp(log_p))
-        for label, p in zip(decision.labels, row)
-    }
-
-
-def write_search_files(workdir: Path, space: Space) -> None:
-    """Writes space.json, and probabilities.jsonl from the metrics."""
-    decisions = {
-        d.name: {"sites": list(d.sites), "options": list(d.labels)} for d in space.decisions
-    }
-    write_json(workdir / "space.json", decisions)
-    lines = []
-    for record in read_metrics(workdir):
-        table = {
-            d.name: [record[f"{_PROBABILITY}/{d.name}/{label}"] for label in d.labels]
-            for d in space.decisions
-        }
-        lines.append(json.dumps({"step": record["step"], "probabilities": table}) + "\n")
-    write_text(workdir / "probabilities.jsonl", "".join(lines))
+from experiments.jobs import scored_search
+from experiments.jobs.searched import Found, finish_search, probabilities_of
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
-    """A search; its cost targets are part of the state."""
+    """A search by its searcher: by scores, or by points that are sampled and judged."""
+    scored = config.search.searcher == SCORES
+    return (scored_search.prepare if scored else prepare_sampled)(config, workdir, images)
+
+
+def prepare_sampled(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images
+) -> Job:
+    """A search by points that are sampled; its cost targets are part of the state."""
     # Replicas hold different samples, so each normalises by its own batch.
     parts = from_config.build_parts(config, images, axis_name=None)
     setting = configured_search(config, parts.sites, parts.schedule.total_steps)
+    one_shot = setting.one_shot
+    assert one_shot is not None  # of all searchers but "scores"
     qapply = from_config.quantized(parts.model)
     update = from_config.make_update(config, parts, qapply)
-    step = make_search_step(
-        qapply, update, setting.space, setting.one_shot, measure=config.search.measure
-    )
+    step = make_search_step(qapply, update, setting.space, one_shot, measure=config.search.measure)
     held_out = config.search.quality == "held_out"
     streams = [from_config.training_stream(config, images)]
     streams += [from_config.reward_stream(config, images)] if held_out else []
     state = ClassifierSearchState(
         from_config.initial_state(config, parts, setting.first_assignment()),
-        setting.one_shot.init(setting.targets),
+        one_shot.init(setting.targets),
     )
     examples = config.search.held_out_batch_size if held_out else config.batch_size
 
+    def log_p(logits: np.ndarray) -> jax.Array:
+        temperature = config.search.temperature
+        return policies.log_probabilities(logits, setting.space.mask, temperature)
+
     def finish(found: LoopResult) -> dict[str, Any]:
-        write_search_files(workdir, setting.space)
-        return finish_search(config, workdir, parts, setting, found)
+        train, searched = found.state
+        if config.search.searcher == "random":
+            choices = best_of_random(config, parts, setting, train.variables)
+            ended = Found("random", choices, train.variables, found.seconds)
+        else:
+            entropy = float(policies.entropy(log_p(searched.policy.logits)).mean())
+            choices = np.asarray(one_shot.answer(searched))
+            ended = Found("search", choices, train.variables, found.seconds, entropy)
+        return finish_search(config, workdir, parts, setting, ended)
 
     def describe(state: ClassifierSearchState) -> dict[str, float]:
         logits = unreplicate(state.search.policy.logits)
-        return probabilities(logits, setting.space, config.search.temperature)
+        return probabilities_of(np.exp(log_p(logits)), setting.space)
 
     # Claimed last, so that a refused configuration does not keep the folder.
     claim_run(workdir, config)
     guard = QualityGuard(setting.delay_steps, images.splits.num_classes, examples)
     run = Run(workdir, state, streams, describe=describe, check=guard)
     return Job(step, run, parts.schedule, finish)
-
-
-def finish_search(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    parts: from_config.Parts,
-    setting: ConfiguredSearch,
-    found: LoopResult,
-) -> dict[str, Any]:
-    """Takes the formats found, and evaluates the weights as they are under them."""
-    train, searched = found.state
-    logits = searched.policy.logits
-    log_p = policies.log_probabilities(logits, setting.space.mask, config.search.temperature)
-    random = config.search.searcher == "random"
-    choices = (
-        best_of_random(config, parts, setting, train.variables)
-        if random
-        else np.asarray(setting.one_shot.answer(searched))
-    )
-    formats = setting.space.concrete_assignment(choices)
-    costs = {
-        name: float(from_config.cost_function(name)(parts.sites, formats)) for name in setting.costs
-    }
-    return results.finish(
-        results.Ended(config, workdir, parts, formats, train.variables),
-        {
-            "kind": "random" if random else "search",
-            "steps": parts.schedule.total_steps,
-            "seconds": found.seconds,
-            "targets": dict(setting.targets),
-            "costs": costs,
-            "target_gbops": setting.targets.get("gbops"),
-            "final_entropy": None if random else float(policies.entropy(log_p).mean()),
-            "without_retraining": True,
-        },
-    )
 
 
 def held_out_accuracy(

@@ -1,0 +1,128 @@
+"""Searches formats while weights train, by gradients: decides once and trains on under the answer.
+
+Until the delay is over the weights train under the options of most bits. Then one pass over a few
+training images gives every option its value (`aqt_search.search.score`), the best point that meets
+the targets is taken (`allocate`), and the weights train to the end under it, by the same program.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+import aqt_search as aqs
+from aqt_search import data, search
+from aqt_search.training import parallel
+from aqt_search.training.loop import DivergedError, LoopResult, Run
+from aqt_search.training.scales import SCALES, batch_arguments
+from aqt_search.training.train_step import Batch, TrainState, cross_entropy
+from experiments import from_config
+from experiments.configured_search import ConfiguredSearch, configured_search
+from experiments.job import Job, claim_run
+from experiments.jobs.searched import Found, finish_search, probabilities_of
+
+_SEED_OFFSET = 5_000_011  # the order of the scored images is its own
+_BATCH = 64
+
+
+class ScoredState(NamedTuple):
+    """What a step reads and writes."""
+
+    train: TrainState
+    choices: jax.Array  # [decisions], int32: the point that the weights train under
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
+    """A search that decides at the end of its delay; the point is part of the state."""
+    parts = from_config.build_parts(config, images)
+    alone = from_config.build_parts(config, images, axis_name=None)  # scores on one device
+    setting = configured_search(config, parts.sites, parts.schedule.total_steps)
+    space, primary = setting.space, next(iter(setting.costs.values()))
+    qapply = from_config.quantized(parts.model, parallel.AXIS)
+    update = from_config.make_update(config, parts, qapply)
+
+    def step(state: ScoredState, inputs, batch: Batch):
+        train, metrics, _ = update(state.train, space.assignment(state.choices), batch)
+        cost = primary.of(state.choices)
+        return ScoredState(train, state.choices), metrics | {"cost": cost}
+
+    def decide(state: ScoredState) -> ScoredState:
+        choices = decided(config, alone, setting, state.train.variables)
+        return state._replace(choices=choices)
+
+    def describe(state: ScoredState) -> dict[str, float]:
+        chosen = np.eye(space.max_options)[parallel.unreplicate(state.choices)]
+        return probabilities_of(chosen, space)
+
+    def finish(found: LoopResult) -> dict[str, Any]:
+        train, choices = found.state
+        searched = Found("search", choices, train.variables, found.seconds)
+        return finish_search(config, workdir, parts, setting, searched)
+
+    state = ScoredState(
+        from_config.initial_state(config, parts, setting.first_assignment()),
+        space.cost_table(aqs.cost.gbops).dearest.astype(np.int32),
+    )
+    # Claimed last, so that a refused configuration does not keep the folder.
+    claim_run(workdir, config)
+    stream = from_config.training_stream(config, images)
+    turns = {setting.delay_steps + 1: decide}
+    run = Run(workdir, state, [stream], describe=describe, turns=turns)
+    return Job(step, run, parts.schedule, finish)
+
+
+def decided(
+    config: ml_collections.ConfigDict,
+    parts: from_config.Parts,
+    setting: ConfiguredSearch,
+    variables: Mapping[str, Any],
+) -> np.ndarray:
+    """The best point that meets the targets, by gradients at `variables`: int32 [decisions].
+
+    Raises:
+      DivergedError: they are not finite.
+    """
+    own = {name: value for name, value in variables.items() if name != SCALES}
+    batches = scored_batches(config, parts.images)
+    values = search.score(*_model_and_loss(parts.model), own, batches, setting.plain)
+    if not np.isfinite(values).all():
+        raise DivergedError(
+            "The gradients that formats are scored by are not finite. Try a lower learning rate or"
+            " a longer warm-up, in a new --workdir."
+        )
+    return search.allocate(values, setting.costs, setting.targets).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _model_and_loss(model: Any) -> tuple:
+    """(apply, loss) for `search.score`: the same objects for equal models, so compiled once."""
+
+    def apply(variables: Mapping[str, Any], batch: Batch) -> jax.Array:
+        arguments = batch_arguments(variables, jax.random.key(0))
+        logits = model.apply(variables, batch["image"], **arguments)
+        return logits[0] if "mutable" in arguments else logits
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        return cross_entropy(logits, batch["label"], 0.0).mean()
+
+    return apply, loss
+
+
+def scored_batches(
+    config: ml_collections.ConfigDict, images: from_config.Images
+) -> list[Mapping[str, np.ndarray]]:
+    """About `search.score_images` training images, not augmented, in equal batches."""
+    count = min(config.search.score_images, len(images.splits.train))
+    size = min(_BATCH, count)
+    stream = data.train_batches(
+        images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
+        mean=images.mean, std=images.std,
+    )  # fmt: skip
+    return list(itertools.islice(stream, count // size))
