@@ -9,6 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from aqt_search.search.cost_table import CostTable
+from aqt_search.search.one_shot import check_costs
 from aqt_search.search.options import SpaceError
 
 
@@ -30,7 +31,8 @@ def allocate(
       targets: the largest cost, by the same names.
 
     Raises:
-      SpaceError: costs and targets differ in their names, or no point meets all targets.
+      SpaceError: costs and targets differ in their names, costs are of several spaces, or no point
+        meets all targets.
       ValueError: values of another shape, or not finite; the solver gives up.
     """
     if not costs or set(costs) != set(targets):
@@ -40,6 +42,7 @@ def allocate(
         )
     tables = list(costs.values())
     mask = tables[0].mask
+    check_costs(mask, costs)
     if np.shape(values) != mask.shape or not np.all(np.isfinite(np.asarray(values)[mask])):
         raise ValueError(
             f"values have shape {np.shape(values)}; expected {mask.shape}, [decisions,"

@@ -7,7 +7,6 @@ the targets is taken (`allocate`), and the weights train to the end under it, by
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,9 +99,8 @@ def decided(
     return search.allocate(values, setting.costs, setting.targets).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=4)
 def _model_and_loss(model: Any) -> tuple:
-    """(apply, loss) for `search.score`: the same objects for equal models, so compiled once."""
+    """(apply, loss) for `search.score`, normalised by the statistics of each batch."""
 
     def apply(variables: Mapping[str, Any], batch: Batch) -> jax.Array:
         arguments = batch_arguments(variables, jax.random.key(0))
