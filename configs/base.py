@@ -107,9 +107,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.searchers = ml_collections.ConfigDict()
     config.searchers.checkpoint = ""  # the workdir of the search
     # All but "brute_force", for small spaces.
-    config.searchers.names = ("random", "greedy", "evolution", "critic", "policy_gradient")
+    config.searchers.names = (
+        "random", "greedy", "evolution", "critic", "policy_gradient", "scores",
+    )  # fmt: skip
     config.searchers.evaluations = 100  # points that each may judge
     config.searchers.images = 1000  # held-out images: half to judge, half to report
+
+    # experiments.allocate: formats from `search.space` for the trained network of `checkpoint`, at
+    # each target (as `search.target`), and uniform ones; quantized as `ptq` and `quantizers` say.
+    config.allocate = ml_collections.ConfigDict()
+    config.allocate.targets = (0.8, 1.1, 1.5, 2.2)
+    config.allocate.uniform = ("int4", "int8")
+    # What an option is worth: "scores" by gradients (search.scores), "one_at_a_time" by a forward
+    # pass for each; both on `search.score_images` training images.
+    config.allocate.by = "scores"
 
     config.search = ml_collections.ConfigDict()
     # Ordered rules: fixed formats; a tuple of formats to choose from, or the name of such a tuple
@@ -121,7 +132,7 @@ def get_config() -> ml_collections.ConfigDict:
     # "critic" (aqt_search.search.critic), "policy_gradient" (FLIQS: beta, advantage, and what
     # stands from cost_samples on, but for the delay, are its own) and "random", to compare with,
     # judge sampled points all along: by reward, quality, measure and samples.
-    config.search.searcher = "critic"
+    config.search.searcher = "scores"
     config.search.score_images = 512  # training images, not augmented, that "scores" judges by
     config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.costs.roofline)
     config.search.target = 1.1  # cost target ...

@@ -11,6 +11,7 @@ it is. Writes searchers.json.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ import ml_collections
 import numpy as np
 
 from aqt_search import data
-from aqt_search.search.searchers import SEARCHERS, regret
+from aqt_search.search.searchers import SEARCHERS, regret, scored
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.workdir import lock_workdir, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
-from experiments.configured_search import configured_search
+from experiments.configured_search import SCORES, configured_search
 from experiments.job import claim_run
+from experiments.option_values import by_gradients
 
 SEARCHERS_FILE = "searchers.json"
 _SEED_OFFSET = 5_000_011  # the order of the images is its own
@@ -35,10 +37,10 @@ _SEED_OFFSET = 5_000_011  # the order of the images is its own
 
 def check_options(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError for values of `config.searchers` that cannot be."""
-    options = config.searchers
-    if odd := sorted(set(options.names) - set(SEARCHERS)):
+    options, known = config.searchers, (*SEARCHERS, SCORES)
+    if odd := sorted(set(options.names) - set(known)):
         raise from_config.ConfigError(
-            f"Unknown searchers {', '.join(odd)}: expected some of {', '.join(SEARCHERS)}."
+            f"Unknown searchers {', '.join(odd)}: expected some of {', '.join(known)}."
         )
     if options.evaluations < 1 or options.images < 2:
         raise from_config.ConfigError(
@@ -90,8 +92,12 @@ def compare(
     setting = configured_search(run.config, run.parts.sites, run.parts.schedule.total_steps)
     space, (name, target) = setting.space, next(iter(setting.targets.items()))
     judge, report = judges(config, run.parts, space, run.variables)
+    searchers = dict(SEARCHERS)
+    if SCORES in config.searchers.names:
+        values = by_gradients(run.config, run.parts, setting.plain, run.variables)
+        searchers[SCORES] = functools.partial(scored, values=values)
     outcomes = {
-        searcher: SEARCHERS[searcher](
+        searcher: searchers[searcher](
             judge, setting.costs[name], target, config.searchers.evaluations, config.seed
         )
         for searcher in config.searchers.names

@@ -34,8 +34,8 @@ class Job(NamedTuple):
 Prepare = Callable[[ml_collections.ConfigDict, Path, from_config.Images], Job]
 
 
-# Keys that change nothing of what a run does; of a run in a sweep, neither do the other points.
-_NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep")
+# Keys that change nothing of what a run does; of one of many, neither do the other points.
+_NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep", "allocate")
 
 
 def claim_run(workdir: Path, config: ml_collections.ConfigDict) -> None:

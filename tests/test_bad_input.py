@@ -49,6 +49,7 @@ def complaint(capsys, job, config, workdir, images=None):
 
 INT = ("int4", "int8")
 GRADIENT = {"search.searcher": "policy_gradient"}
+CRITIC = {"search.searcher": "critic"}
 
 
 @pytest.mark.parametrize(
@@ -79,13 +80,13 @@ GRADIENT = {"search.searcher": "policy_gradient"}
         ("search", {"search.delay": 1.5}, ["config.search", "1.5", "[0, 1)"]),
         ("search", {"search.delay": 0.99}, ["config.search", "0.99", "train longer"]),
         ("search", {"search.measure": "f1"}, ["config.search", "'f1'", "accuracy"]),
-        ("search", {"search.samples": 1}, ["config.search", "samples is 1", "at least 2"]),
+        ("search", CRITIC | {"search.samples": 1}, ["config.search", "samples is 1", "at least 2"]),
         ("search", {"search.searcher": "grid"}, ["config.search", "'grid'", "policy_gradient"]),
         ("search", {"search.advantage": "raw"}, ["config.search", "'raw'", "centred"]),
         ("search", {"search.penalty": "none"}, ["config.search", "'none'", "annealed"]),
-        ("search", {"search.temperature": 2.0}, ["'critic'", "leave temperature", "2.0"]),
-        ("search", {"search.reward": "hard"}, ["'critic'", "'hard'", "one_sided"]),
-        ("search", {"search.quality": "train"}, ["samples is 2", "'held_out'"]),
+        ("search", CRITIC | {"search.temperature": 2.0}, ["'critic'", "leave temperature", "2.0"]),
+        ("search", CRITIC | {"search.reward": "hard"}, ["'critic'", "'hard'", "one_sided"]),
+        ("search", CRITIC | {"search.quality": "train"}, ["samples is 2", "'held_out'"]),
         (
             "search",
             GRADIENT | {"search.cost_samples": 0},

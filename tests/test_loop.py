@@ -315,7 +315,7 @@ COMMAND = (
     f"--config.epochs={STEPS / 40}", "--config.optimizer.warmup_epochs=0.0",
     "--config.log_every=1", f"--config.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.search.space=(('stem', 'int8'), ('.*', ('e2m1', 'int4', 'e4m3', 'int8')))",
-    "--config.search.target=2.0", "--config.search.learning_rate=0.3",
+    "--config.search.target=2.0", "--config.search.searcher=critic",
     "--config.evaluation.calibration_batches=2",
 )  # fmt: skip
 

@@ -23,9 +23,9 @@ from aqt_search.search.searchers import (
     in_batches,
     random_search,
     regret,
+    scored,
 )
 from aqt_search.search.searchers.points import (
-    dearest_point,
     sample_points,
     tilted_log_probabilities,
 )
@@ -133,6 +133,22 @@ def test_regret_with_interactions(search, ratio, seed):
     _, qualities = reference(costs, interacting_quality, 1.02 * target)
     found = search(interacting_quality, costs, target, EVALUATIONS, seed)
     assert 0 <= regret(found, best) <= allowed_regret(qualities)
+
+
+@pytest.mark.parametrize("ratio", [1.7, 2.5, 5.0])
+def test_of_additive_values_the_scored_point_is_the_best(ratio):
+    """Brute force judges by the same values; another quality is what is told, not what decides."""
+    costs, values = bit_operations(), np.random.default_rng(0).normal(size=(4, 4))
+
+    def total(choices):
+        return values[np.arange(4), choices].sum(axis=1)
+
+    target = ratio * costs.range[0]
+    best = brute_force(total, costs, target)
+    found = scored(interacting_quality, costs, target, 1, 0, values=values)
+    np.testing.assert_array_equal(found.choices, best.choices)
+    assert found.quality == interacting_quality(found.choices[None])[0]
+    assert len(found.evaluated.costs) == 1
 
 
 @every_searcher
@@ -436,8 +452,8 @@ def test_batches_of_one_size():
 
 
 @pytest.mark.parametrize("costs", [bit_operations(), paired_costs()], ids=["additive", "paired"])
-def test_dearest_point(costs):
-    found = costs.of_many(dearest_point(costs)[None])[0]
+def test_the_dearest_point(costs):
+    found = costs.of_many(costs.dearest[None])[0]
     assert found == pytest.approx(costs.of_many(every_point(costs)).max())
 
 

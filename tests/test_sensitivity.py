@@ -226,6 +226,7 @@ def configured(folder, run, **changes):
             "epochs": 0.1,
             "optimizer.warmup_epochs": 0.0,
             "evaluation.calibration_batches": 0,
+            "search.searcher": "critic",
             "sensitivity.checkpoint": str(folder / run),
             "sensitivity.formats": ("int2", "int8"),
             "sensitivity.images": 100,

@@ -7,8 +7,6 @@ the targets is taken (`allocate`), and the weights train to the end under it, by
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +15,15 @@ import ml_collections
 import numpy as np
 
 import aqt_search as aqs
-from aqt_search import data, search
+from aqt_search import search
 from aqt_search.training import parallel
-from aqt_search.training.loop import DivergedError, LoopResult, Run
-from aqt_search.training.scales import SCALES, batch_arguments
-from aqt_search.training.train_step import Batch, TrainState, cross_entropy
+from aqt_search.training.loop import LoopResult, Run
+from aqt_search.training.train_step import Batch, TrainState
 from experiments import from_config
-from experiments.configured_search import ConfiguredSearch, configured_search
+from experiments.configured_search import configured_search
 from experiments.job import Job, claim_run
 from experiments.jobs.searched import Found, finish_search, probabilities_of
-
-_SEED_OFFSET = 5_000_011  # the order of the scored images is its own
-_BATCH = 64
+from experiments.option_values import by_gradients
 
 
 class ScoredState(NamedTuple):
@@ -53,8 +48,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         return ScoredState(train, state.choices), metrics | {"cost": cost}
 
     def decide(state: ScoredState) -> ScoredState:
-        choices = decided(config, alone, setting, state.train.variables)
-        return state._replace(choices=choices)
+        values = by_gradients(config, alone, setting.plain, state.train.variables)
+        choices = search.allocate(values, setting.costs, setting.targets)
+        return state._replace(choices=choices.astype(np.int32))
 
     def describe(state: ScoredState) -> dict[str, float]:
         chosen = np.eye(space.max_options)[parallel.unreplicate(state.choices)]
@@ -75,52 +71,3 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     turns = {setting.delay_steps + 1: decide}
     run = Run(workdir, state, [stream], describe=describe, turns=turns)
     return Job(step, run, parts.schedule, finish)
-
-
-def decided(
-    config: ml_collections.ConfigDict,
-    parts: from_config.Parts,
-    setting: ConfiguredSearch,
-    variables: Mapping[str, Any],
-) -> np.ndarray:
-    """The best point that meets the targets, by gradients at `variables`: int32 [decisions].
-
-    Raises:
-      DivergedError: they are not finite.
-    """
-    own = {name: value for name, value in variables.items() if name != SCALES}
-    batches = scored_batches(config, parts.images)
-    values = search.score(*_model_and_loss(parts.model), own, batches, setting.plain)
-    if not np.isfinite(values).all():
-        raise DivergedError(
-            "The gradients that formats are scored by are not finite. Try a lower learning rate or"
-            " a longer warm-up, in a new --workdir."
-        )
-    return search.allocate(values, setting.costs, setting.targets).astype(np.int32)
-
-
-def _model_and_loss(model: Any) -> tuple:
-    """(apply, loss) for `search.score`, normalised by the statistics of each batch."""
-
-    def apply(variables: Mapping[str, Any], batch: Batch) -> jax.Array:
-        arguments = batch_arguments(variables, jax.random.key(0))
-        logits = model.apply(variables, batch["image"], **arguments)
-        return logits[0] if "mutable" in arguments else logits
-
-    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
-        return cross_entropy(logits, batch["label"], 0.0).mean()
-
-    return apply, loss
-
-
-def scored_batches(
-    config: ml_collections.ConfigDict, images: from_config.Images
-) -> list[Mapping[str, np.ndarray]]:
-    """About `search.score_images` training images, not augmented, in equal batches."""
-    count = min(config.search.score_images, len(images.splits.train))
-    size = min(_BATCH, count)
-    stream = data.train_batches(
-        images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
-        mean=images.mean, std=images.std,
-    )  # fmt: skip
-    return list(itertools.islice(stream, count // size))

@@ -1,7 +1,7 @@
 """Searchers over the same evaluations: each judges points of a space and returns the best.
 
 Every one is a function `search(evaluate, costs, target, evaluations, seed) -> Outcome`;
-`SEARCHERS` has them by name.
+`SEARCHERS` has them by name, but for `scored`, which wants to be given values, too.
 
 Args:
   evaluate: choices [n, decisions], int, to quality [n]: higher is better, an accuracy or minus a
@@ -29,6 +29,7 @@ from aqt_search.search.searchers.outcome import (
     regret,
 )
 from aqt_search.search.searchers.random_search import random_search
+from aqt_search.search.searchers.scored import scored
 
 SEARCHERS: Mapping[str, Callable[..., Outcome]] = {
     "random": random_search,
@@ -53,4 +54,5 @@ __all__ = [
     "in_batches",
     "random_search",
     "regret",
+    "scored",
 ]

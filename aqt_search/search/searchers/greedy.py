@@ -15,7 +15,7 @@ from aqt_search.search.searchers.outcome import (
     joined,
     judge,
 )
-from aqt_search.search.searchers.points import dearest_point, single_changes
+from aqt_search.search.searchers.points import single_changes
 
 _COST_RESOLUTION = 1e-9  # float64 sums of the same costs differ in their last digits
 
@@ -52,7 +52,7 @@ def greedy(
     limit = cost_limit(costs, target, tolerance)
     needed = int(costs.mask.sum()) - len(costs.mask) + 2
     check_evaluations(evaluations, needed, "greedy's table of options and one point found by it")
-    start = dearest_point(costs)
+    start = costs.dearest
     table, sensitivity = _table(evaluate, costs, start)
     point = _climb(costs, sensitivity, _descend(costs, sensitivity, start, limit), limit)
     if (table.choices == point).all(axis=1).any():

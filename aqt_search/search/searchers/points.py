@@ -10,17 +10,6 @@ _LARGEST_TILT = 1e4  # shares of cost below a ten thousandth of the target may s
 _BISECTIONS = 40  # of an interval of 2e4: to 2e-8
 
 
-def dearest_point(costs: CostTable) -> np.ndarray:
-    """A point of the highest cost: [decisions], int."""
-    usable = costs.mask[costs.first][:, :, None] & costs.mask[costs.second][:, None, :]
-    tied = (costs.first == costs.second)[:, None, None]
-    usable &= ~tied | np.eye(costs.table.shape[-1], dtype=bool)
-    flat = np.where(usable, costs.table, -np.inf).reshape(len(costs.table), -1)
-    point = np.zeros(len(costs.mask), int)
-    point[costs.first], point[costs.second] = np.divmod(flat.argmax(1), costs.table.shape[-1])
-    return point
-
-
 def single_changes(point: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """`point` [decisions] with decision d set to option o: [decisions, max_options, decisions].
 
@@ -34,7 +23,7 @@ def single_changes(point: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def option_costs(costs: CostTable) -> np.ndarray:
     """Cost of the dearest point with one option changed: float64 [decisions, max_options]."""
-    changed = single_changes(dearest_point(costs), costs.mask)
+    changed = single_changes(costs.dearest, costs.mask)
     return costs.of_many(changed.reshape(-1, changed.shape[-1])).reshape(costs.mask.shape)
 
 

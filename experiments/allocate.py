@@ -1,0 +1,151 @@
+"""Chooses formats for a network that is trained already: a front over targets, without training.
+
+    python -m experiments.allocate --config=configs/digits_resnet8.py --workdir=runs/allocated \
+        --config.checkpoint=runs/float --config.allocate.targets="(0.8, 1.1, 1.5)"
+
+One pass over a few training images gives every option of `config.search.space` its value; the best
+point for each target follows in a moment, and so do those of further targets, asked for by the same
+command in the same folder. Each is quantized and evaluated as by experiments.ptq (the steps of
+`config.ptq`, the scales of `config.quantizers`), beside uniform formats. Writes values.json, for
+each point <workdir>/policies/<name>.json and a run in <workdir>/points/<name>, and the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from aqt_search import search
+from aqt_search.numerics.by_name import named_granularity
+from aqt_search.report import format_table, load_records, write_report
+from aqt_search.search.one_shot import check_targets
+from aqt_search.search.space import Space
+from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
+from experiments import finished_run, from_config
+from experiments.command_line import run_job
+from experiments.compiled_programs import keep_compiled
+from experiments.configured_search import cost_names, cost_targets, plain_space, uniform_rules
+from experiments.jobs import ptq
+from experiments.option_values import VALUES
+from experiments.results import policy_json
+from experiments.sweep import COMPILED_FOLDER, Point, run_points
+
+VALUES_FILE, POLICIES_FOLDER = "values.json", "policies"
+SERIES, UNIFORM_SERIES = "allocated", "uniform"
+# Another front of the same values may be asked for in the same folder.
+_NOT_OF_THE_VALUES = ("log_every", "data.data_dir", "allocate.targets", "allocate.uniform")
+
+
+def check_options(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for values of `config.allocate` that cannot be."""
+    if not config.checkpoint:
+        raise from_config.ConfigError(
+            "checkpoint is empty: give the workdir of a finished run, whose network is quantized."
+        )
+    if config.allocate.by not in VALUES:
+        raise from_config.ConfigError(
+            f"allocate.by is {config.allocate.by!r}; expected one of {', '.join(VALUES)}."
+        )
+    if not config.allocate.targets:
+        raise from_config.ConfigError("allocate.targets is empty: give at least one target.")
+
+
+def values_of(
+    config: ml_collections.ConfigDict,
+    there: finished_run.FinishedRun,
+    space: Space,
+    workdir: Path,
+) -> np.ndarray:
+    """The values of the space's options: read from values.json, or measured and written there."""
+    path = workdir / VALUES_FILE
+    values = np.zeros(space.mask.shape)
+    if not path.exists():
+        start = time.monotonic()
+        values = VALUES[config.allocate.by](config, there.parts, space, there.variables)
+        seconds = time.monotonic() - start
+        table = {
+            d.name: dict(zip(d.labels, map(float, row))) for d, row in zip(space.decisions, values)
+        }
+        write_json(path, {"by": config.allocate.by, "seconds": seconds, "values": table})
+        print(f"{len(table)} decisions were judged in {seconds:.1f} s.", flush=True)
+        return values
+    table = read_json(path)["values"]
+    for row, decision in zip(values, space.decisions):
+        row[: len(decision.labels)] = [table[decision.name][label] for label in decision.labels]
+    return values
+
+
+def allocated_points(
+    config: ml_collections.ConfigDict,
+    there: finished_run.FinishedRun,
+    workdir: Path,
+) -> list[Point]:
+    """A point for each target, whose formats are decided here, and one for each uniform format."""
+    sites = there.parts.sites
+    space = plain_space(config, sites)
+    costs = {name: space.cost_table(from_config.cost_function(name)) for name in cost_names(config)}
+    targets = {}
+    for target in config.allocate.targets:
+        own = _changed(config, **{"search.target": target})
+        targets[f"{SERIES}_{target:g}"] = cost_targets(own, sites)
+        check_targets(costs, targets[f"{SERIES}_{target:g}"])
+    # Claimed last, so that a refused configuration does not keep the folder.
+    claim_workdir(workdir, config.to_dict(), ignore=_NOT_OF_THE_VALUES)
+    values = values_of(config, there, space, workdir)
+    points, granularity = [], named_granularity(config.quantizers.weight_granularity)
+    for name, limits in targets.items():
+        assignment = space.concrete_assignment(search.allocate(values, costs, limits))
+        path = workdir / POLICIES_FOLDER / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, policy_json(assignment, granularity))
+        own = _changed(config, policy=str(path), formats=(), series=SERIES)
+        points.append(Point(name, "ptq", ptq.prepare, own))
+    for name in config.allocate.uniform:
+        own = _changed(config, formats=uniform_rules(config, name), series=UNIFORM_SERIES)
+        points.append(Point(name, "ptq", ptq.prepare, own))
+    return points
+
+
+def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(values)
+    return copy
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
+) -> Path:
+    """Decides, quantizes and evaluates every point; returns the path of report.html."""
+    check_options(config)
+    with lock_workdir(workdir):
+        images = images or from_config.load_images(config)
+        there = finished_run.load(config, Path(config.checkpoint), images)
+        points = allocated_points(config, there, workdir)
+        found = run_points(points, workdir / "points", lambda point: images, side_by_side=False)
+        for number, (point, result) in enumerate(found, start=1):
+            print(f"[{number}/{len(points)}] {point.name}: {_told(result)}", flush=True)
+        return write_report(workdir)
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    if "error" in result:
+        return result["error"]
+    return f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
+
+
+def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs the job of the command line."""
+    keep_compiled(workdir / COMPILED_FOLDER)
+    report = run(config, workdir)
+    print()
+    print(format_table(load_records(report.parent)))
+    print(f"\nReport: {report}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,124 @@
+"""Values of every option of a space on trained weights: what formats the network can bear."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+import aqt_search as aqs
+from aqt_search import data, search
+from aqt_search.search.searchers.points import single_changes
+from aqt_search.search.space import Space
+from aqt_search.training.assignment_batch import evaluate_assignments
+from aqt_search.training.loop import DivergedError
+from aqt_search.training.scales import SCALES, batch_arguments
+from aqt_search.training.train_step import Batch, cross_entropy
+from experiments import from_config
+
+_SEED_OFFSET = 5_000_011  # the order of the judged images is its own
+_BATCH = 64
+
+
+def by_gradients(
+    config: ml_collections.ConfigDict,
+    parts: from_config.Parts,
+    space: Space,
+    variables: Mapping[str, Any],
+) -> np.ndarray:
+    """`search.score` on about `search.score_images` training images: [decisions, max_options].
+
+    BatchNorm takes the statistics of each batch.
+
+    Args:
+      config: of a run.
+      parts: made for one device.
+      space: without calibrations that have state.
+      variables: {"params": ..., "batch_stats": ...}; "scales" are left out.
+
+    Raises:
+      DivergedError: the gradients are not finite.
+    """
+    batches = judged_batches(config, parts.images)
+    values = search.score(*_model_and_loss(parts.model), _own(variables), batches, space)
+    if not np.isfinite(values).all():
+        raise DivergedError(
+            "The gradients that formats are scored by are not finite. Try a lower learning rate or"
+            " a longer warm-up, in a new --workdir."
+        )
+    return values
+
+
+def one_at_a_time(
+    config: ml_collections.ConfigDict,
+    parts: from_config.Parts,
+    space: Space,
+    variables: Mapping[str, Any],
+) -> np.ndarray:
+    """Minus the increase of the loss by each option alone, all others at most bits.
+
+    On the images of `by_gradients`, by a forward pass for each option: the reference that it is
+    compared with, whose cost grows with the number of decisions.
+
+    Raises:
+      DivergedError: a loss is not finite.
+    """
+    table = space.cost_table(aqs.cost.gbops)
+    start = table.dearest
+    others = space.mask.copy()
+    others[np.arange(len(start)), start] = False
+    choices = np.concatenate([start[None], single_changes(start, space.mask)[others]])
+    batches = [
+        {**batch, "mask": np.ones(len(batch["label"]), np.float32)}
+        for batch in judged_batches(config, parts.images)
+    ]
+    assignments = jax.jit(jax.vmap(space.assignment))(choices)
+    qapply = from_config.quantized(parts.model)
+    losses = evaluate_assignments(qapply, assignments, _own(variables), batches).loss
+    if not np.isfinite(losses).all():
+        raise DivergedError("The loss of some format alone is not finite: look at the weights.")
+    values = np.zeros(space.mask.shape)
+    values[others] = losses[0] - losses[1:]
+    return values
+
+
+# By `config.allocate.by`.
+VALUES: Mapping[str, Callable[..., np.ndarray]] = {
+    "scores": by_gradients,
+    "one_at_a_time": one_at_a_time,
+}
+
+
+def judged_batches(
+    config: ml_collections.ConfigDict, images: from_config.Images
+) -> list[Mapping[str, np.ndarray]]:
+    """About `search.score_images` training images, not augmented, in equal batches."""
+    count = min(config.search.score_images, len(images.splits.train))
+    size = min(_BATCH, count)
+    stream = data.train_batches(
+        images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
+        mean=images.mean, std=images.std,
+    )  # fmt: skip
+    return list(itertools.islice(stream, count // size))
+
+
+def _own(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in variables.items() if name != SCALES}
+
+
+def _model_and_loss(model: Any) -> tuple[Callable, Callable]:
+    """(apply, loss) for `search.score`, normalised by the statistics of each batch."""
+
+    def apply(variables: Mapping[str, Any], batch: Batch) -> jax.Array:
+        arguments = batch_arguments(variables, jax.random.key(0))
+        logits = model.apply(variables, batch["image"], **arguments)
+        return logits[0] if "mutable" in arguments else logits
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        return cross_entropy(logits, batch["label"], 0.0).mean()
+
+    return apply, loss
