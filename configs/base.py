@@ -128,18 +128,19 @@ def get_config() -> ml_collections.ConfigDict:
     # "activation" to either, which are then decided apart.
     config.search.space = ((".*", ("int4", "int8", "bf16")),)
     config.search.decide = "site"  # what shares a decision: a "site", "block", "rule", the "model"
-    # "scores" judges all options by gradients, once, at the end of the delay (search.scores);
-    # "critic" (aqt_search.search.critic), "policy_gradient" (FLIQS: beta, advantage, and what
-    # stands from cost_samples on, but for the delay, are its own) and "random", to compare with,
-    # judge sampled points all along: by reward, quality, measure and samples.
+    # "scores" judges all options by gradients, once, at the end of the delay (search.scores),
+    # "one_at_a_time" by a forward pass for each; "critic" (aqt_search.search.critic),
+    # "policy_gradient" (FLIQS: beta, advantage, and what stands from cost_samples on, but for the
+    # delay, are its own) and "random", to compare with, judge sampled points all along: by reward,
+    # quality, measure and samples.
     config.search.searcher = "scores"
-    config.search.score_images = 512  # training images, not augmented, that "scores" judges by
+    config.search.score_images = 512  # training images, not augmented, that these judge by
     config.search.cost = "gbops"  # "weight_bytes", or "latency_ms/h100" (aqt_search.costs.roofline)
     config.search.target = 1.1  # cost target ...
     config.search.relative_to = "int4"  # ... as a multiple of this format's cost; "" for units
     config.search.further_costs = ()  # with targets of their own: (cost, target, relative_to), ...
     # The answer is the most probable point whose cost is this near its target; with 0 the most
-    # probable one, wherever it is. Of "scores" it is the best that costs at most its target.
+    # probable one, wherever it is. Decided once, it is the best that costs at most its target.
     config.search.tolerance = 0.02
     config.search.reward = "absolute"  # "absolute", "one_sided", "soft", "hard"
     config.search.beta = 1.0
@@ -152,7 +153,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.advantage = "centred"  # over the samples of a step, or a moving "baseline"
     config.search.cost_samples = 256  # points whose cost alone is judged; 0: those of `samples`
     config.search.penalty = "annealed"  # from that of the expected cost to the expected; "sampled"
-    # Share of the run before the policy moves, or before "scores" decides: until then it trains
+    # Share of the run before the policy moves, or before it is decided once: until then it trains
     # under the options of most bits.
     config.search.delay = 0.25
     config.search.learning_rate = 0.05

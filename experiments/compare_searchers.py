@@ -27,9 +27,9 @@ from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.workdir import lock_workdir, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
-from experiments.configured_search import SCORES, configured_search
+from experiments.configured_search import configured_search
 from experiments.job import claim_run
-from experiments.option_values import by_gradients
+from experiments.option_values import SCORES, by_gradients
 
 SEARCHERS_FILE = "searchers.json"
 _SEED_OFFSET = 5_000_011  # the order of the images is its own

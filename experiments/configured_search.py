@@ -21,6 +21,7 @@ from aqt_search.search.space import Space, make_space
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.search_step import MEASURES, QUALITIES
 from experiments.from_config import ConfigError, checked_values, cost_function
+from experiments.option_values import VALUES
 from experiments.quantizers import configured_quantizers
 
 
@@ -31,7 +32,7 @@ class ConfiguredSearch(NamedTuple):
     costs: dict[str, CostTable]  # by name; the first is the primary one
     targets: dict[str, float]  # in the units of the costs
     plain: Space  # the same with formats as they are, without the quantizers of the configuration
-    one_shot: Search | None  # None: "scores" decides, which samples nothing
+    one_shot: Search | None  # None: decided once, which samples nothing
     delay_steps: int  # after which formats begin to be decided
 
     def first_assignment(self) -> dict[str, aqs.SiteFormats]:
@@ -123,12 +124,9 @@ ONE_SHOT: Mapping[str, Callable[..., Search]] = {
 }
 
 
-# Decides once, by gradients (experiments.jobs.scored_search).
-SCORES = "scores"
-
 # What the named controls may be, whether the searcher has a use for them or not.
 _NAMES: Mapping[str, Collection[str]] = {
-    "searcher": (SCORES, *ONE_SHOT),
+    "searcher": (*VALUES, *ONE_SHOT),
     "reward": REWARDS,
     "quality": QUALITIES,
     "measure": MEASURES,
@@ -146,7 +144,7 @@ def _one_shot(
         if options[key] not in known:
             raise ValueError(f"Unknown {key} {options[key]!r}: expected one of {', '.join(known)}.")
     check_beta(options.beta)
-    if options.searcher == SCORES:
+    if options.searcher in VALUES:
         return None
     if options.samples > 1 and options.quality == "train":
         raise ValueError(

@@ -86,9 +86,10 @@ def one_at_a_time(
     return values
 
 
-# By `config.allocate.by`.
+# By `config.search.searcher`, which then decides once, and `config.allocate.by`.
+SCORES = "scores"
 VALUES: Mapping[str, Callable[..., np.ndarray]] = {
-    "scores": by_gradients,
+    SCORES: by_gradients,
     "one_at_a_time": one_at_a_time,
 }
 

@@ -1,8 +1,9 @@
-"""Searches formats while weights train, by gradients: decides once and trains on under the answer.
+"""Searches formats while weights train: decides once, and trains on under the answer.
 
-Until the delay is over the weights train under the options of most bits. Then one pass over a few
-training images gives every option its value (`aqt_search.search.score`), the best point that meets
-the targets is taken (`allocate`), and the weights train to the end under it, by the same program.
+Until the delay is over the weights train under the options of most bits. Then a few training images
+give every option its value (`experiments.option_values`: by gradients, or one at a time), the best
+point that meets the targets is taken (`allocate`), and the weights train to the end under it, by
+the same program.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from experiments import from_config
 from experiments.configured_search import configured_search
 from experiments.job import Job, claim_run
 from experiments.jobs.searched import Found, finish_search, probabilities_of
-from experiments.option_values import by_gradients
+from experiments.option_values import VALUES
 
 
 class ScoredState(NamedTuple):
@@ -48,7 +49,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         return ScoredState(train, state.choices), metrics | {"cost": cost}
 
     def decide(state: ScoredState) -> ScoredState:
-        values = by_gradients(config, alone, setting.plain, state.train.variables)
+        judged = VALUES[config.search.searcher]
+        values = judged(config, alone, setting.plain, state.train.variables)
         choices = search.allocate(values, setting.costs, setting.targets)
         return state._replace(choices=choices.astype(np.int32))
 

@@ -20,16 +20,17 @@ from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.parallel import unreplicate
 from aqt_search.training.search_step import ClassifierSearchState, make_search_step
 from experiments import from_config
-from experiments.configured_search import SCORES, ConfiguredSearch, configured_search
+from experiments.configured_search import ConfiguredSearch, configured_search
 from experiments.job import Job, claim_run, run_alone
 from experiments.jobs import scored_search
 from experiments.jobs.searched import Found, finish_search, probabilities_of
+from experiments.option_values import VALUES
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
-    """A search by its searcher: by scores, or by points that are sampled and judged."""
-    scored = config.search.searcher == SCORES
-    return (scored_search.prepare if scored else prepare_sampled)(config, workdir, images)
+    """A search by its searcher: decided once, or by points that are sampled and judged."""
+    once = config.search.searcher in VALUES
+    return (scored_search.prepare if once else prepare_sampled)(config, workdir, images)
 
 
 def prepare_sampled(
@@ -40,7 +41,7 @@ def prepare_sampled(
     parts = from_config.build_parts(config, images, axis_name=None)
     setting = configured_search(config, parts.sites, parts.schedule.total_steps)
     one_shot = setting.one_shot
-    assert one_shot is not None  # of all searchers but "scores"
+    assert one_shot is not None  # of all that sample
     qapply = from_config.quantized(parts.model)
     update = from_config.make_update(config, parts, qapply)
     step = make_search_step(qapply, update, setting.space, one_shot, measure=config.search.measure)
