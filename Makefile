@@ -6,9 +6,10 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: search test test-fast fuzz lint docs benchmark clean
 
-# Searches the formats of a ResNet-8 on scikit-learn's digits, beside uniform baselines.
+# Searches the formats of a MobileNetV2 on scikit-learn's digits, beside uniform ones: two runs at a time.
 search: $(INSTALLED)
-	$(RUN) -m experiments.sweep --config=configs/digits_resnet8.py --workdir=runs/digits_resnet8
+	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=2" $(RUN) -m experiments.sweep \
+		--config=configs/digits_mobilenet_v2.py --workdir=runs/digits_mobilenet_v2
 
 test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

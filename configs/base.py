@@ -20,6 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.data_dir = ""  # where prepared data is kept; "" is TFDS's own default
     config.data.image_size = 0  # images are averaged down to this size; 0 leaves them
     config.data.held_out = 0.1  # share (float) or number (int) of training images for the reward
+    # Above 0, train and test are joined and cut into so many parts, of which the seed's is the test
+    # split: with as many seeds every image of a small data set is tested on once.
+    config.data.folds = 0
     # ImageNet's reading: cut out the centre at evaluation (this share of the short side; 0 scales
     # the whole image), and a random part in training (shares of the area: (0.08, 1.0); () none).
     config.data.crop_fraction = 0.0

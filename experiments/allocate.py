@@ -23,6 +23,7 @@ import numpy as np
 from aqt_search import search
 from aqt_search.numerics.by_name import named_granularity
 from aqt_search.report import format_table, load_records, write_report
+from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.one_shot import check_targets
 from aqt_search.search.space import Space
 from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
@@ -36,7 +37,6 @@ from experiments.results import policy_json
 from experiments.sweep import COMPILED_FOLDER, Point, run_points
 
 VALUES_FILE, POLICIES_FOLDER = "values.json", "policies"
-SERIES, UNIFORM_SERIES = "allocated", "uniform"
 # Another front of the same values may be asked for in the same folder.
 _NOT_OF_THE_VALUES = ("log_every", "data.data_dir", "allocate.targets", "allocate.uniform")
 
@@ -92,8 +92,8 @@ def allocated_points(
     targets = {}
     for target in config.allocate.targets:
         own = _changed(config, **{"search.target": target})
-        targets[f"{SERIES}_{target:g}"] = cost_targets(own, sites)
-        check_targets(costs, targets[f"{SERIES}_{target:g}"])
+        targets[f"{ALLOCATED_SERIES}_{target:g}"] = cost_targets(own, sites)
+        check_targets(costs, targets[f"{ALLOCATED_SERIES}_{target:g}"])
     # Claimed last, so that a refused configuration does not keep the folder.
     claim_workdir(workdir, config.to_dict(), ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
@@ -103,7 +103,7 @@ def allocated_points(
         path = workdir / POLICIES_FOLDER / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, policy_json(assignment, granularity))
-        own = _changed(config, policy=str(path), formats=(), series=SERIES)
+        own = _changed(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
     for name in config.allocate.uniform:
         own = _changed(config, formats=uniform_rules(config, name), series=UNIFORM_SERIES)

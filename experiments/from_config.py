@@ -81,6 +81,7 @@ def load_images(config: ml_collections.ConfigDict) -> Images:
         crop_fraction=config.data.crop_fraction or None,
         held_out=config.data.held_out,
         seed=config.seed,
+        folds=config.data.folds,
         **options,
     )
     return Images(splits, *data.channel_statistics(splits.train))

@@ -23,6 +23,7 @@ import ml_collections
 from absl import logging
 
 from aqt_search.report import format_table, load_records, write_report
+from aqt_search.report.against_uniform import UNIFORM_SERIES
 from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
@@ -49,6 +50,7 @@ class Point(NamedTuple):
     prepare: Prepare
     config: ml_collections.ConfigDict
     follows: bool = False  # whether it takes what another point has found
+    baseline: str = ""  # its name in `sweep.baselines`
 
     @property
     def program(self) -> str:
@@ -67,15 +69,20 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
     sweep = config.sweep
     points, stages = [], _stages(sweep)
     values = [[(key, value) for value in choices] for key, choices in sweep.grid]
+    # Over sizes, and with stages, every format has a front of its own; else they are one together.
+    one_front = not sweep.grid and not sweep.stages
     for seed, *place in itertools.product(sweep.seeds, *values):
         prefix = "".join(f"{_label(key, value)}_" for key, value in place)
         suffix = f"_seed{seed}" if len(sweep.seeds) > 1 else ""
         changed = functools.partial(_changed, config, seed=seed, **dict(place))
         for baseline in sweep.baselines:
             name, rules, changes = _baseline(config, baseline)
-            own = changed(formats=rules, series=name, **changes)
+            is_format = isinstance(baseline, str) and bool(rules)
+            series = UNIFORM_SERIES if is_format and one_front else name
+            own = changed(formats=rules, series=series, **changes)
             kind = "uniform" if rules else "float"
-            points.append(Point(prefix + name + suffix, kind, train.prepare, own))
+            full_name = prefix + name + suffix
+            points.append(Point(full_name, kind, train.prepare, own, baseline=name))
             base = points[-1]
             points += [
                 _stage_of(base, f"{prefix}{name}_{stage[0]}{suffix}", stage, workdir)
@@ -265,7 +272,7 @@ def measure_sensitivity(
     """Sensitivity of every site, on the weights of the first point of `sweep.sensitivity`."""
     if not config.sweep.sensitivity or (workdir / sensitivity.SENSITIVITY_FILE).exists():
         return
-    named = [point for point in points if point.config.series == config.sweep.sensitivity]
+    named = [point for point in points if point.baseline == config.sweep.sensitivity]
     if not named:
         raise from_config.ConfigError(
             f"sweep.sensitivity is {config.sweep.sensitivity!r}, which is none of the baselines"

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -609,3 +610,34 @@ def test_import_is_light():
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_folds_test_on_every_image_once(tmp_path_factory):
+    """Stratified parts of train and test together; part seed % folds is the test split."""
+    parts = [open_digits(tmp_path_factory, folds=3, seed=seed, held_out=50) for seed in range(4)]
+    whole = open_digits(tmp_path_factory, held_out=0)
+    images = sorted(whole.train[i]["image"].tobytes() for i in range(len(whole.train)))
+    images += [whole.test[i]["image"].tobytes() for i in range(len(whole.test))]
+    tested = [[part.test[i]["image"].tobytes() for i in range(len(part.test))] for part in parts]
+    assert sorted(images) == sorted(itertools.chain(*tested[:3]))
+    assert tested[3] == tested[0]
+    digits = sklearn.datasets.load_digits().target
+    for part, own in zip(parts, tested):
+        labels = [part.test[i]["label"] for i in range(len(own))]
+        assert np.abs(np.bincount(labels) - np.bincount(digits) / 3).max() <= 1
+        seen = {*own}, {part.train[i]["image"].tobytes() for i in range(len(part.train))}
+        held = {part.reward[i]["image"].tobytes() for i in range(len(part.reward))}
+        assert (len(own) + len(part.train) + len(held)) == 1797 == len(images)
+        assert not held & seen[1]
+        assert not seen[0] & (seen[1] | held)
+
+
+@pytest.mark.parametrize(
+    "folds, more, words",
+    [(1, {}, ["folds is 1", "2 to 174"]), (200, {}, ["folds is 200", "2 to 174"]),
+     (3, {"max_decoded_bytes": 0}, ["folds is 3", "in memory"])],
+)  # fmt: skip
+def test_folds_that_cannot_be(tmp_path_factory, folds, more, words):
+    with pytest.raises(data.DataError) as caught:
+        open_digits(tmp_path_factory, folds=folds, **more)
+    assert all(word in str(caught.value) for word in words)

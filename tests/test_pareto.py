@@ -207,6 +207,12 @@ def polyline(costs, accuracies):
     return np.array(points).reshape(-1, 2).T
 
 
+def levelled(line, costs, accuracies):
+    """The line as it goes on to the dearest point whose accuracy is known."""
+    known = [cost for cost, accuracy in zip(costs, accuracies) if not np.isnan(accuracy)]
+    return np.c_[line, [np.log(max(known)), line[1, -1]]] if known else line
+
+
 def mean_by_grid(curve_a, curve_b, cells=20_000):
     low, high = (pick(a, b) for pick, a, b in ((max, curve_a[0][0], curve_b[0][0]),
                                               (min, curve_a[0][-1], curve_b[0][-1])))  # fmt: skip
@@ -220,7 +226,8 @@ def mean_by_grid(curve_a, curve_b, cells=20_000):
 def test_comparisons_are_means_over_the_common_range(seed):
     fronts = two_random_fronts(seed)
     lines = [polyline(*front) for front in fronts]
-    expected = mean_by_grid(*lines) if all(map(np.size, lines)) else np.nan
+    level = [levelled(line, *front) for line, front in zip(lines, fronts)]
+    expected = mean_by_grid(*level) if all(map(np.size, level)) else np.nan
     # The midpoint rule is exact but in the cells of the knots: at most 80 of 20,000.
     assert accuracy_gain(*fronts) == pytest.approx(expected, abs=2e-4, nan_ok=True)
     flipped = [line[::-1] for line in lines]
@@ -253,6 +260,8 @@ def test_shifted_logarithmic_fronts(shift, factor):
 
 def test_dominated_points_and_repeats_play_no_part():
     front = ([1.0, 4.0], [0.5, 0.7])
+    dearer = ([1.0, 4.0, 16.0], [0.5, 0.7, 0.6])  # level from 4 to 16
+    assert accuracy_gain(dearer, ([4.0, 16.0], [0.6, 0.6])) == pytest.approx(0.1)
     padded = ([1.0, 2.0, 4.0, 1.0, 3.0], [0.5, 0.4, 0.7, 0.5, np.nan])
     other = ([2.0, 4.0], [0.5, 0.8])
     # at cost 2 they hold 0.6 and 0.5, at cost 4 they hold 0.7 and 0.8

@@ -24,6 +24,7 @@ from PIL import Image
 
 import aqt_search.report
 from aqt_search.report import ReportError, format_table, load_records, write_report
+from aqt_search.report.against_uniform import gains_over_uniform
 from aqt_search.report.canvas import DPI, MAX_HEIGHT_INCHES, NOT_QUANTIZED, ink_on
 from aqt_search.report.curve_plot import entropy_series
 from aqt_search.report.format_plot import mapped_records
@@ -338,13 +339,50 @@ def test_two_series_are_compared(tmp_path):
     assert "n/a: one seed" in page
 
 
+GAINS = [
+    # Uniform: 0.80 at 1, 0.90 at 4. Halfway in log cost (at 2) it is 0.85.
+    ({0: {2.0: 0.88}}, 0.03, "3.00 percentage points more", "one seed"),
+    # Linear between 1 and 4: gains of 0.02 and 0.04 at the ends have the mean 0.03.
+    ({0: {1.0: 0.82, 4.0: 0.94}}, 0.03, "3.00 percentage points more", "one seed"),
+    # Student's t with one degree of freedom: 12.706 times the standard error of 0.005.
+    ({0: {2.0: 0.88}, 1: {2.0: 0.89}}, 0.035, "-2.85 to +9.85 over 2 seeds", "do not tell"),
+    ({0: {2.0: 0.80}, 1: {2.0: 0.80}}, -0.05, "5.00 percentage points less", "-5.00 to -5.00"),
+]
+
+
+@pytest.mark.parametrize("searched, mean, words", [(s, m, w) for s, m, *w in GAINS])
+def test_gains_over_uniform_formats(tmp_path, searched, mean, words):
+    for seed, points in searched.items():
+        for cost, accuracy in {1.0: 0.80, 4.0: 0.90}.items():
+            name = f"int{cost:g}_seed{seed}"
+            write_point(tmp_path, name, gbops=cost, accuracy=accuracy, seed=seed, series="uniform")
+        for cost, accuracy in points.items():
+            name = f"search_{cost:g}_seed{seed}"
+            write_point(tmp_path, name, "search", gbops=cost, accuracy=accuracy, seed=seed)
+    records = load_records(tmp_path)
+    (gain,) = gains_over_uniform(records)
+    assert (gain.series, gain.seeds) == ("search", len(searched))
+    assert gain.mean == pytest.approx(mean, abs=1e-12)
+    assert all(word in gain.sentence for word in words), gain.sentence
+    # The first line of the table, and of the page.
+    assert format_table(records).splitlines()[0] == gain.sentence
+    page = write_report(tmp_path).read_text()
+    assert page.index(gain.sentence) < page.index(" points: ")
+
+
+def test_no_gain_without_a_uniform_front(tmp_path):
+    write_point(tmp_path, "int4", gbops=1.0)
+    write_point(tmp_path, "search_1.10", "search", gbops=1.1)
+    assert gains_over_uniform(load_records(tmp_path)) == ()
+
+
 @pytest.mark.parametrize(
     "points, told",
     [
-        (  # b has the middle, a both ends
+        (  # b has the middle, a both ends: 0.7 at 3 and 0.5 + 0.4 ln 4 / ln 9 = 0.7524 at 4
             {"a": [(1, 0.5), (9, 0.9)], "b": [(3, 0.8), (4, 0.4)]},
             "a dominates 1 of 2 points of b; at equal accuracy a costs 1.73 x as much; "
-            "at equal cost a is 10.00 percentage points less accurate.",
+            "at equal cost a is 7.38 percentage points less accurate.",
         ),
         (
             {"a": [(1, 0.5), (2, 0.6)], "b, c": [(3, 0.7), (4, 0.8)]},
@@ -403,7 +441,9 @@ def test_labels_do_not_overlap():
 def test_terminal_table_shows_the_records(tmp_path):
     small_sweep(tmp_path)
     records = load_records(tmp_path)
-    lines = format_table(records).splitlines()
+    told, blank, *lines = format_table(records).splitlines()
+    assert told.startswith("At equal cost search is")
+    assert not blank
     starts = [0, *(m.end() for m in re.finditer("-  +", lines[1]))]
     cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None])] for line in lines]
     assert cells[0] == ["point", "formats (sites)", "accuracy %", "GBOPs", "cost/uniform",

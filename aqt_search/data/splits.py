@@ -14,6 +14,7 @@ from aqt_search.data.decoded import decode_once
 from aqt_search.data.decoding import MODE_OF_CHANNELS, decode_image, decoding_threads
 from aqt_search.data.errors import DataError
 from aqt_search.data.sources import (
+    ArraySource,
     ImageSource,
     RecordSource,
     Subset,
@@ -42,6 +43,7 @@ def open_splits(
     crop_fraction: float | None = None,
     held_out: float | int = 0.1,
     seed: int = 0,
+    folds: int = 0,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> Splits:
     """Opens a data set, preparing it if need be; no TensorFlow for the first two kinds of name.
@@ -61,6 +63,9 @@ def open_splits(
         held_out: how much of train is held out for the reward: a share in (0, 1), or a number of
             images; 0 holds out none. Drawn at random without replacement, from `seed`.
         seed: of the held-out part.
+        folds: cross-validation, for a data set whose test split is too small to tell much: train
+            and test are joined and cut into so many stratified parts, always the same, and part
+            seed % folds is the test split. 0 leaves the splits as they are.
         max_decoded_bytes: a data set that fits, decoded and resized, is held in memory, and kept in
             a file beside the prepared data (see `decoded`); a larger one is decoded each time a
             batch is read, which random crops need: 0 for those.
@@ -86,10 +91,12 @@ def open_splits(
             f"{test.shape_from}: image of shape {test.image_shape}, but {train.shape_from} has "
             f"{train.image_shape}. Give image_size to bring every image to one size."
         )
-    kept, held = _hold_out(len(train), held_out, seed)
     if (len(train) + len(test)) * int(np.prod(train.image_shape)) <= max_decoded_bytes:
         folder, settings = Path(builder.data_dir), (image_size, crop_fraction)
         train, test = (decode_once(source, folder, settings) for source in (train, test))
+    if folds:
+        train, test = _fold(train, test, folds, seed % folds)
+    kept, held = _hold_out(len(train), held_out, seed)
     return Splits(
         train=Subset(train, kept),
         reward=Subset(train, held),
@@ -212,6 +219,27 @@ def _open_source(
         crop=crop,
         read_threads=decoding_threads(*stored.shape[:2]),
     )
+
+
+def _fold(train: ImageSource, test: ImageSource, folds: int, fold: int) -> tuple[Subset, Subset]:
+    """(train, test) of a fold of both together."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if not (isinstance(train, ArraySource) and isinstance(test, ArraySource)):
+        raise DataError(
+            f"folds is {folds}, but the images are not held in memory: leave folds at 0, or raise"
+            " max_decoded_bytes and cut no parts out of images (crop_area)."
+        )
+    labels = np.concatenate([train.labels, test.labels])
+    smallest = np.bincount(labels).min()
+    if not 2 <= folds <= smallest:
+        raise DataError(
+            f"folds is {folds}; expected 0, or 2 to {smallest}, the images of the smallest class."
+        )
+    joined = ArraySource(np.concatenate([train.images, test.images]), labels)
+    parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels)
+    kept, tested = list(parts)[fold]
+    return Subset(joined, kept), Subset(joined, tested)
 
 
 def _hold_out(size: int, held_out: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:

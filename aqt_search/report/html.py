@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from aqt_search.report.against_uniform import gains_over_uniform
 from aqt_search.report.canvas import NOT_QUANTIZED, ink_on
 from aqt_search.report.comparison_sections import (
     fronts_section,
@@ -136,6 +137,7 @@ def _summary(records: Sequence[Record]) -> str:
     if groups:
         best = max(groups, key=lambda g: g.accuracy)
         items.append(f"Most accurate: {_told(best)}.")
+    items = [escape(gain.sentence) for gain in gains_over_uniform(records)] + items
     uniform = [g for g in groups if g.kind == "uniform"]
     searches = [g for g in groups if g.kind == "search"]
     items += [_compared(g, uniform) for g in searches]

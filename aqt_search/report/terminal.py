@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from aqt_search.report.against_uniform import gains_over_uniform
 from aqt_search.report.records import Record
 from aqt_search.report.seed_table import has_seeds, seed_rows
 from aqt_search.report.table import table_rows
@@ -32,7 +33,7 @@ _LEFT_ALIGNED = ("name", "formats", "note")
 
 
 def format_table(records: Sequence[Record]) -> str:
-    """The table as aligned plain text, with what the columns mean below.
+    """The table as aligned plain text, with what was gained above and what columns mean below.
 
     One line per point; where points were run with several seeds, one line with the means over
     them, and one for every run that failed.
@@ -40,9 +41,11 @@ def format_table(records: Sequence[Record]) -> str:
     if not records:
         return "no point has finished yet"
     legend = ["cost/uniform: GBOPs relative to the dearest uniform point"]
+    gains = [gain.sentence for gain in gains_over_uniform(records)]
+    gains += [""] * bool(gains)
     if not has_seeds(records):
-        return "\n".join(_aligned(table_rows(records), _POINT_COLUMNS) + legend)
-    lines = _aligned(seed_rows(records), _SEED_COLUMNS)
+        return "\n".join(gains + _aligned(table_rows(records), _POINT_COLUMNS) + legend)
+    lines = gains + _aligned(seed_rows(records), _SEED_COLUMNS)
     lines += [f"{r.name}: failed: {_one_line(r.error)}" for r in records if r.error is not None]
     return "\n".join([*lines, "Means over the seeds. " + legend[0]])
 

@@ -122,14 +122,15 @@ def hypervolume_interval(
 def accuracy_gain(front_a: Front, front_b: Front) -> float:
     """Mean of accuracy_a - accuracy_b at equal cost, over the range of costs that both cover.
 
-    The front of each set is taken to be piecewise linear in the logarithm of the cost, and the
+    The front of each set is taken to be piecewise linear in the logarithm of the cost, and level
+    from its dearest point to the dearest point of the set: a larger budget can be left unspent. The
     difference is averaged exactly over log cost. A Bjontegaard delta (ITU-T VCEG-M33, 2001) with
     straight lines where that fits cubics, which overshoot between few points. Where the ranges
     share a single cost, it is the difference there.
 
     Args:
-      front_a, front_b: (costs, accuracies), costs positive; dominated points and those whose
-        accuracy is NaN play no part.
+      front_a, front_b: (costs, accuracies), costs positive; points whose accuracy is NaN play no
+        part, dominated ones only in the range of costs.
 
     Returns:
       In units of accuracy, positive where a is the more accurate; NaN where the ranges do not
@@ -138,7 +139,7 @@ def accuracy_gain(front_a: Front, front_b: Front) -> float:
     Raises:
       ValueError: as `pareto_front`, or a cost is not positive.
     """
-    return _mean_difference(_log_front(front_a), _log_front(front_b))
+    return _mean_difference(_levelled(front_a), _levelled(front_b))
 
 
 def cost_ratio(front_a: Front, front_b: Front) -> float:
@@ -228,6 +229,16 @@ def _log_front(front: Front) -> tuple[np.ndarray, np.ndarray]:
     chosen = pareto_front(costs, accuracies)
     _, first = np.unique(costs[chosen], return_index=True)  # equal points once
     return np.log(costs[chosen][first]), accuracies[chosen][first]
+
+
+def _levelled(front: Front) -> tuple[np.ndarray, np.ndarray]:
+    """`_log_front`, and its last accuracy at the cost of the dearest point that has one."""
+    log_costs, values = _log_front(front)
+    costs, accuracies = _as_points(*front)
+    dearest = np.log(costs[~np.isnan(accuracies)].max(initial=0.0) or 1.0)
+    if not len(log_costs) or dearest <= log_costs[-1]:
+        return log_costs, values
+    return np.append(log_costs, dearest), np.append(values, values[-1])
 
 
 def _mean_difference(
