@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.search_step import ClassifierSearchState, make_search_step
-from aqt_search.training.train_step import init_train_state, make_update
+from aqt_search.training.train_step import cross_entropy, init_train_state, make_update
 from benchmarks import timing
 
 TWO = ("int4", "int8")
@@ -80,6 +81,17 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
         ),
         Program("int8 training", train_step, train, as_data(static), (batch,)),
     ]
+    space = search.make_space(sites, [(".*", FOUR)])
+    table = space.cost_table(aqs.cost.gbops)
+
+    def decided_step(state, _, batch):
+        """The default search's: weights under a point that is part of the state."""
+        train, choices = state
+        train, metrics = train_step(train, space.assignment(choices), batch)
+        return (train, choices), metrics | {"cost": table.of(choices)}
+
+    decided = train, table.dearest.astype(np.int32)
+    programs.append(Program("search, 4 formats, by scores", decided_step, decided, (), (batch,)))
     target = aqs.cost.gbops(sites, aqs.assign(sites, [(".*", "int4")])) * 1.1
     for formats, samples in ((TWO, 1), (SIXTEEN, 1), (FOUR, 1), (FOUR, 2)):
         space = search.make_space(sites, [(".*", formats)])
@@ -137,6 +149,29 @@ def count_compilations(program: Program, steps: int) -> int:
     return len(events)
 
 
+SCORED, SCORED_BATCH = 512, 64  # images: the defaults of the search by scores
+
+
+def scoring_seconds(depth: int, image_size: int) -> float:
+    """Seconds that scoring takes once in a search, with its compilation."""
+    model = resnet(depth, 10)
+    image = jnp.zeros((1, image_size, image_size, 3))
+    variables = model.init(jax.random.key(0), image, train=False)
+    sites = aqs.find_sites(model.apply, variables, image, train=False)
+    space = search.make_space(sites, [(".*", FOUR)])
+    batch = random_batch(np.random.default_rng(0), SCORED_BATCH, image_size)
+
+    def apply(variables, batch):
+        return model.apply(variables, batch["image"], train=False)
+
+    def loss(logits, batch):
+        return cross_entropy(logits, batch["label"], 0.0).mean()
+
+    start = time.monotonic()
+    search.score(apply, loss, variables, [batch] * (SCORED // SCORED_BATCH), space)
+    return time.monotonic() - start
+
+
 def main() -> None:
     """Runs the benchmark of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,9 +202,13 @@ def main() -> None:
             f" {statistics.median(built):8.2f} {timing.median_ratio(built, base_built):6.3f}"
             f" {memory / 1e6:6.1f} {memory / base_memory:6.3f}"
         )
-    int8, two, sixteen, _, both = (program.name for program in programs[2:])
+    int8, scores, two, sixteen, _, both = (program.name for program in programs[2:])
     print(f"16 formats / 2 formats: {timing.median_ratio(seconds[sixteen], seconds[two]):.3f}")
-    print(f"search / int8 training: {timing.median_ratio(seconds[both], seconds[int8]):.3f}")
+    for name in (scores, both):
+        ratio = timing.median_ratio(seconds[name], seconds[int8])
+        slower = timing.median_ratio(*([b.seconds for b in builds[n]] for n in (name, int8)))
+        print(f"{name} / int8 training: {ratio:.3f}, its build: {slower:.3f}")
+    print(f"scoring of {SCORED} images, once in a search: {scoring_seconds(*size[::2]):.1f} s")
     print(f"compilations in 50 more search steps: {count_compilations(programs[-1], 50)}")
 
 

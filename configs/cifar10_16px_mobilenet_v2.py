@@ -22,7 +22,8 @@ from configs import cifar10_16px_resnet8
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = cifar10_16px_resnet8.get_config(arg)
     if not arg:
-        config.sweep.baselines = ("int4", "int8")
+        config.epochs = 12.0
+        config.sweep.baselines = cifar10_16px_resnet8.INT
         config.sweep.spaces = (("int", {}),)
         config.sweep.sensitivity = "int4"
     config.model.name = "mobilenet_v2"

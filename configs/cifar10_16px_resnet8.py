@@ -1,4 +1,4 @@
-"""CIFAR-10 averaged down to 16 x 16 with a small ResNet-8: what two CPU cores can run in an hour.
+"""CIFAR-10 averaged down to 16 x 16 with a small ResNet-8: an hour on two CPU cores.
 
 Unpack the images (train/<class>/*.jpg, test/<class>/*.jpg) and name their folder:
 
@@ -23,7 +23,7 @@ import ml_collections
 
 from configs import base
 
-INT = ("int3", "int4", "int8")
+INT = ("int3", "int4", "int5", "int6", "int8")
 FLOAT = ("e2m1", "e2m2", "e3m2", "e4m3")
 
 
@@ -55,14 +55,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.search.space = space_of(INT)
     config.search.target = 1.1
     config.sweep.seeds = (0, 1, 2)
-    config.sweep.baselines = ("int3", "int4", "int8", "e2m1")
-    config.sweep.targets = (1.1,)
+    config.sweep.baselines = (*INT, "e2m1")
+    config.sweep.targets = (0.8, 1.1, 1.5, 2.2)
     config.sweep.spaces = (("int", {}), ("fp", FLOATS))
     config.sweep.retrain = True
     config.sweep.side_by_side = True
     config.sweep.sensitivity = "int8"
     if arg == "decisions":
         config.sweep.baselines = ()
+        config.sweep.targets = (1.1,)
         config.sweep.spaces = (
             ("block", {"search.decide": "block"}),
             ("model", {"search.decide": "model"}),
@@ -75,5 +76,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if arg == "quick":
         config.sweep.seeds = (0,)
         config.sweep.baselines = ("int4",)
+        config.sweep.targets = (1.1,)
         config.sweep.sensitivity = "int4"
     return config
