@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import base
 
-FORMATS = ("int3", "int4", "int5", "int6", "int8")
+FORMATS = ("int3", "int4", "int5", "int6", "int7", "int8")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.folds = 3
     config.data.crop_padding = 1
     config.batch_size = 64
-    config.epochs = 20.0
+    config.epochs = 16.0
     config.optimizer.learning_rate = 0.1
     config.optimizer.warmup_epochs = 1.0
     config.evaluation.calibration_batches = 10

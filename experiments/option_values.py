@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,6 +112,7 @@ def _own(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in variables.items() if name != SCALES}
 
 
+@functools.lru_cache(maxsize=4)  # the same functions for equal models, which then share programs
 def _model_and_loss(model: Any) -> tuple[Callable, Callable]:
     """(apply, loss) for `search.score`, normalised by the statistics of each batch."""
 

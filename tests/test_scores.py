@@ -146,3 +146,23 @@ def test_it_compiles_once_for_all_batches(setting):
     space = make_space(sites, [(".*", OPTIONS)])
     score(counting, loss, params, [batch] * 4, space)
     assert len(traced) == 1
+
+
+def test_equal_spaces_share_one_program(setting):
+    """It is traced once, however many weights, references and spaces made anew are scored by it."""
+    params, batch = setting
+    sites, traced = aqs.find_sites(mlp, params, batch), []
+
+    def counted(params, batch):
+        traced.append(None)
+        return mlp(params, batch)
+
+    found = [
+        score(counted, loss, jax.tree.map(lambda x, k=scale: k * x, params), [batch, batch],
+              make_space(sites, [(".*", ("int2", "int4"))]))
+        for scale in (1.0, 2.0)
+    ]  # fmt: skip
+    assert len(traced) == 1
+    assert (found[0] != found[1]).any()
+    score(counted, loss, params, [batch], make_space(sites, [(".*", ("int2", "int3"))]))
+    assert len(traced) == 2

@@ -88,6 +88,9 @@ class Space:
     # What is done to every site's formats, fixed and chosen: how scales are made, say.
     adapt: Callable[[Site, SiteFormats], SiteFormats] = _as_chosen
 
+    def __hash__(self) -> int:
+        return hash(tuple((d.name, d.sites, d.labels, d.role) for d in self.decisions))
+
     @property
     def max_options(self) -> int:
         """Options of the decision that has most."""
