@@ -23,9 +23,9 @@ _HYPERVOLUME = (
     "little more than their range."
 )
 _COMPARED = (
-    "Between its points a front is a straight line in log cost. The difference is the mean over "
-    "the costs that both fronts cover, the ratio the geometric mean over the accuracies that both "
-    "cover; n/a where there are none."
+    "Between its points a front is a straight line in log cost, and level from its last one on. The "
+    "difference is the mean over the costs that both series cover, the ratio the geometric mean "
+    "over the accuracies that both fronts cover; n/a where there are none."
 )
 _GAP = (
     "Accuracy of the final model on training images, not augmented, less that on test images. "
