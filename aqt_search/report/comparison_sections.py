@@ -23,7 +23,7 @@ _HYPERVOLUME = (
     "little more than their range."
 )
 _COMPARED = (
-    "Between its points a front is a straight line in log cost, and level from its last one on. The "
+    "Between its points a front is a straight line in log cost, level from its last one on. The "
     "difference is the mean over the costs that both series cover, the ratio the geometric mean "
     "over the accuracies that both fronts cover; n/a where there are none."
 )
