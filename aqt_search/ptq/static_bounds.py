@@ -12,6 +12,7 @@ grid of these bounds leaves them exactly there: their codes, quantized again, ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -103,16 +104,23 @@ def calibrate(
     check_batches(batches)
     sites = find_sites(apply, variables, batches[0])
     static = static_assignment(assignment, sites)
-    qfun = quantize_with_state(apply)
-    state = qfun.init(static, variables, batches[0])
-    # Of the outputs alone none is asked for: what lies behind the last site is not computed.
-    step = jax.jit(lambda *arguments: qfun.apply(static, *arguments)[1])
+    state = quantize_with_state(apply).init(static, variables, batches[0])
+    formats, observe = jax.tree.map(jnp.asarray, static), _observer(apply)
     for batch in batches:
-        state = step(state, variables, batch)
+        state = observe(formats, state, variables, batch)
     silent = list(_uninformed(sites, static, jax.device_get(state), len(batches)))
     if silent:
         _check_finite(apply, variables, batches, {name for name, _, _ in silent})
     return _without_silent(assignment, static, state, [s for s in silent if s[2]])
+
+
+# The program is kept by the function: formats are data, and so one serves all that look alike.
+@functools.lru_cache(maxsize=8)
+def _observer(apply: Callable) -> Callable:
+    """`observe(assignment, state, variables, batch)`: the state after a batch."""
+    qfun = quantize_with_state(apply)
+    # Of the outputs alone none is asked for: what lies behind the last site is not computed.
+    return jax.jit(lambda *arguments: qfun.apply(*arguments)[1])
 
 
 def _uninformed(

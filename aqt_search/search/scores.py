@@ -61,16 +61,20 @@ def score(
       SiteError: as `quantize`.
       ValueError: there are no batches.
     """
-    found = [
-        np.asarray(_scores(apply, loss, space, reference or {}, params, batch)) for batch in batches
-    ]
+    program = _program(apply, loss, space)
+    found = [np.asarray(program(reference or {}, params, batch)) for batch in batches]
     if not found:
         raise ValueError("There is nothing to score by: there are no batches.")
     return np.stack(found).mean(axis=0, dtype=np.float64)
 
 
-# The program is kept: equal functions and spaces share it, whatever the weights and the reference.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Kept: equal functions and spaces share a program, whatever the weights and the reference.
+@functools.lru_cache(maxsize=8)
+def _program(apply: Callable, loss: Callable, space: Space) -> Callable:
+    """`program(reference, params, batch) -> values`."""
+    return jax.jit(functools.partial(_scores, apply, loss, space))
+
+
 def _scores(apply, loss, space: Space, reference, params, batch) -> jax.Array:
     """`score` by one batch."""
     trace = trace_function(apply, params, (batch,), {}, {})

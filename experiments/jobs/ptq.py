@@ -41,6 +41,13 @@ class Quantized(NamedTuple):
     statistics: Any = None  # of BatchNorms by site, where there are no data
 
 
+@functools.lru_cache(maxsize=4)
+def _functions(model: Any) -> tuple[Callable, Callable]:
+    """The function of a model, plain and quantized: equal models share them, and so programs."""
+    plain = functools.partial(model.apply, train=False)
+    return plain, from_config.quantized(model, parallel.AXIS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What the steps work with."""
@@ -50,15 +57,15 @@ class Setting:
     batches: Sequence[np.ndarray]  # calibration images
     options: ml_collections.ConfigDict  # config.ptq
 
-    @functools.cached_property
+    @property
     def apply(self) -> Callable:
         """apply(variables, images), in evaluation mode."""
-        return functools.partial(self.model.apply, train=False)
+        return _functions(self.model)[0]
 
-    @functools.cached_property
+    @property
     def qapply(self) -> Callable:
         """The quantized model, its static bounds among the variables."""
-        return from_config.quantized(self.model, parallel.AXIS)
+        return _functions(self.model)[1]
 
     def calibrated(self, variables: Mapping[str, Any], statistics: Any = None) -> Quantized:
         """The model with bounds of these weights, and of the activations they lead to.
