@@ -8,10 +8,9 @@ Unpack the images (train/<class>/*.jpg, test/<class>/*.jpg) and name their folde
 
 The flag makes two devices of two cores, which run two points side by side.
 
-Test accuracy (commit 82f9953), mean and range of seeds 0 to 2: int4 57.16 % (56.48 .. 57.76) at
-0.0160 GBOPs, int8 62.58 % (62.02 .. 62.88) at 0.0611; search at 1.1 times int4's cost 57.33 %
-(56.71 .. 57.82) without retraining, within 1.7 % of its target, and its formats trained from
-scratch 59.10 % (57.82 .. 59.83).
+Test accuracy (commit f818d1c), mean and range of seeds 0 to 2: int4 67.22 % (66.90 .. 67.75) at
+0.0160 GBOPs; search at 1.1 times its cost 70.96 % (70.74 .. 71.23) without retraining, its formats
+trained from scratch 70.76 % (69.90 .. 71.42).
 """
 
 import ml_collections
