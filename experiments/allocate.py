@@ -12,29 +12,27 @@ each point <workdir>/policies/<name>.json and a run in <workdir>/points/<name>, 
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 import numpy as np
 
 from aqt_search import search
 from aqt_search.numerics.by_name import named_granularity
-from aqt_search.report import format_table, load_records, write_report
+from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.one_shot import check_targets
 from aqt_search.search.space import Space
 from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
-from experiments.compiled_programs import keep_compiled
 from experiments.configured_search import cost_names, cost_targets, plain_space, uniform_rules
 from experiments.jobs import ptq
 from experiments.option_values import VALUES
 from experiments.results import policy_json
-from experiments.sweep import COMPILED_FOLDER, Point, run_points
+from experiments.sweep import Point, changed_config, main, run_points, tell_points
 
 VALUES_FILE, POLICIES_FOLDER = "values.json", "policies"
 # Another front of the same values may be asked for in the same folder.
@@ -91,7 +89,7 @@ def allocated_points(
     costs = {name: space.cost_table(from_config.cost_function(name)) for name in cost_names(config)}
     targets = {}
     for target in config.allocate.targets:
-        own = _changed(config, **{"search.target": target})
+        own = changed_config(config, **{"search.target": target})
         targets[f"{ALLOCATED_SERIES}_{target:g}"] = cost_targets(own, sites)
         check_targets(costs, targets[f"{ALLOCATED_SERIES}_{target:g}"])
     # Claimed last, so that a refused configuration does not keep the folder.
@@ -103,18 +101,12 @@ def allocated_points(
         path = workdir / POLICIES_FOLDER / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, policy_json(assignment, granularity))
-        own = _changed(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
+        own = changed_config(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
     for name in config.allocate.uniform:
-        own = _changed(config, formats=uniform_rules(config, name), series=UNIFORM_SERIES)
+        own = changed_config(config, formats=uniform_rules(config, name), series=UNIFORM_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
     return points
-
-
-def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
-    copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(values)
-    return copy
 
 
 def run(
@@ -127,25 +119,9 @@ def run(
         there = finished_run.load(config, Path(config.checkpoint), images)
         points = allocated_points(config, there, workdir)
         found = run_points(points, workdir / "points", lambda point: images, side_by_side=False)
-        for number, (point, result) in enumerate(found, start=1):
-            print(f"[{number}/{len(points)}] {point.name}: {_told(result)}", flush=True)
+        tell_points(found, len(points))
         return write_report(workdir)
 
 
-def _told(result: Mapping[str, Any]) -> str:
-    if "error" in result:
-        return result["error"]
-    return f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
-
-
-def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Runs the job of the command line."""
-    keep_compiled(workdir / COMPILED_FOLDER)
-    report = run(config, workdir)
-    print()
-    print(format_table(load_records(report.parent)))
-    print(f"\nReport: {report}")
-
-
 if __name__ == "__main__":
-    run_job(main)
+    run_job(functools.partial(main, run=run))

@@ -74,7 +74,7 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
     for seed, *place in itertools.product(sweep.seeds, *values):
         prefix = "".join(f"{_label(key, value)}_" for key, value in place)
         suffix = f"_seed{seed}" if len(sweep.seeds) > 1 else ""
-        changed = functools.partial(_changed, config, seed=seed, **dict(place))
+        changed = functools.partial(changed_config, config, seed=seed, **dict(place))
         for baseline in sweep.baselines:
             name, rules, changes = _baseline(config, baseline)
             is_format = isinstance(baseline, str) and bool(rules)
@@ -138,14 +138,15 @@ def _stage_of(base: Point, name: str, stage: tuple, workdir: Path) -> Point:
             f"Stage {series!r} of sweep.stages has the job {job!r}; expected one of"
             f" {', '.join(_STAGES)}."
         )
-    own = _changed(base.config, **changes)
+    own = changed_config(base.config, **changes)
     own.checkpoint = str(workdir / "points" / base.name)
     own.series = f"{base.config.series} {series}"
     kind = {"train": "uniform", "palettize": "palette"}.get(job, job)
     return Point(name, kind, _STAGES[job], own, follows=True)
 
 
-def _changed(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
+def changed_config(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:
+    """A copy with other values, by keys such as "search.target"."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(values)
     return copy
@@ -254,13 +255,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         images_of(points[0])  # complains before the folder is claimed
         claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
         found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
-        for number, (point, result) in enumerate(found, start=1):
-            told = result.get("error") or (
-                f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
-            )
-            print(f"[{number}/{len(points)}] {point.name}: {told}", flush=True)
+        tell_points(found, len(points))
         measure_sensitivity(config, points, workdir, images_of)
         return write_report(workdir)
+
+
+def tell_points(found: Iterator[tuple[Point, dict[str, Any]]], count: int) -> None:
+    """Prints a line for each of `count` points as it ends."""
+    for number, (point, result) in enumerate(found, start=1):
+        told = result.get("error") or (
+            f"{100 * result['accuracy']:.2f} % at {result['gbops']:.6g} GBOPs"
+        )
+        print(f"[{number}/{count}] {point.name}: {told}", flush=True)
 
 
 def measure_sensitivity(
@@ -286,8 +292,12 @@ def measure_sensitivity(
     sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
 
-def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Runs the job of the command line."""
+def main(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    run: Callable[[ml_collections.ConfigDict, Path], Path] = run,
+) -> None:
+    """Runs the job of the command line: `run(config, workdir)` returns the path of its report."""
     keep_compiled(workdir / COMPILED_FOLDER)
     report = run(config, workdir)
     print()
