@@ -64,7 +64,8 @@ def _is_named(spec: aqs.Quantizer) -> bool:
     return any(dataclasses.replace(q, unsigned=spec.unsigned) == spec for q in named)
 
 
-_KINDS = {"conv_general_dilated": "conv", "dot_general": "dot", "gather": "lookup"}
+_KINDS = {"conv_general_dilated": "conv", "dot_general": "dot", "gather": "lookup",
+    "ragged_dot_general": "ragged"}
 
 
 def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:

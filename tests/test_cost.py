@@ -222,6 +222,23 @@ def test_products_of_activations_cost_work_but_no_bytes():
     assert cost.weight_bytes(sites, assignment) == 0
 
 
+def test_products_in_groups_of_rows():
+    """A mixture of experts: each row meets the matrix of its expert, each matrix is stored."""
+    sizes = jnp.array([5, 0, 7, 4], jnp.int32)
+    params = {"experts": jnp.ones((4, 8, 32)), "router": jnp.ones((8, 8))}
+    sites = aqs.find_sites(
+        lambda p, x: jax.lax.ragged_dot(x @ p["router"], p["experts"], sizes),
+        params,
+        jnp.ones((16, 8)),
+    )
+    assert list(sites) == ["router", "experts"]
+    assert cost.total_macs(sites) == 16 * 8 * 8 + 16 * 8 * 32
+    assert cost.weight_bytes(sites, {}) == 4 * (8 * 8 + 4 * 8 * 32)
+    int8 = aqs.assign(sites, [(".*", "int8")])
+    assert cost.weight_bytes(sites, int8) == 8 * 8 + 4 * 8 * 32 + 4 * (8 + 4 * 32)
+    assert sites["experts"].rhs.channel_axes == (0, 2)
+
+
 # A transposed convolution multiplies no inserted zeros; a grouped one only within its groups.
 @pytest.mark.parametrize(
     "x_shape, kernel_shape, arguments, macs",
@@ -232,6 +249,18 @@ def test_products_of_activations_cost_work_but_no_bytes():
         (
             (1, 4, 4, 6), (2, 2, 6, 4), {"lhs_dilation": (2, 2), "padding": [(1, 1)] * 2},
             4 * 4 * 6 * 4 * 4,
+        ),
+        # One as Flax writes it, padded by the kernel: each input place meets each tap.
+        (
+            (1, 1, 1, 4), (4, 4, 4, 8), {"padding": [(3, 3)] * 2}, 4 * 4 * 4 * 8,
+        ),
+        (
+            (1, 4, 4, 4), (4, 4, 4, 8), {"lhs_dilation": (2, 2), "padding": [(3, 3)] * 2},
+            4 * 4 * 4 * 4 * 4 * 8,
+        ),
+        (  # one axis more outputs than products, the other fewer
+            (1, 1, 8, 4), (4, 4, 4, 8), {"window_strides": (1, 2), "padding": [(3, 3), (0, 0)]},
+            4 * (3 * 4) * 4 * 8,
         ),
     ],
 )  # fmt: skip

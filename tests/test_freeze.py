@@ -180,11 +180,22 @@ def bf16():
     return model._replace(params=half, args=(model.args[0].astype(jnp.bfloat16),))
 
 
+def experts():
+    sizes = jnp.array([4, 0, 2], jnp.int32)
+
+    def fun(params, x):
+        return jax.lax.ragged_dot(jnp.tanh(x @ params["router"]), params["experts"], sizes)
+
+    params = {"experts": sample(3, 8, 5, seed=1), "router": sample(8, 8)}
+    return Model(fun, params, (sample(6, 8),), 2)
+
+
 MODELS = {
     "mlp": mlp, "linen conv": linen_conv, "linen scan": linen_scan, "remat": remat, "nnx": nnx_net,
     "cond": cond, "while": while_loop, "lora": lora, "standardized": standardized,
     "tied": functools.partial(embedding, Tied(), 1),
     "embedding": functools.partial(embedding, Embedded(), 2), "bf16": bf16,
+    "experts": experts,
 }  # fmt: skip
 
 

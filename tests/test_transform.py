@@ -778,7 +778,27 @@ def in_pmap(p, x):
 
 
 def ragged(p, x):
-    return jax.lax.ragged_dot(x, p["a"][None], jnp.array([5], jnp.int32))
+    """Groups of terms of the sum: every group has a product of its own, [groups, rows, columns]."""
+    numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), (1,), ())
+    sizes = jnp.array([x.shape[1]], jnp.int32)
+    return jax.lax.ragged_dot_general(x, p["a"], sizes, numbers)[0]
+
+
+def test_products_in_groups_of_rows_are_those_of_their_experts():
+    sizes, x = [3, 0, 2], sample(5, 4)
+    p = {"a": sample(3, 4, 6, seed=1)}
+
+    def fun(p, x):
+        return jax.lax.ragged_dot(x, p["a"], jnp.array(sizes, jnp.int32))
+
+    assignment = aqs.assign(aqs.find_sites(fun, p, x), [("a", {"lhs": "int8", "rhs": "int4"})])
+    rows, matrices = aqs.fake_quant(x, "int8"), aqs.fake_quant(p["a"], "int4", channel_axes=(0, 2))
+    expert = np.repeat(np.arange(3), sizes)
+    expected = np.stack([row @ matrices[e] for row, e in zip(np.float64(rows), expert)])
+    np.testing.assert_allclose(aqs.quantize(fun)(assignment, p, x), expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda p: aqs.quantize(fun)(assignment, p, x).sum())(p)["a"]
+    sums = [np.float64(rows)[expert == e].sum(0) for e in range(3)]  # straight-through
+    np.testing.assert_allclose(gradient, np.stack(sums)[..., None] * np.ones(6), rtol=1e-5)
 
 
 REFUSED = {
@@ -792,7 +812,7 @@ REFUSED = {
     ),
     "shard_map": (in_shard_map, "inside 'shard_map'"),
     "pmap": (in_pmap, "inside '"),
-    "ragged_dot": (ragged, "no quantized form"),
+    "ragged_dot_general": (ragged, "no quantized form"),
 }
 
 

@@ -147,11 +147,10 @@ class _Work(NamedTuple):
 def _work(site: Site) -> _Work:
     operations = 2 * cost.total_macs({site.name: site})  # raises if `repeats` is not known
     lhs, rhs = math.prod(site.lhs.shape), math.prod(site.rhs.shape)
-    shared = math.prod(site.rhs.shape[axis] for axis in site.rhs.contracting)
-    result = site.macs // max(shared, 1)
+    result = math.prod(site.out_shape)
     bits = 8 * max(2, site.lhs.dtype.itemsize, site.rhs.dtype.itemsize)
-    if site.kind == "gather":  # reads the rows it looks up, of `shared` elements, and no others
-        rhs = result = math.prod(site.lhs.shape[:-1]) * shared
+    if site.kind == "gather":  # reads the rows it looks up, and no others
+        rhs = result
         bits = 8 * site.rhs.dtype.itemsize
     assert site.repeats is not None  # the first line has raised otherwise
     return _Work(operations, *(site.repeats * n for n in (lhs, rhs, bits * result)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Layout(NamedTuple):
     """How the axes of a product's operands reach its result."""
 
-    kind: str  # "dot_general", "einsum" or "conv_general_dilated"
+    kind: str  # the primitive, or "einsum"
     contracting: tuple[tuple[int, ...], tuple[int, ...]]  # axes of lhs and rhs summed over
     out_axes: tuple[tuple[int | None, ...], tuple[int | None, ...]]  # of each axis; None: summed
     out_ndim: int
@@ -39,6 +39,23 @@ def dot_layout(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> Layout:
         out_axes.append(tuple(axes))
     lhs_axes, rhs_axes = out_axes
     return Layout("dot_general", contracting, (lhs_axes, rhs_axes), position, batch)
+
+
+def ragged_layout(lhs_ndim: int, rhs_ndim: int, numbers: Any) -> Layout:
+    """The layout of `lax.ragged_dot_general` with groups of rows of lhs."""
+    contracting, batch = numbers.dot_dimension_numbers
+    (group,) = numbers.rhs_group_dimensions
+    without = dot_layout(
+        lhs_ndim, rhs_ndim - 1, [(side[0], [a - (a > group) for a in side[1]]) for side in
+                                 (contracting, batch)]
+    )  # fmt: skip
+    rhs = list(without.out_axes[1])
+    rhs.insert(group, None)
+    return without._replace(
+        kind="ragged_dot_general", contracting=(tuple(contracting[0]), tuple(contracting[1])),
+        batch=(tuple(batch[0]), tuple(batch[1])), out_axes=(without.out_axes[0], tuple(rhs)),
+        refused="it is a product in groups of rows",
+    )  # fmt: skip
 
 
 def conv_layout(

@@ -36,10 +36,12 @@ def product_matrix(eqn: jex_core.JaxprEqn, weight_side: int) -> ProductMatrix:
     """The matrix form of a dot_general or a convolution with the weight on `weight_side`.
 
     Raises:
-      NoMatrix: a convolution with batch groups, or whose weight is its left operand.
+      NoMatrix: a product of another kind, a convolution with batch groups, or whose weight is its left operand.
     """
     if eqn.primitive.name == "dot_general":
         return _of_contraction(eqn, weight_side)
+    if eqn.primitive.name != "conv_general_dilated":
+        raise NoMatrix(f"a {eqn.primitive.name} is a product for each of its groups")
     if weight_side == 0:
         raise NoMatrix("its weight is the left operand of a convolution")
     if eqn.params["batch_group_count"] > 1:

@@ -29,10 +29,10 @@ from aqt_search.tracing.control_flow import (
 from aqt_search.tracing.liveness import scan_liveness, used_equations
 from aqt_search.tracing.nonnegative import is_nonnegative_constant, is_unsigned, nonnegative_results
 
-SITE_PRIMITIVES = ("dot_general", "conv_general_dilated")
+SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 LOOKUP_PRIMITIVES = ("gather",)  # sites where they take rows of a weight: see `lookup_axis`
 # Products that exist as primitives of their own and that we cannot quantize: refused, not skipped.
-FOREIGN_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_matmul", "scaled_dot")
+FOREIGN_PRODUCTS = ("ragged_dot", "scaled_matmul", "scaled_dot")
 
 
 class Origin(NamedTuple):
@@ -221,10 +221,10 @@ class _Walk:
 
 def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
     """Whether an equation is a product of data, or takes rows of a weight as data says."""
-    name, floating = eqn.primitive.name, [_is_floating(v) for v in eqn.invars]
+    name, floating = eqn.primitive.name, [_is_floating(v) for v in eqn.invars[:2]]
     # A product of parameters and constants alone is part of a weight: it is folded at serving.
     if name in SITE_PRIMITIVES:
-        return all(floating) and any(o.data for o in inputs)
+        return all(floating) and any(o.data for o in inputs[:2])
     if name in LOOKUP_PRIMITIVES:
         table, indices = inputs
         is_weight = floating[0] and bool(table.parameters) and not table.data
@@ -238,6 +238,8 @@ def _is_floating(atom) -> bool:
 
 def _no_form(eqn: jex_core.JaxprEqn) -> str | None:
     name = eqn.primitive.name
+    if name == "ragged_dot_general" and ragged_groups(eqn) is None:
+        return f"a {name} whose groups are not of rows of its left operand has no quantized form"
     return f"{name} has no quantized form yet" if name in FOREIGN_PRODUCTS else None
 
 
@@ -270,6 +272,15 @@ def array_type(atom: jex_core.Var | jex_core.Literal) -> jax.core.ShapedArray:
     """The shape and dtype of an operand or result of a product or lookup: these are arrays."""
     assert isinstance(atom.aval, jax.core.ShapedArray)
     return atom.aval
+
+
+def ragged_groups(eqn: jex_core.JaxprEqn) -> int | None:
+    """The axis of rhs that holds a matrix for every group of rows of lhs; None if it does not."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batch = numbers.dot_dimension_numbers
+    (ragged,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    of_rows = ragged not in (*contracting[0], *batch[0])
+    return groups[0] if of_rows and len(groups) == 1 else None
 
 
 def lookup_axis(eqn: jex_core.JaxprEqn) -> int | None:

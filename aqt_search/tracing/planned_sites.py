@@ -67,7 +67,7 @@ class PlannedSites:
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
-            return eqn.primitive.bind(lhs, rhs, **(eqn.params | more))
+            return eqn.primitive.bind(lhs, rhs, *operands[2:], **(eqn.params | more))
 
         keys = ((name, field) for field in GRADIENTS)
         of_lhs, of_rhs = (self._quantized(k, None) if k in self._plans else None for k in keys)

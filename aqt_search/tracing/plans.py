@@ -16,7 +16,7 @@ from aqt_search.numerics.formats import NumericFormat, is_traced
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
 from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
-from aqt_search.products.layout import Layout, conv_layout, dot_layout
+from aqt_search.products.layout import Layout, conv_layout, dot_layout, ragged_layout
 from aqt_search.tracing.control_flow import Path, Scan, control_flow, equations_along
 from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
@@ -40,6 +40,9 @@ def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
     if eqn.primitive.name == "dot_general":
         lhs, rhs = (array_type(v) for v in eqn.invars)
         return dot_layout(lhs.ndim, rhs.ndim, params["dimension_numbers"])
+    if eqn.primitive.name == "ragged_dot_general":
+        lhs, rhs = (array_type(v) for v in eqn.invars[:2])
+        return ragged_layout(lhs.ndim, rhs.ndim, params["ragged_dot_dimension_numbers"])
     groups = params["feature_group_count"], params["batch_group_count"]
     return conv_layout(params["dimension_numbers"], *groups, params)
 

@@ -95,13 +95,16 @@ class Site:
     """
 
     name: str
-    kind: str  # "dot_general", "conv_general_dilated" or "gather"
+    kind: (
+        str  # the primitive: "dot_general", "conv_general_dilated", "ragged_dot_general", "gather"
+    )
     lhs: Operand
     rhs: Operand
     macs: int  # multiply-accumulates of one execution, at the trace's batch size; lookups have 0
     repeats: int | None  # executions per call: the length of a scan; None in a while loop
     scope: str  # the name scopes it was traced under
     refused: str | None = None  # why it cannot be quantized
+    out_shape: tuple[int, ...] = ()  # of its result
 
     @property
     def lhs_shape(self) -> tuple[int, ...]:
@@ -154,6 +157,10 @@ def _contracting(eqn: jex_core.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ..
         return (), free_axes(array_type(eqn.invars[0]).ndim, (axis,))
     if eqn.primitive.name == "dot_general":
         return eqn.params["dimension_numbers"][0]
+    if eqn.primitive.name == "ragged_dot_general":
+        return eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
+    if eqn.primitive.name in FOREIGN_PRODUCTS:  # of [..., rows, inputs] and [..., outputs, inputs]
+        return ((array_type(eqn.invars[0]).ndim - 1,), (array_type(eqn.invars[1]).ndim - 1,))
     lhs_spec, rhs_spec, _ = eqn.params["dimension_numbers"]
     return (*lhs_spec[2:], lhs_spec[1]), (*rhs_spec[2:], rhs_spec[1])
 
@@ -161,13 +168,37 @@ def _contracting(eqn: jex_core.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ..
 def _macs(eqn: jex_core.JaxprEqn) -> int:
     if eqn.primitive.name in LOOKUP_PRIMITIVES:
         return 0
-    output = math.prod(array_type(eqn.outvars[0]).shape)
+    output, lhs = (array_type(v).shape for v in (eqn.outvars[0], eqn.invars[0]))
+    if eqn.primitive.name == "conv_general_dilated":
+        return _conv_macs(eqn)
+    if eqn.primitive.name == "ragged_dot_general":
+        return _ragged_macs(eqn)
+    return math.prod(output) * math.prod(lhs[axis] for axis in _contracting(eqn)[0])
+
+
+def _ragged_macs(eqn: jex_core.JaxprEqn) -> int:
+    """Every element of lhs meets one row of the matrix of its group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracting), (_, batch) = numbers.dot_dimension_numbers
     lhs, rhs = (array_type(v).shape for v in eqn.invars[:2])
-    if eqn.primitive.name == "dot_general":
-        return output * math.prod(lhs[axis] for axis in _contracting(eqn)[0])
-    taps = math.prod(rhs[axis] for axis in _contracting(eqn)[1])
-    # A transposed convolution multiplies only what is not an inserted zero.
-    return output * taps // math.prod(eqn.params["lhs_dilation"])
+    outputs = free_axes(len(rhs), (*contracting, *batch, *numbers.rhs_group_dimensions))
+    return math.prod(lhs) * math.prod(rhs[axis] for axis in outputs)
+
+
+def _conv_macs(eqn: jex_core.JaxprEqn) -> int:
+    """Products of a convolution, each axis of space counted by whichever end has fewer.
+
+    An output place meets every tap of the kernel, and so does an input place: a transposed
+    convolution has more outputs than products, since it multiplies neither the zeros that it inserts
+    nor those around its input. Of zeros that pad an ordinary convolution to its size all are counted,
+    as is the custom.
+    """
+    lhs, rhs, out = eqn.params["dimension_numbers"]
+    (x, kernel), result = (array_type(v).shape for v in eqn.invars[:2]), array_type(eqn.outvars[0])
+    macs = result.shape[out[0]] * result.shape[out[1]] * kernel[rhs[1]]
+    for place, tap, end, gap in zip(lhs[2:], rhs[2:], out[2:], eqn.params["lhs_dilation"]):
+        macs *= min(result.shape[end] * kernel[tap] // gap, x[place] * kernel[tap])
+    return macs
 
 
 def _operand(
@@ -190,18 +221,11 @@ def _operand(
 
 def _site(found: Found, names: Sequence[str | None], sizes: Sequence[int]) -> Site:
     eqn = found.eqn
-    if eqn.primitive.name in FOREIGN_PRODUCTS:
-        lhs, rhs = (
-            Operand(tuple(a.shape), np.dtype(a.dtype), "activation", None, ())
-            for a in map(array_type, eqn.invars[:2])
-        )
-        macs = 0
-    else:
-        sides = _lhs_rhs(eqn, eqn.invars), _lhs_rhs(eqn, found.origins), _contracting(eqn)
-        lhs, rhs = (_operand(v, o, c, names, sizes) for v, o, c in zip(*sides))
-        macs = _macs(eqn)
-    kind, (_, repeats, scope) = eqn.primitive.name, found.place
-    site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused)
+    sides = _lhs_rhs(eqn, eqn.invars), _lhs_rhs(eqn, found.origins), _contracting(eqn)
+    lhs, rhs = (_operand(v, o, c, names, sizes) for v, o, c in zip(*sides))
+    macs, kind, (_, repeats, scope) = _macs(eqn), eqn.primitive.name, found.place
+    result = tuple(array_type(eqn.outvars[0]).shape)
+    site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused, result)
     parameter = site.weight.parameter if site.weight else None
     return dataclasses.replace(site, name=parameter or join_scope(scope, kind))
 
