@@ -64,8 +64,12 @@ def _is_named(spec: aqs.Quantizer) -> bool:
     return any(dataclasses.replace(q, unsigned=spec.unsigned) == spec for q in named)
 
 
-_KINDS = {"conv_general_dilated": "conv", "dot_general": "dot", "gather": "lookup",
-    "ragged_dot_general": "ragged"}
+_KINDS = {
+    "conv_general_dilated": "conv",
+    "dot_general": "dot",
+    "gather": "lookup",
+    "ragged_dot_general": "ragged",
+}
 
 
 def sites_json(sites: Mapping[str, aqs.Site]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ logits = serve(apply)(paletted, x)                  # through the same function
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from aqt_search.palette.rules import (
     select_weights,
     weight_leaves,
 )
+from aqt_search.tracing.signature import named_after
 from aqt_search.tracing.sites import Site
 
 
@@ -95,7 +95,7 @@ def serve(fun: Callable) -> Callable:
     are what is passed in and kept; a weight exists for as long as the product that reads it.
     """
 
-    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    @named_after(fun, "params")
     def served(params: Any, *args: Any, **kwargs: Any) -> Any:
         return fun(dequantized(params), *args, **kwargs)
 

@@ -17,6 +17,7 @@ from aqt_search.ptq.dataflow import SiteFlow, Tail, dataflow, why_not_changeable
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import check_batches
+from aqt_search.tracing import static_leaves
 from aqt_search.tracing.sites import is_unquantized
 from aqt_search.tracing.transform import Assignment, CalibrationState
 
@@ -59,8 +60,8 @@ def correct_bias(
     if not served:
         return variables
     means = _channel_means(apply, {name: tail.product_axis for name, tail in served.items()})
-    target = _average(jax.jit(lambda v, x: means({}, {}, v, x)), variables, batches)
-    quantized = jax.jit(lambda v, x: means(assignment, state, v, x))
+    target = _average(static_leaves.jit(lambda v, x: means({}, {}, v, x)), variables, batches)
+    quantized = static_leaves.jit(lambda v, x: means(assignment, state, v, x))
     for name, tail in served.items():
         delta = target[name] - _average(quantized, variables, batches)[name]
         if not np.isfinite(delta).all():

@@ -33,6 +33,7 @@ from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import static_assignment
+from aqt_search.tracing import static_leaves
 from aqt_search.tracing.sites import SIDES, SiteFormats, is_unquantized
 from aqt_search.tracing.transform import Assignment, CalibrationState, quantize_with_state
 
@@ -81,7 +82,9 @@ def calibrate_data_free(
     state = qfun.init(static, variables, zeros)
     bounds = _activation_bounds(graph, state, statistics, other_bounds, deviations)
     # On zeros, which no calibration counts: the bounds of weights alone.
-    state = jax.jit(lambda *inputs: qfun.apply(static, *inputs)[1])(state, variables, zeros)
+    state = static_leaves.jit(lambda *inputs: qfun.apply(static, *inputs)[1])(
+        state, variables, zeros
+    )
     found: dict[str, dict[str, Any]] = {name: dict(fields) for name, fields in state.items()}
     for (name, side), (low, high) in bounds.items():
         found[name][side] = _history(name, side, state[name][side], low, high)
@@ -220,7 +223,7 @@ def _weight_errors(
     """W_quantized - W of some sites, in float64."""
     values = site_values(apply, list(flows))
 
-    @jax.jit
+    @static_leaves.jit
     def operands(variables, x):
         found = values(assignment, state, variables, x)
         sides = {name: flow.axes.side for name, flow in flows.items()}

@@ -36,7 +36,8 @@ def product_matrix(eqn: jex_core.JaxprEqn, weight_side: int) -> ProductMatrix:
     """The matrix form of a dot_general or a convolution with the weight on `weight_side`.
 
     Raises:
-      NoMatrix: a product of another kind, a convolution with batch groups, or whose weight is its left operand.
+      NoMatrix: a product of another kind, or a convolution with batch groups or whose weight is its
+        left operand.
     """
     if eqn.primitive.name == "dot_general":
         return _of_contraction(eqn, weight_side)

@@ -38,6 +38,7 @@ from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.product_matrix import NoMatrix, ProductMatrix, product_matrix
 from aqt_search.ptq.static_bounds import check_batches
 from aqt_search.ptq.weight_leaves import NoLeaf, WeightLeaf, weight_leaf
+from aqt_search.tracing import static_leaves
 from aqt_search.tracing.plans import Plan, make_plans
 from aqt_search.tracing.sites import SIDES
 from aqt_search.tracing.trace import Trace, trace_function
@@ -218,7 +219,7 @@ def _moments_of_batch(
     """The jitted function `(state, variables, rounded, batch) -> Moments`, sums over the batch."""
     values = site_values(apply, [layer.name])
 
-    @jax.jit
+    @static_leaves.jit
     def of_batch(state, variables, rounded, batch) -> Moments:
         found = values(assignment, state, rounded, batch)[layer.name]
         target = values({}, {}, variables, batch)[layer.name].out if asymmetric else None

@@ -21,6 +21,7 @@ from aqt_search.ptq.flat_graph import trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import Axes, SiteWeight, known_axis
 from aqt_search.ptq.static_bounds import check_batches
+from aqt_search.tracing import static_leaves
 
 
 def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: float = 0.5) -> Any:
@@ -92,7 +93,7 @@ def _largest_inputs(
     """max|X| of every input channel of some sites, over all batches: [inputs]."""
     values = site_values(apply, list(axes))
 
-    @jax.jit
+    @static_leaves.jit
     def largest(variables, batch):
         found = values({}, {}, variables, batch)
         return {

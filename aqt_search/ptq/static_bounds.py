@@ -25,6 +25,7 @@ from aqt_search.numerics.calibration import History, frozen_after
 from aqt_search.numerics.quantizer import quantizer
 from aqt_search.ptq.captures import reachable_sites, site_values
 from aqt_search.ptq.errors import PTQError, SkippedSite
+from aqt_search.tracing import static_leaves
 from aqt_search.tracing.sites import SIDES, Site, SiteFormats
 from aqt_search.tracing.transform import (
     Assignment,
@@ -120,7 +121,7 @@ def _observer(apply: Callable) -> Callable:
     """`observe(assignment, state, variables, batch)`: the state after a batch."""
     qfun = quantize_with_state(apply)
     # Of the outputs alone none is asked for: what lies behind the last site is not computed.
-    return jax.jit(lambda *arguments: qfun.apply(*arguments)[1])
+    return static_leaves.jit(lambda *arguments: qfun.apply(*arguments)[1])
 
 
 def _uninformed(
@@ -142,7 +143,7 @@ def _check_finite(apply: Callable, variables: Any, batches: Sequence[Any], names
     reached = [name for name in names if name not in out_of_reach]
     values = site_values(apply, reached)
 
-    @jax.jit
+    @static_leaves.jit
     def finite(variables, x):
         found = values({}, {}, variables, x)
         return {

@@ -20,6 +20,7 @@ import numpy as np
 
 from aqt_search.numerics.fake_quant import fake_quantized
 from aqt_search.search.space import Space, searched_operands
+from aqt_search.tracing import static_leaves
 from aqt_search.tracing.interpreter import Interpreter, run_flow
 from aqt_search.tracing.planned_sites import PlannedSites
 from aqt_search.tracing.plans import make_plans, quantized_by
@@ -72,7 +73,7 @@ def score(
 @functools.lru_cache(maxsize=8)
 def _program(apply: Callable, loss: Callable, space: Space) -> Callable:
     """`program(reference, params, batch) -> values`."""
-    return jax.jit(functools.partial(_scores, apply, loss, space))
+    return static_leaves.jit(functools.partial(_scores, apply, loss, space))
 
 
 def _scores(apply, loss, space: Space, reference, params, batch) -> jax.Array:
@@ -95,7 +96,7 @@ def _scores(apply, loss, space: Space, reference, params, batch) -> jax.Array:
             ]
             if name in sites.names:
                 return sites.at_site(name, eqn, marked, held)
-            return [eqn.primitive.bind(*marked, **eqn.params)], {}
+            return [eqn.primitive.bind(*marked, *operands[2:], **eqn.params)], {}
 
         names = {name for name, _ in squares} | sites.names
         outputs, _ = Interpreter(trace, names, at_site, run_flow).run()

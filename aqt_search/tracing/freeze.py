@@ -7,12 +7,12 @@ logits = serve(apply)(frozen, x)                              # through the same
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
@@ -24,7 +24,9 @@ from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, 
 from aqt_search.tracing.liveness import scan_liveness
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by
+from aqt_search.tracing.signature import named_after
 from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.static_leaves import unwrapped, wrapped
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
@@ -48,7 +50,8 @@ class Dropped:
 class Frozen:
     """What a quantized function needs for serving: a pytree of arrays."""
 
-    params: Any  # those that are not quantized; `Dropped` in place of the others
+    # Those that are not quantized, `Dropped` in place of the others; what is no array is `Static`.
+    params: Any
     weights: dict[str, dict[str, QTensor]]  # by site and operand; in a scan a stack of them
     state: CalibrationState  # bounds of activations; {} where each batch has its own scales
     keys: dict[str, dict[str, jax.Array]]  # of activations that are rounded stochastically
@@ -119,7 +122,7 @@ def freeze(
         if plan.quantizer.key is not None and (name, field) not in found:
             keys.setdefault(name, {})[field] = plan.quantizer.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
-    return Frozen(jax.tree.unflatten(tree, kept), weights, activations, keys, static)
+    return Frozen(wrapped(jax.tree.unflatten(tree, kept)), weights, activations, keys, static)
 
 
 def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
@@ -147,7 +150,9 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
     return Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]
 
 
-def _dropped(leaf: Any) -> Dropped:
+def _dropped(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf  # a random key: no weight, and nothing to gain
     return Dropped(tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
@@ -242,9 +247,10 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
     def abstract(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Dropped) else leaf
 
-    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    @named_after(fun, "frozen")
     def served(frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
         params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
+        params = unwrapped(params)
         trace = trace_function(fun, params, args, kwargs, {})
         assignment = {
             name: _for_serving(formats, frozen.weights.get(name, {}), frozen.keys.get(name, {}))

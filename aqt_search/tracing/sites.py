@@ -95,9 +95,7 @@ class Site:
     """
 
     name: str
-    kind: (
-        str  # the primitive: "dot_general", "conv_general_dilated", "ragged_dot_general", "gather"
-    )
+    kind: str  # the primitive: dot_general, conv_general_dilated, ragged_dot_general, gather
     lhs: Operand
     rhs: Operand
     macs: int  # multiply-accumulates of one execution, at the trace's batch size; lookups have 0
@@ -189,9 +187,8 @@ def _conv_macs(eqn: jex_core.JaxprEqn) -> int:
     """Products of a convolution, each axis of space counted by whichever end has fewer.
 
     An output place meets every tap of the kernel, and so does an input place: a transposed
-    convolution has more outputs than products, since it multiplies neither the zeros that it inserts
-    nor those around its input. Of zeros that pad an ordinary convolution to its size all are counted,
-    as is the custom.
+    convolution has more outputs than products, as it multiplies neither the zeros it inserts nor
+    those around its input. Zeros that pad an ordinary convolution are counted, as is the custom.
     """
     lhs, rhs, out = eqn.params["dimension_numbers"]
     (x, kernel), result = (array_type(v).shape for v in eqn.invars[:2]), array_type(eqn.outvars[0])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.interpreter import Held
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans
+from aqt_search.tracing.signature import named_after
 from aqt_search.tracing.sites import Key, Site, SiteError, SiteFormats, is_unquantized
 from aqt_search.tracing.trace import Trace, trace_function
 
@@ -96,7 +96,7 @@ def quantize(
     """
     check_execution(execution)
 
-    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+    @named_after(fun, "assignment", "params")
     def quantized(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> Any:
         trace = trace_function(fun, params, args, kwargs, {})
         check_assignment(assignment, trace.sites)
