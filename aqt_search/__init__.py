@@ -60,7 +60,7 @@ from aqt_search.numerics.qtensor import QTensor, quantize_tensor
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, take
 from aqt_search.tracing.assignment_file import AssignmentError, from_json, to_json
-from aqt_search.tracing.freeze import Frozen, freeze, serve
+from aqt_search.tracing.freeze import Frozen, NotCalibrated, freeze, serve
 from aqt_search.tracing.rules import RuleError, assign
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 from aqt_search.tracing.transform import (
@@ -88,6 +88,7 @@ __all__ = [
     "GradientRule",
     "Granularity",
     "Learned",
+    "NotCalibrated",
     "NumericFormat",
     "Operand",
     "QTensor",

@@ -412,6 +412,90 @@ def test_bytes_are_those_that_cost_counts(name, formats):
         assert exact <= data <= exact + rows
 
 
+def tied_table(params, tokens):
+    return params["w"][tokens] @ params["w"].T
+
+
+def called_twice(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["w"]
+
+
+def prompt_and_loop(params, x):
+    half = jnp.tanh(x @ params["w"])
+    return jax.lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ params["w"])), (0, half)
+    )[1]
+
+
+def layers_and_loop(params, x):
+    """A prompt goes through scanned layers once, and each step of the loop after it does."""
+
+    def layers(x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    return jax.lax.fori_loop(0, 2, lambda _, x: layers(x), layers(x))
+
+
+def transposed_kernel(params, x):
+    """Blocks along another axis of the array are another quantization."""
+    return (x @ params["w"]) @ params["w"].T
+
+
+def halves(params, x):
+    return (x @ params["w"][0]) * (x @ params["w"][1])
+
+
+TOKENS = jnp.array([[0, 3, 10], [7, 7, 1]])
+# A function, its weight's shape, its data, a format, and how many copies are stored.
+SHARED = {
+    "a tied table": (tied_table, (11, 8), TOKENS, "int8", 1),
+    "a tied table of packed codes": (tied_table, (11, 8), TOKENS, "int3", 1),
+    "a tied table in mxfp4": (tied_table, (11, 32), TOKENS, "mxfp4", 1),
+    "a layer that is called twice": (called_twice, (8, 8), sample(5, 8), "int4", 1),
+    "a prompt and a loop": (prompt_and_loop, (8, 8), sample(5, 8), "int8", 1),
+    "scanned layers": (layers_and_loop, (3, 8, 8), sample(5, 8), "int4", 1),
+    "a kernel and its transpose": (transposed_kernel, (8, 8), sample(5, 8), "int4", 2),
+    "per tensor": (
+        transposed_kernel, (8, 8), sample(5, 8),
+        aqs.Quantizer("int4", granularity=aqs.PER_TENSOR), 1,
+    ),
+    "halves of a parameter": (halves, (2, 8, 8), sample(5, 8), "int8", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_what_several_sites_use_is_stored_once(case):
+    fun, shape, data, fmt, copies = SHARED[case]
+    params = {"w": sample(*shape, seed=1)}
+    sites = aqs.find_sites(fun, params, data)
+    rule = {"weight": fmt, "activation": "int8"}
+    assignment = aqs.assign(sites, [(".*", rule)])
+    frozen = jit(lambda p: aqs.freeze(fun, assignment, p, data))(params)
+    weights = stored_weights(frozen)
+    assert len(weights) == copies
+    assert is_dropped(frozen.params["w"])
+    expected = jit(aqs.quantize(fun))(assignment, params, data)
+    for execution in ("emulated", "auto"):
+        served = jit(aqs.serve(fun, execution=execution))(frozen, data)
+        np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
+    rows = sum(int(np.prod(q.data.shape[:-1])) for q in weights)
+    counted = aqs.cost.weight_bytes(sites, assignment)
+    if case != "a kernel and its transpose":  # which the cost takes for one
+        assert counted <= frozen.nbytes <= counted + rows
+    two = jax.tree.map(lambda a, b: jnp.stack([a, b]), frozen, frozen)
+    both = jit(jax.vmap(aqs.serve(fun, execution="emulated"), (0, None)))(two, data)
+    np.testing.assert_allclose(both[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sites_of_one_parameter_in_two_formats_are_stored_apart():
+    params, x = {"w": sample(8, 8)}, sample(5, 8)
+    sites = aqs.find_sites(called_twice, params, x)
+    assignment = aqs.assign(sites, [("w#1", {"weight": "int8"}), ("w#2", {"weight": "int4"})])
+    frozen = aqs.freeze(called_twice, assignment, params, x)
+    assert [q.fmt.bits for q in stored_weights(frozen)] == [8, 4]
+    assert frozen.nbytes == aqs.cost.weight_bytes(sites, assignment)
+
+
 def test_a_parameter_that_is_read_elsewhere_stays():
     def fun(params, x):
         return x @ params["a"] + params["a"].sum() + (x @ params["b"]) @ params["b"].T

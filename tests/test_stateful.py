@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search import SiteError, SiteFormats
+from aqt_search import SiteError, SiteFormats, ptq
 from aqt_search.numerics.formats import numeric_format
 
 # What XLA makes of the programs is not the question here: the least of LLVM's work will do.
@@ -178,10 +178,91 @@ def test_a_scan_has_one_state_for_each_iteration(fun, calibration):
     assert_equal(state["w"]["lhs"].updates, jnp.full(3, 2, jnp.int32))
 
 
-def test_nested_scans_have_states_of_both_lengths():
+def test_layers_have_states_of_their_own_and_rounds_through_them_have_not():
+    """The outer scan goes through the same layers twice: they move their states on twice."""
     _, state = two_steps(nested, AVERAGE)
+    assert state["w"]["lhs"].high.shape == (3, 1, 1)
+    assert_equal(state["w"]["lhs"].updates, jnp.full(3, 4, jnp.int32))
+    weights = sample(2, 3, 5, 5, seed=1)
+
+    def of_two(params, x):
+        return jax.lax.scan(lambda x, w: (scanned({"w": w}, x), None), x, params["w"])[0]
+
+    _, state = two_steps(of_two, AVERAGE, {"w": weights})
     assert state["w"]["lhs"].high.shape == (2, 3, 1, 1)
     assert_equal(state["w"]["lhs"].updates, jnp.full((2, 3), 2, jnp.int32))
+
+
+def recurrent(params, x):
+    """x is a sequence: [steps, batch, 5]."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ params["in"] + h @ params["recurrent"])
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros_like(x[0]), x)[1]
+
+
+def test_a_recurrent_network_has_one_state_that_every_step_moves_on():
+    params = {"in": WEIGHTS[0], "recurrent": WEIGHTS[1]}
+    running = aqs.running_max(aqs.absmax())
+    x = sample(7, 4, 5)
+    qfun, assignment, state = prepared(recurrent, params, x, running)
+    y, state = jit(qfun.apply)(assignment, state, params, x)
+    high = np.float64(np.abs(x)).max()
+    np.testing.assert_allclose(state["in"]["lhs"].high, [[high]], rtol=1e-6)
+    seen = max(np.abs(np.float64(y[:-1])).max(), 0)  # what enters: all states but the last
+    np.testing.assert_allclose(state["recurrent"]["lhs"].high, [[seen]], rtol=1e-5)
+    frozen = aqs.freeze(recurrent, assignment, params, x, state=state)
+    for steps in (7, 3, 12):  # any length
+        x = sample(steps, 4, 5, seed=steps)
+        expected = jit(qfun.evaluate)(assignment, state, params, x)
+        served = jit(aqs.serve(recurrent, execution="emulated"))(frozen, x)
+        np.testing.assert_array_equal(served, expected)
+    # After calibration, too: the first step's state is zero, the others' are not.
+    int8 = aqs.assign(aqs.find_sites(recurrent, params, x), [(".*", "int8")])
+    static, calibrated = ptq.calibrate(recurrent, int8, params, [x, 2 * x])
+    assert set(calibrated["recurrent"]) == {"lhs", "rhs"}
+    frozen = aqs.freeze(recurrent, static, params, x, state=calibrated)
+    assert frozen.nbytes == 2 * (25 + 4 * 5) + 2 * 8  # codes and scales, a bound and a count each
+    longer = aqs.freeze(recurrent, static, params, sample(70, 4, 5), state=calibrated)
+    assert longer.nbytes == frozen.nbytes
+
+
+def experts(params, x):
+    """The second expert is reached by rows whose first number is above 0."""
+    chosen = x[:, :1] > 0
+    first, second = (jnp.tanh(jnp.where(chosen == use, x, 0.0) @ params[name])
+                     for name, use in (("left", False), ("right", True)))  # fmt: skip
+    return first + second
+
+
+@pytest.mark.parametrize(
+    "calibration", [AVERAGE, aqs.delayed(aqs.absmax(), 2), aqs.lsq(), aqs.pact(), aqs.batch_quant()]
+)
+def test_what_was_never_calibrated_takes_a_scale_of_each_batch(calibration):
+    params = {"left": WEIGHTS[0], "right": WEIGHTS[1]}
+    seen = X.at[:, 0].set(-1.0)  # no row for the second expert
+    sites = aqs.find_sites(experts, params, seen)
+    q = aqs.Quantizer("int8", aqs.PER_TENSOR, calibration, unsigned=False)
+    assignment = aqs.assign(sites, [(".*", {"weight": "int4", "activation": q})])
+    qfun = aqs.quantize_with_state(experts)
+    state = qfun.init(assignment, params, seen)
+    x = X.at[:2, 0].set(1.0)
+    untold, _ = jit(qfun.apply)(assignment, state, params, x)  # its own batch's
+    assert_close(jit(qfun.evaluate)(assignment, state, params, x), untold)
+    _, state = jit(qfun.apply)(assignment, state, params, seen)
+    first = aqs.fake_quant(jnp.where(x[:, :1] > 0, x, 0.0), "int8")
+    if calibration is AVERAGE:
+        right = jnp.tanh(first @ aqs.fake_quant(params["right"], "int4", (1,)))
+        y = jit(qfun.evaluate)(assignment, state, params, x)
+        assert_close(y[:2], right[:2])  # the first expert has nothing of these rows
+    with pytest.warns(aqs.NotCalibrated, match=r"nothing of right \(lhs\): served with a scale"):
+        frozen = aqs.freeze(experts, assignment, params, x, state=state)
+    expected = jit(qfun.evaluate)(assignment, state, params, x)
+    assert_close(jit(aqs.serve(experts, execution="emulated"))(frozen, x), expected)
+    traced = jax.jit(lambda s: aqs.freeze(experts, assignment, params, x, state=s))(state)
+    assert np.isnan(jit(aqs.serve(experts))(traced, x)).all()
 
 
 def test_a_branch_that_is_not_taken_keeps_its_state():

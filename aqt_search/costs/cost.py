@@ -91,7 +91,7 @@ def weight_bytes(
 
         bytes = sum over weights of (elements * bits + bits of scales and zero points) / 8
 
-    A parameter that several sites use is stored once per distinct format width.
+    A weight that several sites use is stored once per distinct format width, as `freeze` does.
 
     Args:
       sites: as `find_sites` returns them.
@@ -103,7 +103,7 @@ def weight_bytes(
       A float, or a float32 scalar if the formats are traced.
     """
     total = 0.0
-    stored: dict[str | None, list] = {}
+    stored: dict[int | str | None, list] = {}
     for name, site in sites.items():
         formats = assignment.get(name, SiteFormats())
         for operand, fmt in ((site.lhs, formats.lhs), (site.rhs, formats.rhs)):
@@ -112,7 +112,8 @@ def weight_bytes(
                 size = 1.0 * bits * operand.size
                 if scales and fmt is not None:
                     size = size + _scale_bits(operand, quantizer(fmt))
-                earlier = stored.setdefault(operand.parameter, [])
+                array = operand.parameter if operand.array is None else operand.array
+                earlier = stored.setdefault(array, [])
                 for other in earlier:
                     size = size * (bits != other)
                 earlier.append(bits)

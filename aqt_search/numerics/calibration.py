@@ -208,6 +208,12 @@ def centred(calibration: Calibration) -> Calibration:
 # --- With state -----------------------------------------------------------------------------------
 
 
+def tells_nothing(bounds: Bounds) -> jax.Array:
+    """Whether bounds read from a state say that no tensor has told it anything; [], bool."""
+    extent = bounds.high if bounds.low is None else bounds.high - bounds.low
+    return jnp.logical_not(jnp.any(extent > 0))
+
+
 class History(NamedTuple):
     """What a calibration remembers of earlier tensors."""
 

@@ -86,6 +86,8 @@ class QTensor:
     row_axes: int = dataclasses.field(default=0, metadata={"static": True})
     # Whether the middle of the format's codes stands for 0; `zero_point` is then None.
     centred: bool = dataclasses.field(default=False, metadata={"static": True})
+    # The axes of `data` in the order of the tensor's, where they are not the same (`transposed`).
+    order: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def ndim(self) -> int:
@@ -97,12 +99,38 @@ class QTensor:
         """Bytes of the stored data and scales."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
+    def transposed(self, order: Sequence[int]) -> QTensor:
+        """The tensor with its axes in another order; the data stay as they are stored."""
+
+        def moved(part):
+            """Scales may have more axes in front: a stack of them."""
+            if part is None or part.ndim < self.ndim:
+                return part
+            ahead = part.ndim - self.ndim
+            return part.transpose(*range(ahead), *(ahead + axis for axis in order))
+
+        channels, size, block = self.granularity
+        place = {axis: new for new, axis in enumerate(order)}
+        axes = channels and tuple(sorted(place[axis] for axis in channels))
+        return dataclasses.replace(
+            self, scale=moved(self.scale), zero_point=moved(self.zero_point),
+            granularity=Granularity(axes, size, None if block is None else place[block]),
+            shape=tuple(self.shape[axis] for axis in order),
+            order=tuple(self.order[axis] if self.order else axis for axis in order),
+        )  # fmt: skip
+
     def codes(self, dtype: np.dtype) -> jax.Array:
         """The codes as numbers of `dtype`, of the tensor's shape."""
+        codes = self._stored_codes(dtype)
+        return codes.transpose(*self.order) if self.order else codes
+
+    def _stored_codes(self, dtype: np.dtype) -> jax.Array:
         if self.fmt in _STORAGE_DTYPES:
             return self.data.astype(dtype)
-        count = math.prod(self.shape[self.row_axes :])
-        codes = unpack_codes(self.data, int(self.fmt.bits), count).reshape(self.shape)
+        place = {axis: own for own, axis in enumerate(self.order)}
+        shape = tuple(self.shape[place.get(axis, axis)] for axis in range(self.ndim))
+        count = math.prod(shape[self.row_axes :])
+        codes = unpack_codes(self.data, int(self.fmt.bits), count).reshape(shape)
         if not is_integer(self.fmt):
             return jnp.take(jnp.asarray(code_values(self.fmt), dtype), codes.astype(jnp.int32))
         if self.fmt.min_value == 0:
@@ -138,7 +166,7 @@ class QTensor:
         A row beyond the tensor is NaN. Packed data of `row_axes=0` is dequantized as a whole.
         """
         packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
-        if packed or self.granularity.block_axis == 0:
+        if packed or self.order or self.granularity.block_axis == 0:
             return jnp.take(self.dequantize(), indices, axis=0)
         count = self.shape[0]
         flat = jnp.where(indices < 0, indices + count, indices).reshape(-1)

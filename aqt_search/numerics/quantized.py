@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.calibration import Bounds, tells_nothing
 from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
 from aqt_search.numerics.granularity import split_blocks
 from aqt_search.numerics.outline import where
@@ -105,7 +105,9 @@ def init_bounds(shape: tuple[int, ...], how: Recipe) -> Any:
     return how.calibration.init(_bounds_shape(shape, how))
 
 
-def calibrated(q: Quantized, state: Any, *, update: bool) -> tuple[Quantized, Any]:
+def calibrated(
+    q: Quantized, state: Any, *, update: bool, told: bool = False
+) -> tuple[Quantized, Any]:
     """The tensor with the bounds of its calibration, and the calibration's next state.
 
     A calibration without state looks at the tensor when it is quantized. No gradient flows to x.
@@ -113,15 +115,25 @@ def calibrated(q: Quantized, state: Any, *, update: bool) -> tuple[Quantized, An
     Args:
       state: of the calibration; () if it has none.
       update: whether bounds come from x and the state, or from the state alone, which then stays.
+      told: whether some tensor is known to have told the state something. Else an operand that was
+        never calibrated takes the bounds of x, so a scale of each batch.
     """
     if q.how.calibration.read is None:
         return q, state
+    grid = q.grid()
+
+    def from_tensor(x):
+        stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(x))
+        return _calibrate(stopped.blocks(), grid, q.how, state)
+
     if update:
-        stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
-        bounds, state = _calibrate(stopped.blocks(), q.grid(), q.how, state)
-    else:
-        bounds = q.how.calibration.read(state, q.grid())
-        bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
+        bounds, state = from_tensor(q.x)
+        return dataclasses.replace(q, bounds=bounds), state
+    bounds = q.how.calibration.read(state, grid)
+    bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
+    if not told:
+        own = tells_nothing(bounds)
+        bounds = jax.lax.cond(own, lambda x: from_tensor(x)[0], lambda x: bounds, q.x)
     return dataclasses.replace(q, bounds=bounds), state
 
 

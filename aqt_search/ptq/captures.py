@@ -24,7 +24,7 @@ from aqt_search.ptq.errors import PTQError
 from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
 from aqt_search.tracing.interpreter import Held, Interpreter, run_flow
 from aqt_search.tracing.planned_sites import PlannedSites
-from aqt_search.tracing.plans import make_plans
+from aqt_search.tracing.plans import make_plans, stacks_of
 from aqt_search.tracing.sites import SIDES, Site
 from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import (
@@ -120,7 +120,8 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
             if reason := why_out_of_reach(trace, name):
                 raise PTQError(f"The values of site {name!r} cannot be captured: {reason}.")
         plans = make_plans(trace, assignment, None)
-        held = Held(checked_state(state, trace, plans), {})
+        stacks = stacks_of(trace.sites, assignment)
+        held = Held(checked_state(state, trace, plans), {}, stacks)
         sites = PlannedSites(trace, plans, execution="emulated", update=False)
 
         def at_site(name, eqn, operands, held):

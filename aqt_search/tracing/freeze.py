@@ -7,6 +7,8 @@ logits = serve(apply)(frozen, x)                              # through the same
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.calibration import tells_nothing
+from aqt_search.numerics.formats import as_grid
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
@@ -23,9 +27,10 @@ from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.liveness import scan_liveness
 from aqt_search.tracing.planned_sites import run_planned
-from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by
+from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by, stacks_of
+from aqt_search.tracing.shared_weights import Shared, shared_weights
 from aqt_search.tracing.signature import named_after
-from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
 from aqt_search.tracing.static_leaves import unwrapped, wrapped
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
@@ -52,10 +57,15 @@ class Frozen:
 
     # Those that are not quantized, `Dropped` in place of the others; what is no array is `Static`.
     params: Any
-    weights: dict[str, dict[str, QTensor]]  # by site and operand; in a scan a stack of them
+    # By site and operand; a stack of them where each iteration of a scan has its own.
+    weights: dict[str, dict[str, QTensor]]
     state: CalibrationState  # bounds of activations; {} where each batch has its own scales
     keys: dict[str, dict[str, jax.Array]]  # of activations that are rounded stochastically
     formats: tuple[tuple[str, SiteFormats], ...] = dataclasses.field(metadata={"static": True})
+    # Operands that are stored for another site.
+    shared: tuple[Shared, ...] = dataclasses.field(default=(), metadata={"static": True})
+    # Whether calibration has told all bounds; else what has none takes a scale of each batch.
+    told: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -79,14 +89,16 @@ def freeze(
     """Stores the weights of quantized sites as `QTensor`s and keeps no float copy of them.
 
     What is computed from parameters alone on the way to a site (casts, transposes, weight
-    standardization, LoRA sums) is folded: the operand itself is stored. Parameters that nothing
-    else reads are dropped. Under `jax.eval_shape` this gives the abstract `Frozen` that orbax
-    restores into.
+    standardization, LoRA sums) is folded: the operand itself is stored, once for all sites that
+    take it in one format, transposed or not. Parameters that nothing else reads are dropped. Under
+    `jax.eval_shape` this gives the abstract `Frozen` that orbax restores into.
 
     Args:
       fun, assignment, params, args, kwargs: as for `quantize(fun)(assignment, params, *args)`;
         formats must be concrete. Data may be abstract.
-      state: of `quantize_with_state(fun)`: activations then have static scales, from it alone.
+      state: of `quantize_with_state(fun)`: activations then have static scales, from it alone. One
+        that no calibration has told anything of takes a scale of each batch, under the warning
+        `NotCalibrated`; where the state is traced, its results are NaN.
 
     Raises:
       SiteError: the assignment is not of this function; a calibration has state and none is given;
@@ -97,7 +109,8 @@ def freeze(
     trace = trace_function(fun, params, args, kwargs, {})
     check_assignment(assignment, trace.sites)
     plans = make_plans(trace, assignment, None)
-    held = flat_state(state or {})
+    stacks, held = stacks_of(trace.sites, assignment), flat_state(state or {})
+    shared = shared_weights(trace.sites, plans, stacks)
     _check_state(held, init_states(trace, plans))
     leaves, tree = jax.tree.flatten(params)
     counted = sum(map(is_array, leaves))
@@ -105,24 +118,29 @@ def freeze(
     @jax.jit
     def find(known, held):
         inputs = [*known, *[MISSING] * (len(trace.inputs) - counted)]
-        return _stored_weights(trace._replace(inputs=inputs), plans, Held(held, {}))
+        own = {key: plan for key, plan in plans.items() if key not in elsewhere}
+        return _stored_weights(trace._replace(inputs=inputs), own, Held(held, {}, stacks))
 
+    elsewhere = {one.key for one in shared}
     found = find(trace.inputs[:counted], held)
     weights: dict[str, dict[str, QTensor]] = {}
     for (name, field), stored in found.items():
         weights.setdefault(name, {})[field] = stored
-    needed = iter(_needed_leaves(trace, set(found)))
+    stored = {*found, *elsewhere}
+    needed = iter(_needed_leaves(trace, stored))
     kept = [leaf if not is_array(leaf) or next(needed) else _dropped(leaf) for leaf in leaves]
     activations = {
-        name: {f: s for f, s in fields.items() if f not in weights.get(name, {})}
+        name: {f: s for f, s in fields.items() if (name, f) not in stored}
         for name, fields in (state or {}).items()
     }
+    activations, told = _told(trace, plans, activations)
     keys: dict[str, dict[str, jax.Array]] = {}
     for (name, field), plan in plans.items():
-        if plan.quantizer.key is not None and (name, field) not in found:
+        if plan.quantizer.key is not None and (name, field) not in stored:
             keys.setdefault(name, {})[field] = plan.quantizer.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
-    return Frozen(wrapped(jax.tree.unflatten(tree, kept)), weights, activations, keys, static)
+    params = wrapped(jax.tree.unflatten(tree, kept))
+    return Frozen(params, weights, activations, keys, static, shared, told)
 
 
 def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
@@ -135,19 +153,25 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
             key = (name, side)
             if key not in plans or getattr(site, side).role == "activation":
                 continue
+            if any(key == other for other, _ in held.stacks):
+                continue  # it is found inside of the scan
             if x is MISSING:
-                raise SiteError(
-                    f"The {side} weight of site {name!r} is computed inside a loop from what an"
-                    " earlier iteration left, so it cannot be stored. Assign it None, or compute it"
-                    " outside."
-                )
+                found[key] = MISSING
+                continue
             state = held.states.get(key, ())
             bounds = calibrated(quantized(key, x), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
             found[key] = quantize_tensor(x, plans[key].quantizer, bounds=bounds, row_axes=rows)
         return [MISSING] * len(eqn.outvars), found
 
-    return Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]
+    found = Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]
+    for (name, side), weight in found.items():
+        if weight is MISSING:
+            raise SiteError(
+                f"The {side} weight of site {name!r} is computed inside a loop from what an earlier"
+                " iteration left, so it cannot be stored. Assign it None, or compute it outside."
+            )
+    return found
 
 
 def _dropped(leaf: Any) -> Any:
@@ -167,6 +191,52 @@ def _check_state(held: Mapping, expected: Mapping) -> None:
             f"The state is not of this assignment: {field} of site {name!r} has no calibration with"
             " state there."
         )
+
+
+class NotCalibrated(UserWarning):
+    """An operand that calibration has told nothing of takes a scale of each batch."""
+
+
+def _told(
+    trace: Trace, plans: Mapping[Key, Plan], states: CalibrationState
+) -> tuple[CalibrationState, bool]:
+    """The states of activations, and whether calibration has told something of all.
+
+    While the program is traced that is not known, and they are taken to be told: NaN, where not.
+    """
+    checked: CalibrationState = {}
+    silent = []
+    for name, fields in states.items():
+        checked[name] = {}
+        for field, state in fields.items():
+            check = functools.partial(_checked_state, plans[name, field])
+            for _ in trace.sites[name].layers:
+                check = jax.vmap(check)
+            nothing, checked[name][field] = check(state)
+            if not isinstance(nothing, jax.core.Tracer) and np.any(nothing):
+                silent.append(f"{name} ({field})")
+                checked[name][field] = state
+    if silent:
+        warnings.warn(
+            f"Calibration has told nothing of {', '.join(silent[:4])}: served with a scale of each"
+            " batch, not a static one. Calibrate on data that reach all sites.",
+            NotCalibrated,
+            stacklevel=3,
+        )
+    return checked, not silent
+
+
+def _checked_state(plan: Plan, state: Any) -> tuple[jax.Array, Any]:
+    """Whether a state tells nothing; the state, NaN if so."""
+    grid, read = as_grid(plan.quantizer.fmt, np.dtype(np.float32)), plan.how.calibration.read
+    assert read is not None  # else it has no state
+    nothing = tells_nothing(read(state, grid))
+
+    def marked(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.where(nothing, jnp.nan, leaf) if floating else leaf
+
+    return nothing, jax.tree.map(marked, state)
 
 
 def _map_formats(fun: Callable, formats: SiteFormats) -> SiteFormats:
@@ -252,27 +322,45 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
         params = unwrapped(params)
         trace = trace_function(fun, params, args, kwargs, {})
+        stored = _by_operand(frozen)
         assignment = {
-            name: _for_serving(formats, frozen.weights.get(name, {}), frozen.keys.get(name, {}))
+            name: _for_serving(name, formats, stored, frozen.keys.get(name, {}))
             for name, formats in frozen.formats
         }
         check_assignment(assignment, trace.sites)
         plans = make_plans(trace, assignment, None)
         inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
-        weights = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
-        held = Held(flat_state(frozen.state), weights)
+        stacks = stacks_of(trace.sites, dict(frozen.formats))
+        held = Held(flat_state(frozen.state), stored, stacks)
         outputs, _ = run_planned(
-            trace._replace(inputs=inputs), plans, held, execution=execution, update=False
-        )
+            trace._replace(inputs=inputs), plans, held, execution=execution, update=False,
+            told=frozen.told,
+        )  # fmt: skip
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return served
 
 
+def _by_operand(frozen: Frozen) -> dict[Key, QTensor]:
+    """What is stored for every operand, those that share it included."""
+    stored = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
+    for key, (name, field), order in frozen.shared:
+        weight = frozen.weights[name][field]
+        stored[key] = weight.transposed(order) if order else weight
+    return stored
+
+
 def _for_serving(
-    formats: SiteFormats, stored: Mapping[str, QTensor], keys: Mapping[str, jax.Array]
+    name: str,
+    formats: SiteFormats,
+    stored: Mapping[Key, QTensor],
+    keys: Mapping[str, jax.Array],
 ) -> SiteFormats:
     """Formats of a site whose stored operands need no calibration any more, with their keys."""
     own = {side: dataclasses.replace(getattr(formats, side), key=key) for side, key in keys.items()}
-    plain = {side: Quantizer(q.fmt, unsigned=False) for side, q in stored.items()}
+    plain = {
+        side: Quantizer(stored[name, side].fmt, unsigned=False)
+        for side in SIDES
+        if (name, side) in stored
+    }
     return formats._replace(**own, **plain)

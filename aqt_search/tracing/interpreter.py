@@ -8,9 +8,10 @@ is missing, too.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex_core
@@ -33,18 +34,47 @@ from aqt_search.tracing.trace import Trace
 MISSING = object()
 
 
-class Held(NamedTuple):
-    """What sites hold beside their operands; inside a scan, one slice of it."""
+Stacks = frozenset[tuple[Key, Path]]  # what has an entry for each iteration of which scan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What sites hold beside their operands; inside a scan, one slice of what is stacked by it."""
 
     states: dict[Key, Any]  # of calibrations
     weights: dict[Key, QTensor]  # operands in storage
+    # Of what is held, and of what sites tell: by the scans that are not yet entered.
+    stacks: Stacks = dataclasses.field(metadata={"static": True})
 
-    def under(self, names: set[str]) -> Held:
-        """That of some sites."""
-        return Held(*({k: v for k, v in part.items() if k[0] in names} for part in self))
+    def where(self, wanted: Callable[[Key], bool]) -> Held:
+        """A part of it, by site and operand."""
+        states, weights = (
+            {key: value for key, value in part.items() if wanted(key)}
+            for part in (self.states, self.weights)
+        )
+        return Held(states, weights, frozenset(pair for pair in self.stacks if wanted(pair[0])))
+
+    def stacked(self, scan: Path, yes: bool = True) -> Held:
+        """What is stacked by a scan, or else what is not."""
+        return self.where(lambda key: ((key, scan) in self.stacks) == yes)
+
+    def inside(self, scan: Path) -> Held:
+        """The same, seen by an iteration of a scan."""
+        stacks = frozenset(pair for pair in self.stacks if pair[1] != scan)
+        return dataclasses.replace(self, stacks=stacks)
+
+    def with_states(self, states: Mapping[Key, Any]) -> Held:
+        """With these states in place of its own."""
+        return dataclasses.replace(self, states=dict(states))
+
+    def beside(self, other: Held) -> Held:
+        """Both."""
+        states, weights = self.states | other.states, self.weights | other.weights
+        return Held(states, weights, self.stacks | other.stacks)
 
 
-EMPTY = Held({}, {})
+EMPTY = Held({}, {}, frozenset())
 
 
 # What a site, or an equation that holds some, gives: its results, and what sites tell, by key.
@@ -101,7 +131,7 @@ class Interpreter:
             if here in self._site_paths:
                 outputs, new = self._at_site(self._site_paths[here], eqn, operands, held)
             elif here in self._sites_under:
-                inner = held.under(self._sites_under[here])
+                inner = held.where(lambda key, names=self._sites_under[here]: key[0] in names)
                 outputs, new = self._enter(self._evaluate, eqn, operands, here, inner)
             else:
                 env.update(_run_equations(jaxpr, start, stop, env, last_use))
@@ -168,15 +198,21 @@ def _run_scan(scan: Scan, evaluate: Evaluate, eqn, operands, here: Path, held: H
     consts, carry, xs = scan.split(operands)
     carry = _materialized(carry, eqn.outvars[:carries])
 
-    def step(carry, sliced):
-        held, *present = sliced
-        args = (*consts, *carry, *_filled(xs, present))
-        outputs, told = evaluate(body, args, body.under(here), held)
-        outputs = _materialized(outputs, body.jaxpr.outvars)
-        return tuple(outputs[:carries]), (tuple(outputs[carries:]), told)
+    stacked, shared = held.stacked(here), held.stacked(here, False)
 
-    carry, (ys, told) = scan.again(step, tuple(carry), (held, *_present(xs)))
-    return [*carry, *ys], told
+    def step(carry, sliced):
+        (values, states), (part, *present) = carry, sliced
+        inner = part.beside(shared.with_states(states)).inside(here)
+        args = (*consts, *values, *_filled(xs, present))
+        outputs, told = evaluate(body, args, body.under(here), inner)
+        outputs = _materialized(outputs, body.jaxpr.outvars)
+        states = {key: told.get(key, state) for key, state in states.items()}
+        each = {key: value for key, value in told.items() if key not in states}
+        return (tuple(outputs[:carries]), states), (tuple(outputs[carries:]), each)
+
+    start = tuple(carry), shared.states
+    (carry, states), (ys, told) = scan.again(step, start, (stacked, *_present(xs)))
+    return [*carry, *ys], told | states
 
 
 def _run_while(loop: While, evaluate: Evaluate, eqn, operands, here: Path, held: Held) -> Outcome:
@@ -200,7 +236,8 @@ def _run_while(loop: While, evaluate: Evaluate, eqn, operands, here: Path, held:
 def visit_bodies(evaluate: Evaluate, eqn, operands: Sequence, here: Path, held: Held) -> Outcome:
     """Visits every body for what its sites tell: a scan's once for each iteration, others once.
 
-    What an iteration of a loop leaves for the next is missing, and so are the results.
+    What an iteration of a loop leaves for the next is missing, and so are the results. A site tells
+    nothing of what is still stacked (`Held.stacks`).
     """
     told: dict[Key, Any] = {}
     match control_flow(eqn):
@@ -215,15 +252,30 @@ def visit_bodies(evaluate: Evaluate, eqn, operands: Sequence, here: Path, held: 
 
 
 def _visit_scan(scan: Scan, evaluate: Evaluate, operands, here: Path, held: Held) -> dict:
-    body = scan.body
-    consts, carry, xs = scan.split(operands)
+    """What no iteration has of its own is told once, the rest in stacks."""
+    body, (consts, carry, xs) = scan.body, scan.split(operands)
+    stacked, shared = held.stacked(here), held.stacked(here, False)
+    missing = [MISSING] * len(carry)
+    args = (*consts, *missing, *[MISSING] * len(xs))
+    once = evaluate(body, args, body.under(here), shared.beside(_nothing_of(stacked)))[1]
+    lost: dict[Key, Any] = {}
 
     def step(_, sliced):
-        held, *present = sliced
-        args = (*consts, *[MISSING] * len(carry), *_filled(xs, present))
-        return (), evaluate(body, args, body.under(here), held)[1]
+        part, *present = sliced
+        args = (*consts, *missing, *_filled(xs, present))
+        inner = part.beside(shared).inside(here)
+        told = evaluate(body, args, body.under(here), inner)[1]
+        told = {key: value for key, value in told.items() if (key, here) in held.stacks}
+        lost.update({key: value for key, value in told.items() if value is MISSING})
+        return (), {key: value for key, value in told.items() if value is not MISSING}
 
-    return jax.lax.scan(step, (), (held, *_present(xs)), length=scan.length)[1]
+    each = jax.lax.scan(step, (), (stacked, *_present(xs)), length=scan.length)[1]
+    return once | each | lost
+
+
+def _nothing_of(held: Held) -> Held:
+    """The same stacks, and nothing in them."""
+    return Held({}, {}, held.stacks)
 
 
 def _without_carry(flow: Cond | While, operands: Sequence) -> list:

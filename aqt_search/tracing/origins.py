@@ -28,6 +28,7 @@ from aqt_search.tracing.control_flow import (
 )
 from aqt_search.tracing.liveness import scan_liveness, used_equations
 from aqt_search.tracing.nonnegative import is_nonnegative_constant, is_unsigned, nonnegative_results
+from aqt_search.tracing.value_numbers import ValueNumbers
 
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 LOOKUP_PRIMITIVES = ("gather",)  # sites where they take rows of a weight: see `lookup_axis`
@@ -35,26 +36,31 @@ LOOKUP_PRIMITIVES = ("gather",)  # sites where they take rows of a weight: see `
 FOREIGN_PRODUCTS = ("ragged_dot", "scaled_matmul", "scaled_dot")
 
 
+Loop = tuple[Path, int]  # a scan's path and length
+
+
 class Origin(NamedTuple):
     """What a value is computed from."""
 
     parameters: frozenset[int]  # indices of the parameter leaves a value depends on
     data: bool  # whether it depends on a data argument
-    copies: int = 1  # how many slices of this shape the scans around it go through
     nonnegative: bool = False  # whether it is known never to be negative
+    sliced_by: frozenset[Loop] = frozenset()  # the scans that give it a slice in each iteration
+    number: int | None = None  # of its value, where that is known (`ValueNumbers`)
 
     def join(self, other: Origin) -> Origin:
         """The origin of a value that is either of two."""
         return Origin(
             self.parameters | other.parameters,
             self.data or other.data,
-            max(self.copies, other.copies),
             self.nonnegative and other.nonnegative,
+            self.sliced_by | other.sliced_by,
+            self.number if self.number == other.number else None,
         )
 
     def chosen_by(self, decision: Origin) -> Origin:
         """The origin of a value that depends on a decision, but takes no element from it."""
-        return self.join(decision._replace(nonnegative=True))
+        return self.join(decision._replace(nonnegative=True, number=None))._replace(number=None)
 
 
 _NOWHERE = Origin(frozenset(), False)
@@ -68,14 +74,8 @@ def _join(origins: Sequence[Origin]) -> Origin:
     return joined
 
 
-def _results(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> list[Origin]:
-    """The origins of the results of an equation that is not entered."""
-    flags = nonnegative_results(eqn, [o.nonnegative for o in inputs])
-    return [_join(inputs)._replace(nonnegative=flag) for flag in flags]
-
-
-def _constant(value) -> Origin:
-    return _NOWHERE._replace(nonnegative=is_nonnegative_constant(value))
+def _constant(value, number: int) -> Origin:
+    return _NOWHERE._replace(nonnegative=is_nonnegative_constant(value), number=number)
 
 
 class Place(NamedTuple):
@@ -84,10 +84,11 @@ class Place(NamedTuple):
     path: Path  # of the equation, or of the body that they are in
     repeats: int | None  # how often they run; None: that is not known
     scope: str  # name scopes
+    layers: tuple[Loop, ...] = ()  # the scans around it that go through slices of weights
 
-    def inside(self, body: Body, repeats: int | None) -> Place:
+    def inside(self, body: Body, repeats: int | None, layers: Sequence[Loop] = ()) -> Place:
         """That of a body of the equation."""
-        return Place(body.under(self.path), repeats, self.scope)
+        return Place(body.under(self.path), repeats, self.scope, (*self.layers, *layers))
 
 
 class Found(NamedTuple):
@@ -99,28 +100,34 @@ class Found(NamedTuple):
     refused: str | None = None  # why it cannot be quantized
 
 
-def find_products(body: Body, origins: Sequence[Origin]) -> list[Found]:
+def find_products(body: Body, origins: Sequence[Origin]) -> tuple[list[Found], ValueNumbers]:
     """The products and lookups of a whole program in program order, given the inputs' origins."""
-    walk = _Walk()
+    walk = _Walk(ValueNumbers())
     walk.run(body, origins, [True] * len(body.jaxpr.outvars), Place((), 1, ""))
-    return walk.found
+    return walk.found, walk.numbers
 
 
 class _Walk:
-    def __init__(self):
+    def __init__(self, numbers: ValueNumbers):
         self.found: list[Found] = []
+        self.numbers = numbers
 
     def run(
         self, body: Body, origins: Sequence[Origin], used: Sequence[bool], place: Place
     ) -> list[Origin]:
         """Follows origins through a body to those of its outputs."""
         jaxpr = body.jaxpr
-        env = {v: _constant(value) for v, value in zip(jaxpr.constvars, body.consts)}
+        env = {
+            v: _constant(value, self.numbers.of("constant", id(value)))
+            for v, value in zip(jaxpr.constvars, body.consts)
+        }
         env.update(zip(jaxpr.invars, origins))
 
         def origin(atom) -> Origin:
-            is_literal = isinstance(atom, jex_core.Literal)
-            found = _constant(atom.val) if is_literal else env.get(atom, _NOWHERE)
+            if isinstance(atom, jex_core.Literal):
+                found = _constant(atom.val, self.numbers.literal(atom.val))
+            else:
+                found = env.get(atom, _NOWHERE)
             return found._replace(nonnegative=found.nonnegative or is_unsigned(atom.aval))
 
         results, _ = used_equations(jaxpr, used)
@@ -128,7 +135,7 @@ class _Walk:
             inputs = [origin(v) for v in eqn.invars]
             if any(results[index]) or eqn.effects:
                 scope = join_scope(place.scope, _scope_name(eqn.source_info.name_stack))
-                here = Place((*place.path, index), place.repeats, scope)
+                here = place._replace(path=(*place.path, index), scope=scope)
                 outputs = self._equation(eqn, inputs, results[index], here)
             else:
                 outputs = [_join(inputs)] * len(eqn.outvars)
@@ -154,16 +161,32 @@ class _Walk:
                     # How operands reach an unknown primitive's jaxpr is unknown: any may be data.
                     origins = [_join(inputs)] * len(body.jaxpr.invars)
                     self._refused(body, origins, here, f"it is inside {eqn.primitive.name!r}")
-                return _results(eqn, inputs)
+                return self._results(eqn, inputs, known=opaque is None)
+
+    def _results(self, eqn, inputs: list[Origin], known: bool) -> list[Origin]:
+        """The origins of the results of an equation that is not entered."""
+        flags = nonnegative_results(eqn, [o.nonnegative for o in inputs])
+        joined, numbers = _join(inputs), [None] * len(flags)
+        if known and not joined.data:
+            numbers = self.numbers.results(eqn, [o.number for o in inputs])
+        return [joined._replace(nonnegative=f, number=n) for f, n in zip(flags, numbers)]
 
     def _scan(self, scan: Scan, inputs: list[Origin], used, here: Place) -> list[Origin]:
         consts, carry, xs = scan.split(inputs)
-        xs = [o._replace(copies=o.copies * scan.length) for o in xs]
+        loop = here.path, scan.length
+        layers = [loop] if any(o.parameters and not o.data for o in xs) else []
+        xs = [
+            o._replace(
+                sliced_by=o.sliced_by | {loop},
+                number=self.numbers.sliced(o.number, scan.length, scan.reverse),
+            )
+            for o in xs
+        ]
         used, _ = scan_liveness(scan, used)
         repeats = None if here.repeats is None else here.repeats * scan.length
 
         def once(carry):
-            inside = here.inside(scan.body, repeats)
+            inside = here.inside(scan.body, repeats, layers)
             return self.run(scan.body, [*consts, *carry, *xs], used, inside)
 
         carry = self._widened(once, carry)
@@ -171,7 +194,7 @@ class _Walk:
         if scan.length == 0:  # the carry comes out as it went in
             outputs[: scan.carries] = carry
         # What leaves a scan is one value or a stack of all its slices.
-        return [o._replace(copies=1) for o in outputs]
+        return [o._replace(sliced_by=o.sliced_by - {loop}, number=None) for o in outputs]
 
     def _while(self, loop: While, inputs: list[Origin], here: Place) -> list[Origin]:
         test_consts, body_consts, carry = loop.split(inputs)
@@ -207,13 +230,13 @@ class _Walk:
 
     def _custom(self, body: Body, inputs: list[Origin], here: Place) -> list[Origin]:
         joined = _join(inputs)
-        origins = [joined._replace(nonnegative=o.nonnegative) for o in inputs]
+        origins = [joined._replace(nonnegative=o.nonnegative, number=o.number) for o in inputs]
         results = self._refused(body, origins, here, _CUSTOM_RULE)
-        return [joined._replace(nonnegative=o.nonnegative) for o in results]
+        return [joined._replace(nonnegative=o.nonnegative, number=o.number) for o in results]
 
     def _refused(self, body: Body, origins, here: Place, reason: str) -> list[Origin]:
         """Follows origins through a body whose products cannot be quantized."""
-        inner, every = _Walk(), [True] * len(body.jaxpr.outvars)
+        inner, every = _Walk(self.numbers), [True] * len(body.jaxpr.outvars)
         results = inner.run(body, origins, every, here.inside(body, here.repeats))
         self.found += [f._replace(refused=f.refused or reason) for f in inner.found]
         return results

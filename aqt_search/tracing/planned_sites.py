@@ -23,17 +23,18 @@ from aqt_search.tracing.trace import Trace
 
 
 def run_planned(
-    trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: str, update: bool
-) -> Outcome:
+    trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: str, update: bool,
+    told: bool = False,
+) -> Outcome:  # fmt: skip
     """Runs a trace under plans: its outputs, and the next states of calibrations.
 
     Args:
       trace, plans: the function.
       held: states of calibrations, and weights that are stored.
       execution: as in `ops.dot_general`.
-      update: whether bounds come from the tensors, or from the states alone.
+      update, told: as in `quantized.calibrated`.
     """
-    sites = PlannedSites(trace, plans, execution=execution, update=update)
+    sites = PlannedSites(trace, plans, execution=execution, update=update, told=told)
     # Only sites with formats change anything: the rest of the program runs as it is.
     return Interpreter(trace, sites.names, sites.at_site, run_flow).run(held)
 
@@ -41,12 +42,16 @@ def run_planned(
 class PlannedSites:
     """Evaluates sites under plans."""
 
-    def __init__(self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool):
+    def __init__(
+        self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool,
+        told: bool = False,
+    ):  # fmt: skip
         self.names = {name for name, _ in plans}
         self._sites = trace.sites
         self._plans = plans
         self._execution = execution
         self._update = update
+        self._told = told
         self._quantized = quantized_by(trace, plans)
 
     def at_site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence, held: Held) -> Outcome:
@@ -85,7 +90,8 @@ class PlannedSites:
         if key not in self._plans:
             return x, {}
         state = held.states.get(key, ())
-        tensor, state = calibrated(self._quantized(key, x), state, update=self._update)
+        tensor = self._quantized(key, x)
+        tensor, state = calibrated(tensor, state, update=self._update, told=self._told)
         return with_gradient_rule(tensor), {key: state} if key in held.states else {}
 
     def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:

@@ -17,7 +17,8 @@ from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel
 from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, ragged_layout
-from aqt_search.tracing.control_flow import Path, Scan, control_flow, equations_along
+from aqt_search.tracing.control_flow import Path, equations_along
+from aqt_search.tracing.interpreter import Stacks
 from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace
@@ -49,14 +50,9 @@ def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
 
 def site_equations(
     jaxpr: jex_core.Jaxpr, paths: Mapping[Path, str]
-) -> dict[str, tuple[jex_core.JaxprEqn, tuple[int, ...]]]:
-    """The equation of every site, and the lengths of the scans around it."""
-    found = {}
-    for path, name in paths.items():
-        *around, eqn = (eqn for _, eqn in equations_along(jaxpr, path))
-        flows = map(control_flow, around)
-        found[name] = (eqn, tuple(flow.length for flow in flows if isinstance(flow, Scan)))
-    return found
+) -> dict[str, jex_core.JaxprEqn]:
+    """The equation of every site."""
+    return {name: [eqn for _, eqn in equations_along(jaxpr, p)][-1] for p, name in paths.items()}
 
 
 def make_plans(
@@ -65,7 +61,7 @@ def make_plans(
     """The plan of every tensor that the assignment quantizes."""
     equations = site_equations(trace.closed.jaxpr, trace.site_paths)
     return {
-        (name, field): _plan(trace.sites[name], equations[name][0], field, spec, axis_name)
+        (name, field): _plan(trace.sites[name], equations[name], field, spec, axis_name)
         for name, formats in assignment.items()
         for field, spec in zip(SiteFormats._fields, formats)
         if spec is not None
@@ -120,18 +116,36 @@ def _check_stateless(q: Quantizer, site: Site, field: str) -> None:
         )
 
 
+def stacks_of(sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]) -> Stacks:
+    """What has an entry for each iteration of which scan, of all that an assignment quantizes.
+
+    A calibration has a state for each layer of a scan through layers. In one that goes through data
+    alone (a recurrent network) it has one, which every iteration moves on. What is stored of a
+    weight is stacked if each iteration takes a slice of its own, or has bounds of its own for it.
+    """
+    found = set()
+    for name, formats in assignment.items():
+        for side in SIDES:
+            spec = getattr(formats, side)
+            if spec is not None:
+                stateful = quantizer(spec).calibration.read is not None
+                loops = sites[name].layers if stateful else getattr(sites[name], side).sliced_by
+                found |= {((name, side), path) for path, _ in loops}
+    return frozenset(found)
+
+
 def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
-    """The first states of all calibrations that have one; inside scans one for each iteration.
+    """The first states of all calibrations that have one; in scans through layers one for each.
 
     Raises:
       SiteError: such a site stands in a while loop.
     """
-    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
     states = {}
     for (name, field), plan in plans.items():
         if plan.quantizer.calibration.read is None:
             continue
-        site, lengths = trace.sites[name], equations[name][1]
+        site = trace.sites[name]
+        lengths = tuple(length for _, length in site.layers)
         if site.repeats is None:
             raise SiteError(
                 f"Site {name!r} is inside a while loop, through which no calibration state can be"

@@ -32,7 +32,7 @@ def named_after(fun: Callable, *first: str) -> Callable[[Callable], Callable]:
         kind = _FIRST[0] if rest and rest[0].kind is _FIRST[0] else _FIRST[1]
         taken = {parameter.name for parameter in rest}
         leading = [inspect.Parameter(f"{n}_" if n in taken else n, kind) for n in first]
-        named.__signature__ = own.replace(parameters=[*leading, *rest])
+        named.__dict__["__signature__"] = own.replace(parameters=[*leading, *rest])
         return named
 
     return name

@@ -26,12 +26,14 @@ from aqt_search.tracing.origins import (
     FOREIGN_PRODUCTS,
     LOOKUP_PRIMITIVES,
     Found,
+    Loop,
     Origin,
     array_type,
     find_products,
     join_scope,
     lookup_axis,
 )
+from aqt_search.tracing.value_numbers import ValueNumbers
 
 
 class SiteError(ValueError):
@@ -70,9 +72,16 @@ class Operand:
     role: str  # "weight" (parameters only), "activation" (depends on data), "constant" (neither)
     parameter: str | None  # the parameter leaf a weight comes from
     channel_axes: tuple[int, ...]  # axes with a scale of their own: output channels; () activations
-    copies: int = 1  # how many of this shape are stored: the iterations of the scan it is sliced by
+    copies: int = 1  # how many of this shape are stored: the iterations of scans it is sliced by
     nonnegative: bool = False  # whether no element can be negative (False: that is not known)
     contracting: tuple[int, ...] = ()  # axes the product sums over; blocks run along the last
+    # Of a weight: equal numbers are the same array, whose axes `order` has in this operand's order
+    # (() as they are).
+    array: int | None = dataclasses.field(default=None, repr=False, compare=False)
+    order: tuple[int, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    sliced_by: tuple[Loop, ...] = dataclasses.field(
+        default=(), repr=False, compare=False
+    )  # scans, outer first
 
     @property
     def size(self) -> int:
@@ -103,6 +112,8 @@ class Site:
     scope: str  # the name scopes it was traced under
     refused: str | None = None  # why it cannot be quantized
     out_shape: tuple[int, ...] = ()  # of its result
+    # The scans around it that go through layers, each with weights of its own; outer first.
+    layers: tuple[Loop, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def lhs_shape(self) -> tuple[int, ...]:
@@ -199,30 +210,36 @@ def _conv_macs(eqn: jex_core.JaxprEqn) -> int:
 
 
 def _operand(
-    atom, origin: Origin, contracting, names: Sequence[str | None], sizes: Sequence[int]
-) -> Operand:
+    atom, origin: Origin, contracting, names: Sequence[str | None], sizes: Sequence[int],
+    numbers: ValueNumbers,
+) -> Operand:  # fmt: skip
     aval = array_type(atom)
     shape, dtype = tuple(aval.shape), np.dtype(aval.dtype)
     contracting = tuple(contracting)
     if origin.data:
         return Operand(shape, dtype, "activation", None, (), 1, origin.nonnegative, contracting)
     axes = free_axes(len(shape), contracting)
-    stored = origin.copies, origin.nonnegative, contracting
+    slices = tuple(sorted(origin.sliced_by))
+    copies = math.prod(length for _, length in slices)
+    stored = copies, origin.nonnegative, contracting
     if not origin.parameters:
-        return Operand(shape, dtype, "constant", None, axes, *stored)
-    size = origin.copies * math.prod(shape)
+        return Operand(shape, dtype, "constant", None, axes, *stored, sliced_by=slices)
+    size = copies * math.prod(shape)
     # A weight computed from several leaves (a LoRA sum, a gain) is named by the one of its size.
     leaf = min(origin.parameters, key=lambda i: (sizes[i] != size, -sizes[i], i))
-    return Operand(shape, dtype, "weight", names[leaf], axes, *stored)
+    array, order = (None, ()) if origin.number is None else numbers.untransposed(origin.number)
+    return Operand(shape, dtype, "weight", names[leaf], axes, *stored, array, order, slices)
 
 
-def _site(found: Found, names: Sequence[str | None], sizes: Sequence[int]) -> Site:
+def _site(
+    found: Found, names: Sequence[str | None], sizes: Sequence[int], numbers: ValueNumbers
+) -> Site:
     eqn = found.eqn
     sides = _lhs_rhs(eqn, eqn.invars), _lhs_rhs(eqn, found.origins), _contracting(eqn)
-    lhs, rhs = (_operand(v, o, c, names, sizes) for v, o, c in zip(*sides))
-    macs, kind, (_, repeats, scope) = _macs(eqn), eqn.primitive.name, found.place
+    lhs, rhs = (_operand(v, o, c, names, sizes, numbers) for v, o, c in zip(*sides))
+    macs, kind, (_, repeats, scope, layers) = _macs(eqn), eqn.primitive.name, found.place
     result = tuple(array_type(eqn.outvars[0]).shape)
-    site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused, result)
+    site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused, result, layers)
     parameter = site.weight.parameter if site.weight else None
     return dataclasses.replace(site, name=parameter or join_scope(scope, kind))
 
@@ -257,12 +274,14 @@ def analyze(
       The sites by name in program order, and the name of the site at each path.
     """
     origins = [
-        Origin(frozenset(), True) if name is None else Origin(frozenset([index]), False)
+        Origin(frozenset(), True)
+        if name is None
+        else Origin(frozenset([index]), False, number=-1 - index)
         for index, name in enumerate(names)
     ]
-    found = find_products(Body(jaxpr, consts), origins)
+    found, numbers = find_products(Body(jaxpr, consts), origins)
     sizes = [math.prod(getattr(v.aval, "shape", ())) for v in jaxpr.invars]
-    sites = _with_unique_names([_site(one, names, sizes) for one in found])
+    sites = _with_unique_names([_site(one, names, sizes, numbers) for one in found])
     return (
         {site.name: site for site in sites},
         {one.place.path: site.name for one, site in zip(found, sites)},

@@ -24,7 +24,7 @@ from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.interpreter import Held
 from aqt_search.tracing.planned_sites import run_planned
-from aqt_search.tracing.plans import Plan, init_states, make_plans
+from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
 from aqt_search.tracing.signature import named_after
 from aqt_search.tracing.sites import Key, Site, SiteError, SiteFormats, is_unquantized
 from aqt_search.tracing.trace import Trace, trace_function
@@ -131,8 +131,10 @@ def quantize_with_state(
         y, state = qfun.apply(assignment, state, params, x)     # moves the bounds on
         y = qfun.evaluate(assignment, state, params, x)         # static scales: no reductions
 
-    Sites inside a scan have one state for each iteration. Arguments and errors are those of
-    `quantize`; a calibration with state cannot stand in a while loop (SiteError).
+    A site inside of a scan has one state for each iteration if the scan goes through layers, slices
+    of weights; else one for all, which every iteration moves on. `evaluate` takes a scale of each
+    batch where a state was never told anything. Arguments and errors are those of `quantize`; a
+    calibration with state cannot stand in a while loop (SiteError).
     """
     check_execution(execution)
 
@@ -148,7 +150,11 @@ def quantize_with_state(
         trace, plans = prepare(assignment, params, args, kwargs)
         held = checked_state(state, trace, plans)
         outputs, states = run_planned(
-            trace, plans, Held(held, {}), execution=execution, update=update
+            trace,
+            plans,
+            Held(held, {}, stacks_of(trace.sites, assignment)),
+            execution=execution,
+            update=update,
         )
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs), _nested(held | states)
 

@@ -29,8 +29,8 @@ from aqt_search.numerics.quantized import (
 )
 from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
 from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
-from aqt_search.tracing.interpreter import MISSING, Interpreter, visit_bodies
-from aqt_search.tracing.plans import Plan, init_states, make_plans, site_equations
+from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Stacks, visit_bodies
+from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
 from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
@@ -113,14 +113,14 @@ def weight_statistics(
     quantizers = _weight_quantizers(trace, assignment)
     plans = _plans(trace, quantizers)
     states = _weight_states(trace, plans, state or {})
-    weights = before = _operands(trace, plans, params)
+    stacks = stacks_of(trace.sites, _as_assignment(quantizers))
+    weights = before = _operands(trace, plans, stacks, params)
     if float_params is not None:
         _check_alike(float_params, params)
-        before = _operands(trace, plans, float_params)
-    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
+        before = _operands(trace, plans, stacks, float_params)
     found = {}
     for key in (key for key in quantizers if key in weights):
-        loops, plan, quantized = len(equations[key[0]][1]), plans[key], None
+        loops, plan, quantized = sum(key == other for other, _ in stacks), plans[key], None
         if quantizers[key] is not None:
             fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
             tensors = weights[key], states.get(key, ())
@@ -151,11 +151,14 @@ def _weight_quantizers(trace: Trace, assignment: Assignment) -> dict[Key, Quanti
 
 def _plans(trace: Trace, quantizers: Mapping[Key, Quantizer | None]) -> dict[Key, Plan]:
     """A plan for each weight: only those with one are found, also where none is followed."""
-    formats = {
+    return make_plans(trace, _as_assignment(quantizers), None)
+
+
+def _as_assignment(quantizers: Mapping[Key, Quantizer | None]) -> dict[str, SiteFormats]:
+    return {
         name: SiteFormats(**{side: numeric_format("fp32") if q is None else q})
         for (name, side), q in quantizers.items()
     }
-    return make_plans(trace, formats, None)
 
 
 def _weight_states(
@@ -171,18 +174,24 @@ def _weight_states(
     return {key: held[key] for key in held if key in plans}
 
 
-def _operands(trace: Trace, keys: Collection[Key], params: Any) -> dict[Key, jax.Array]:
-    """Weights of sites as they enter them; inside of scans a stack of them."""
+def _operands(
+    trace: Trace, keys: Collection[Key], stacks: Stacks, params: Any
+) -> dict[Key, jax.Array]:
+    """Weights of sites as they enter them; inside of scans a stack, if each iteration has one."""
     known = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
     inputs = [*known, *[MISSING] * (len(trace.inputs) - len(known))]
 
     def at_site(name, eqn, operands, held):
         sides = zip(trace.sites[name].equation_sides, operands)
-        found = {(name, side): x for side, x in sides if (name, side) in keys and x is not MISSING}
+        entered = {(name, side): x for side, x in sides if (name, side) in keys}
+        still = {key for key, _ in held.stacks}
+        found = {key: x for key, x in entered.items() if key not in still}
         return [MISSING] * len(eqn.outvars), found
 
     names = {name for name, _ in keys}
-    return Interpreter(trace._replace(inputs=inputs), names, at_site, visit_bodies).run()[1]
+    trace = trace._replace(inputs=inputs)
+    found = Interpreter(trace, names, at_site, visit_bodies).run(Held({}, {}, stacks))[1]
+    return {key: x for key, x in found.items() if x is not MISSING}
 
 
 def _check_alike(float_params: Any, params: Any) -> None:
