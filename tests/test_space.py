@@ -143,6 +143,43 @@ def test_a_decision_for_each_block(sites):
     assert sum(len(d.sites) for d in space.decisions) == len(names)
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x)
+        return x + nn.Dense(8, name="out")(nn.relu(nn.Dense(16, name="in")(x)))
+
+
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for number in range(3):
+            x = Layer(name=f"layer_{number}")(x)
+        return nn.Dense(8, name="last")(x)
+
+
+class LanguageModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(11, 8, name="embed")
+        return embed.attend(Decoder(name="decoder")(embed(tokens)))
+
+
+def test_a_block_of_a_transformer_is_a_layer():
+    model, tokens = LanguageModel(), jnp.zeros((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    sites = aqs.find_sites(model.apply, params, tokens)
+    space = make_space(sites, [(".*", {"weight": ("int4", "int8")})], decide="block")
+    assert {d.name: len(d.sites) for d in space.decisions} == {
+        "embed:weight": 2,
+        **{f"decoder/layer_{number}:weight": 6 for number in range(3)},
+        "decoder:weight": 1,
+    }
+    # With the products of activations, whose names begin as those of the weights beside them do.
+    space = make_space(sites, [(".*", ("int4", "int8"))], decide="block")
+    assert [len(d.sites) for d in space.decisions] == [2, 8, 8, 8, 1]
+
+
 def test_one_decision_for_the_model(sites):
     rules = [("stem", ("int4", "int8")), ("head", "int8"), (".*", ("int4", "int8"))]
     space = make_space(sites, rules, decide="model")

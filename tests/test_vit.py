@@ -88,9 +88,9 @@ def test_site_names_are_the_documented_ones():
     ]
     assert not any(site.refused for site in sites.values())
     products = {name for name, site in sites.items() if not site.weight}
-    assert products == {f"ViT/{b}/{p}/dot_general" for b in blocks for p in ("scores", "mix")}
+    assert products == {f"{b}/{p}/dot_general" for b in blocks for p in ("scores", "mix")}
     for block in blocks:
-        scores, mix = (sites[f"ViT/{block}/{p}/dot_general"] for p in ("scores", "mix"))
+        scores, mix = (sites[f"{block}/{p}/dot_general"] for p in ("scores", "mix"))
         assert scores.lhs_shape == scores.rhs_shape == (1, 65, 3, 32)
         assert (mix.lhs_shape, mix.rhs_shape) == ((1, 3, 65, 65), (1, 65, 3, 32))
         assert scores.macs == mix.macs == 65 * 65 * 96

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -206,7 +208,8 @@ def make_space(
       rules: pairs of pattern and formats or options. Sites that no rule matches are not quantized.
       decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
         the network (the same first part of the name, where names begin alike the first that
-        differs), "rule" all sites of a rule, "model" all sites, whose rules offer the same.
+        differs; inside of a part that holds numbered layers of several sites, each layer is one),
+        "rule" all sites of a rule, "model" all sites, whose rules offer the same.
 
     Raises:
       RuleError: rules that are no pairs; one that matches no site or is never reached.
@@ -268,12 +271,33 @@ def _groups(sites, rules, taken, searched, decide) -> list[tuple[str, list[str],
 
 
 def _blocks(sites: Iterable[str], members: Iterable[str]) -> list[str]:
-    """The block of every member: the first part of its name that tells the sites apart."""
+    """The block of every member: its layer if there are layers, else the first part that differs.
+
+    Layers are parts of the network with several sites each, whose names differ in a number only.
+    """
     parts = [name.split("/") for name in sites]
     depth = 0
     while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1
-    return ["/".join(name.split("/")[: depth + 1]) for name in members]
+    layers = _layers(parts)
+
+    def block(name: str) -> str:
+        own = name.split("/")
+        ends = (end for end in range(depth + 1, len(own)) if tuple(own[:end]) in layers)
+        return "/".join(own[: next(ends, depth + 1)])
+
+    return [block(name) for name in members]
+
+
+def _layers(parts: Iterable[Sequence[str]]) -> set[tuple[str, ...]]:
+    """Prefixes that several names share and that have others beside them, but for a number."""
+    counts = collections.Counter(tuple(p[:end]) for p in parts for end in range(1, len(p)))
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for prefix, count in counts.items():
+        stem = re.sub(r"\d+$", "", prefix[-1])
+        if count > 1 and stem != prefix[-1]:
+            alike.setdefault((*prefix[:-1], stem), []).append(prefix)
+    return {prefix for family in alike.values() if len(family) > 1 for prefix in family}
 
 
 def _decisions(sites, pattern: str, group: str, members: list[str], choice: Choice) -> list:

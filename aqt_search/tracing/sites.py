@@ -241,7 +241,14 @@ def _site(
     result = tuple(array_type(eqn.outvars[0]).shape)
     site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused, result, layers)
     parameter = site.weight.parameter if site.weight else None
-    return dataclasses.replace(site, name=parameter or join_scope(scope, kind))
+    return dataclasses.replace(site, name=parameter or join_scope(_in_model(scope, names), kind))
+
+
+def _in_model(scope: str, names: Sequence[str | None]) -> str:
+    """Scopes from the first that begins a parameter's name: a module's own stands before them."""
+    tops, parts = {name.split("/")[0] for name in names if name}, scope.split("/")
+    known = (place for place, part in enumerate(parts) if part in tops)
+    return "/".join(parts[next(known, 0) :])
 
 
 def _with_unique_names(sites: Sequence[Site]) -> list[Site]:
