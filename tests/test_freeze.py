@@ -1,5 +1,6 @@
 """Freezing and serving: what is stored, how large it is, and that it computes what was trained."""
 
+import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -485,6 +486,105 @@ def test_what_several_sites_use_is_stored_once(case):
     two = jax.tree.map(lambda a, b: jnp.stack([a, b]), frozen, frozen)
     both = jit(jax.vmap(aqs.serve(fun, execution="emulated"), (0, None)))(two, data)
     np.testing.assert_allclose(both[1], expected, rtol=1e-5, atol=1e-5)
+
+
+class Translator(nn.Module):
+    """Tied embeddings; the encoder can be called alone."""
+
+    def setup(self):
+        self.embed = nn.Embed(11, 8)
+        self.encoder = nn.Dense(8)
+        self.decoder = nn.Dense(8)
+
+    def encode(self, tokens):
+        return jnp.tanh(self.encoder(self.embed(tokens)))
+
+    def decode(self, hidden):
+        return self.embed.attend(jnp.tanh(self.decoder(hidden)))
+
+    def __call__(self, tokens):
+        return self.decode(self.encode(tokens))
+
+
+def test_a_part_of_a_model_takes_the_formats_and_weights_of_the_whole():
+    model, hidden = Translator(), sample(2, 3, 8)
+    params = filled(jax.eval_shape(model.init, jax.random.key(0), TOKENS))
+    encode = functools.partial(model.apply, method="encode")
+    decode = functools.partial(model.apply, method="decode")
+    sites = aqs.find_sites(model.apply, params, TOKENS)
+    rule = {"weight": "int4", "activation": "int8"}
+    assignment = aqs.assign(sites, [("embed/embedding#2", "int8"), (".*", rule)])
+    frozen = aqs.freeze(model.apply, assignment, params, TOKENS)
+    for part, data, lookup in ((encode, TOKENS, True), (decode, hidden, False)):
+        own = aqs.find_sites(part, params, data)
+        assert "embed/embedding" in own  # once in a part: without a number
+        embedding = "int4" if lookup else "int8"
+        expected = aqs.assign(own, [("embed/embedding", embedding), (".*", rule)])
+        plain = jit(aqs.quantize(part))(expected, params, data)
+        served = jit(aqs.serve(part, execution="emulated"))(frozen, data)
+        np.testing.assert_allclose(served, plain, rtol=1e-6, atol=1e-6)
+        # An assignment does not tell which of the two is the lookup.
+        with pytest.raises(SiteError, match=r"'embed/embedding' is none of embed/embedding#1, emb"):
+            aqs.quantize(part)(assignment, params, data)
+    everywhere = aqs.assign(sites, [(".*", rule)])
+    own = aqs.assign(aqs.find_sites(encode, params, TOKENS), [(".*", rule)])
+    np.testing.assert_array_equal(
+        jit(functools.partial(aqs.quantize(encode), everywhere))(params, TOKENS),
+        jit(functools.partial(aqs.quantize(encode), own))(params, TOKENS),
+    )
+    whole = jit(aqs.serve(model.apply, execution="emulated"))(
+        aqs.freeze(model.apply, everywhere, params, TOKENS), TOKENS
+    )
+    np.testing.assert_allclose(
+        whole, jit(aqs.quantize(model.apply))(everywhere, params, TOKENS), rtol=1e-6, atol=1e-6
+    )
+    for wrong in ("decoder/kernl", "encoder/bias", "elsewhere/dot_general"):
+        with pytest.raises(SiteError, match=rf"names site '{wrong}', which the function does not"):
+            aqs.quantize(encode)({**own, wrong: own["encoder/kernel"]}, params, TOKENS)
+    part = dataclasses.replace(aqs.freeze(encode, own, params, TOKENS), params=frozen.params)
+    with pytest.raises(SiteError, match=r"in codes only, at a site that.*has not: (dec|emb)"):
+        aqs.serve(model.apply)(part, TOKENS)
+
+
+class Pool(nn.Module):
+    """Attention of learned queries to a batch, as in the heads of ViTs and in DETR."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        probe = self.param("probe", nn.initializers.normal(1.0), (1, 3, 8))
+        probe = jnp.tile(probe, (len(x), 1, 1))
+        probe = nn.Dropout(self.dropout, deterministic=not train)(nn.LayerNorm()(probe))
+        attention = nn.MultiHeadDotProductAttention(2, name="attention")
+        return nn.Dense(4, name="out")(attention(probe, x)[:, 0])
+
+
+@pytest.mark.parametrize("raw_key", [False, True])
+def test_a_learned_query_does_not_know_of_the_batch_or_of_dropout(raw_key):
+    model = Pool(0.5)
+    batches = {size: sample(size, 5, 8, seed=size) for size in (1, 2, 7)}
+    params = filled(jax.eval_shape(model.init, jax.random.key(0), batches[1]))
+    sites = {n: aqs.find_sites(model.apply, params, x) for n, x in batches.items()}
+    key = jax.random.PRNGKey(1) if raw_key else jax.random.key(1)
+    rngs = {"dropout": key}
+    trained = aqs.find_sites(model.apply, params, batches[7], train=True, rngs=rngs)
+    assert "attention/query/kernel@probe" in trained
+    for found in (*sites.values(), trained):
+        assert list(found) == list(sites[1])
+        assert {n: s.weight and s.weight.size for n, s in found.items()} == {
+            n: s.weight and s.weight.size for n, s in sites[1].items()
+        }
+    assignment = assigned(sites[1], "mixed")
+    for size, other in ((1, 7), (7, 2)):
+        frozen = aqs.freeze(model.apply, assignment, params, batches[size])
+        x = batches[other]
+        expected = jit(aqs.quantize(model.apply))(assignment, params, x)
+        for execution in ("emulated", "auto"):
+            actual = jit(aqs.serve(model.apply, execution=execution))(frozen, x)
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SiteError, match=r"random bits.*as it is in evaluation"):
+        aqs.freeze(model.apply, assignment, params, batches[7], train=True, rngs=rngs)
 
 
 def test_sites_of_one_parameter_in_two_formats_are_stored_apart():

@@ -27,8 +27,9 @@ def _bits(operand: Operand, fmt) -> int | jax.Array:
 def _scale_bits(operand: Operand, q: Quantizer) -> float | np.ndarray | jax.Array:
     """Bits of an operand's stored scales and zero points; none in formats used unscaled."""
     granularity = q.granularity or per_channel(*operand.channel_axes)
-    granularity = resolve(granularity, len(operand.shape), operand.contracting)
-    count = operand.copies * math.prod(scale_shape(operand.shape, granularity))
+    shape, shared = operand.stored_shape, (*operand.uniform, *operand.contracting)
+    granularity = resolve(granularity, len(shape), shared)
+    count = operand.copies * math.prod(scale_shape(shape, granularity))
     bits = count * SCALE_FORMATS[q.scale_format]
     if q.scale_format == "e4m3":
         bits += 32 * operand.copies  # one for the tensor

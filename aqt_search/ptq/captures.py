@@ -23,6 +23,7 @@ from aqt_search.products.operands import OperandValue
 from aqt_search.ptq.errors import PTQError
 from aqt_search.tracing.control_flow import Cond, Scan, While, control_flow, equations_along
 from aqt_search.tracing.interpreter import Held, Interpreter, run_flow
+from aqt_search.tracing.matching import for_sites
 from aqt_search.tracing.planned_sites import PlannedSites
 from aqt_search.tracing.plans import make_plans, stacks_of
 from aqt_search.tracing.sites import SIDES, Site
@@ -114,6 +115,7 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
         assignment: Assignment, state: CalibrationState, variables: Any, *args: Any, **kwargs: Any
     ) -> dict[str, SiteValues]:
         trace = trace_function(apply, variables, args, kwargs, {})
+        assignment = for_sites(assignment, trace)
         check_assignment(assignment, trace.sites)
         check_site_names(names, trace.sites)
         for name in names:

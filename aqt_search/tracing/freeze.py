@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -26,6 +26,7 @@ from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.liveness import scan_liveness
+from aqt_search.tracing.matching import for_sites, matched_sites
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by, stacks_of
 from aqt_search.tracing.shared_weights import Shared, shared_weights
@@ -64,6 +65,7 @@ class Frozen:
     formats: tuple[tuple[str, SiteFormats], ...] = dataclasses.field(metadata={"static": True})
     # Operands that are stored for another site.
     shared: tuple[Shared, ...] = dataclasses.field(default=(), metadata={"static": True})
+    lookups: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})  # sites
     # Whether calibration has told all bounds; else what has none takes a scale of each batch.
     told: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -107,6 +109,7 @@ def freeze(
     """
     assignment = {name: _map_formats(_concrete, formats) for name, formats in assignment.items()}
     trace = trace_function(fun, params, args, kwargs, {})
+    assignment = for_sites(assignment, trace)
     check_assignment(assignment, trace.sites)
     plans = make_plans(trace, assignment, None)
     stacks, held = stacks_of(trace.sites, assignment), flat_state(state or {})
@@ -140,7 +143,8 @@ def freeze(
             keys.setdefault(name, {})[field] = plan.quantizer.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
     params = wrapped(jax.tree.unflatten(tree, kept))
-    return Frozen(params, weights, activations, keys, static, shared, told)
+    lookups = tuple(name for name in assignment if trace.sites[name].kind == "gather")
+    return Frozen(params, weights, activations, keys, static, shared, lookups, told)
 
 
 def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
@@ -158,6 +162,7 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
             if x is MISSING:
                 found[key] = MISSING
                 continue
+            x = _one_of(x, getattr(site, side).uniform)
             state = held.states.get(key, ())
             bounds = calibrated(quantized(key, x), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
@@ -169,9 +174,15 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
         if weight is MISSING:
             raise SiteError(
                 f"The {side} weight of site {name!r} is computed inside a loop from what an earlier"
-                " iteration left, so it cannot be stored. Assign it None, or compute it outside."
+                " iteration left, or from random bits, so it cannot be stored. Assign it None,"
+                " compute it outside, or freeze the function as it is in evaluation."
             )
     return found
+
+
+def _one_of(x: jax.Array, uniform: Sequence[int]) -> jax.Array:
+    """An operand with one of the equal elements along its uniform axes."""
+    return x[tuple(slice(0, 1) if a in uniform else slice(None) for a in range(x.ndim))]
 
 
 def _dropped(leaf: Any) -> Any:
@@ -309,7 +320,7 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
     to the order of summation otherwise.
 
     Args:
-      fun: the function that was frozen.
+      fun: the function that was frozen, or another of the same parameters, as its encoder alone.
       execution: as in `ops.dot_general`.
     """
     check_execution(execution)
@@ -322,45 +333,70 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
         params = unwrapped(params)
         trace = trace_function(fun, params, args, kwargs, {})
-        stored = _by_operand(frozen)
-        assignment = {
-            name: _for_serving(name, formats, stored, frozen.keys.get(name, {}))
-            for name, formats in frozen.formats
-        }
-        check_assignment(assignment, trace.sites)
-        plans = make_plans(trace, assignment, None)
+        own = _renamed(frozen, matched_sites(frozen.assignment, trace, frozen.lookups))
+        check_assignment(own.formats, trace.sites)
+        plans = make_plans(trace, own.for_serving(), None)
         inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
-        stacks = stacks_of(trace.sites, dict(frozen.formats))
-        held = Held(flat_state(frozen.state), stored, stacks)
+        held = Held(flat_state(own.state), own.stored, stacks_of(trace.sites, own.formats))
         outputs, _ = run_planned(
             trace._replace(inputs=inputs), plans, held, execution=execution, update=False,
             told=frozen.told,
         )  # fmt: skip
+        if any(x is MISSING for x in outputs):
+            raise SiteError(
+                "The function reads a parameter that was stored in codes only, at a site that the"
+                f" frozen function has not: {', '.join(_bare(trace, own.formats)) or 'none named'}."
+                " Freeze the function that is served, or one that reads as much."
+            )
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return served
 
 
-def _by_operand(frozen: Frozen) -> dict[Key, QTensor]:
-    """What is stored for every operand, those that share it included."""
+class _Own(NamedTuple):
+    """What is frozen, by the names of the function that is served."""
+
+    formats: dict[str, SiteFormats]
+    stored: dict[Key, QTensor]
+    state: CalibrationState
+    keys: dict[str, dict[str, jax.Array]]
+
+    def for_serving(self) -> dict[str, SiteFormats]:
+        """The formats; stored operands need no calibration any more, others get their keys."""
+        found = {}
+        for name, formats in self.formats.items():
+            keyed = {
+                side: dataclasses.replace(getattr(formats, side), key=key)
+                for side, key in self.keys.get(name, {}).items()
+            }
+            plain = {
+                side: Quantizer(self.stored[name, side].fmt, unsigned=False)
+                for side in SIDES
+                if (name, side) in self.stored
+            }
+            found[name] = formats._replace(**keyed, **plain)
+        return found
+
+
+def _renamed(frozen: Frozen, sources: Mapping[str, str]) -> _Own:
+    """What is frozen of the sites on the right, by the names on the left."""
     stored = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
     for key, (name, field), order in frozen.shared:
         weight = frozen.weights[name][field]
         stored[key] = weight.transposed(order) if order else weight
-    return stored
+
+    def own(by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: by_name[source] for name, source in sources.items() if source in by_name}
+
+    sides = ((name, source, side) for name, source in sources.items() for side in SIDES)
+    return _Own(
+        own(frozen.assignment),
+        {(name, side): stored[s, side] for name, s, side in sides if (s, side) in stored},
+        own(frozen.state),
+        own(frozen.keys),
+    )
 
 
-def _for_serving(
-    name: str,
-    formats: SiteFormats,
-    stored: Mapping[Key, QTensor],
-    keys: Mapping[str, jax.Array],
-) -> SiteFormats:
-    """Formats of a site whose stored operands need no calibration any more, with their keys."""
-    own = {side: dataclasses.replace(getattr(formats, side), key=key) for side, key in keys.items()}
-    plain = {
-        side: Quantizer(stored[name, side].fmt, unsigned=False)
-        for side in SIDES
-        if (name, side) in stored
-    }
-    return formats._replace(**own, **plain)
+def _bare(trace: Trace, formats: Mapping[str, SiteFormats]) -> list[str]:
+    """The sites with a weight that nothing frozen is about."""
+    return [name for name, site in trace.sites.items() if site.weight and name not in formats]

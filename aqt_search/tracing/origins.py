@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
+import numpy as np
 
 from aqt_search.tracing.control_flow import (
     Body,
@@ -28,9 +29,11 @@ from aqt_search.tracing.control_flow import (
 )
 from aqt_search.tracing.liveness import scan_liveness, used_equations
 from aqt_search.tracing.nonnegative import is_nonnegative_constant, is_unsigned, nonnegative_results
+from aqt_search.tracing.uniform_axes import Axes, every_axis, uniform_results
 from aqt_search.tracing.value_numbers import ValueNumbers
 
 SITE_PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 LOOKUP_PRIMITIVES = ("gather",)  # sites where they take rows of a weight: see `lookup_axis`
 # Products that exist as primitives of their own and that we cannot quantize: refused, not skipped.
 FOREIGN_PRODUCTS = ("ragged_dot", "scaled_matmul", "scaled_dot")
@@ -47,16 +50,33 @@ class Origin(NamedTuple):
     nonnegative: bool = False  # whether it is known never to be negative
     sliced_by: frozenset[Loop] = frozenset()  # the scans that give it a slice in each iteration
     number: int | None = None  # of its value, where that is known (`ValueNumbers`)
+    uniform: Axes = frozenset()  # axes along which all elements are known to be equal
+    multiplied: frozenset[int] = frozenset()  # parameters that came through a product of such
+    random: str = ""  # of data: "bits" if they are random ones, "mask" if these were compared
 
     def join(self, other: Origin) -> Origin:
-        """The origin of a value that is either of two."""
+        """The origin of a value that is either of two, or computed from both.
+
+        A weight under a random mask, as in dropout, stays a weight: so it is without the mask.
+        """
+        parameters = self.parameters | other.parameters
+        randoms = {o.random for o in (self, other) if o.data}
+        data = bool(randoms - {"mask"}) or (bool(randoms) and not parameters)
         return Origin(
-            self.parameters | other.parameters,
-            self.data or other.data,
+            parameters,
+            data,
             self.nonnegative and other.nonnegative,
             self.sliced_by | other.sliced_by,
             self.number if self.number == other.number else None,
+            self.uniform & other.uniform,
+            self.multiplied | other.multiplied,
+            "" if not data or "" in randoms else "bits" if "bits" in randoms else "mask",
         )
+
+    def of_parts(self, whole: Origin) -> Origin:
+        """What is known of the value alone, and the rest as of a whole it belongs to."""
+        known = {name: getattr(self, name) for name in ("nonnegative", "number", "uniform")}
+        return whole._replace(**known)
 
     def chosen_by(self, decision: Origin) -> Origin:
         """The origin of a value that depends on a decision, but takes no element from it."""
@@ -67,7 +87,7 @@ _NOWHERE = Origin(frozenset(), False)
 
 
 def _join(origins: Sequence[Origin]) -> Origin:
-    """What a value computed from others depends on; its sign is not known."""
+    """What a value computed from others depends on; of the value itself nothing is known."""
     joined = _NOWHERE
     for origin in origins:
         joined = joined.join(origin)
@@ -75,7 +95,9 @@ def _join(origins: Sequence[Origin]) -> Origin:
 
 
 def _constant(value, number: int) -> Origin:
-    return _NOWHERE._replace(nonnegative=is_nonnegative_constant(value), number=number)
+    uniform = frozenset(range(np.ndim(value))) if np.size(value) == 1 else frozenset()
+    nonnegative = is_nonnegative_constant(value)
+    return _NOWHERE._replace(nonnegative=nonnegative, number=number, uniform=uniform)
 
 
 class Place(NamedTuple):
@@ -166,9 +188,21 @@ class _Walk:
     def _results(self, eqn, inputs: list[Origin], known: bool) -> list[Origin]:
         """The origins of the results of an equation that is not entered."""
         flags = nonnegative_results(eqn, [o.nonnegative for o in inputs])
-        joined, numbers = _join(inputs), [None] * len(flags)
-        if known and not joined.data:
-            numbers = self.numbers.results(eqn, [o.number for o in inputs])
+        joined, name = _join(inputs), eqn.primitive.name
+        if name.startswith("random_"):
+            joined = joined._replace(data=True, random="bits")
+        elif name in _COMPARISONS and joined.random == "bits":
+            joined = joined._replace(parameters=frozenset(), random="mask")
+        if not known or joined.data:
+            masked = joined.random == "mask"  # it tells no elements apart that are equal without it
+            return [
+                joined._replace(nonnegative=flag, uniform=every_axis(v) if masked else frozenset())
+                for v, flag in zip(eqn.outvars, flags)
+            ]
+        numbers = self.numbers.results(eqn, [o.number for o in inputs])
+        joined = joined._replace(uniform=uniform_results(eqn, [o.uniform for o in inputs]))
+        if name in SITE_PRIMITIVES:
+            joined = joined._replace(multiplied=joined.parameters)
         return [joined._replace(nonnegative=f, number=n) for f, n in zip(flags, numbers)]
 
     def _scan(self, scan: Scan, inputs: list[Origin], used, here: Place) -> list[Origin]:
@@ -179,6 +213,7 @@ class _Walk:
             o._replace(
                 sliced_by=o.sliced_by | {loop},
                 number=self.numbers.sliced(o.number, scan.length, scan.reverse),
+                uniform=frozenset(axis - 1 for axis in o.uniform if axis),
             )
             for o in xs
         ]
@@ -194,7 +229,8 @@ class _Walk:
         if scan.length == 0:  # the carry comes out as it went in
             outputs[: scan.carries] = carry
         # What leaves a scan is one value or a stack of all its slices.
-        return [o._replace(sliced_by=o.sliced_by - {loop}, number=None) for o in outputs]
+        left = {"number": None, "uniform": frozenset()}
+        return [o._replace(sliced_by=o.sliced_by - {loop}, **left) for o in outputs]
 
     def _while(self, loop: While, inputs: list[Origin], here: Place) -> list[Origin]:
         test_consts, body_consts, carry = loop.split(inputs)
@@ -230,9 +266,9 @@ class _Walk:
 
     def _custom(self, body: Body, inputs: list[Origin], here: Place) -> list[Origin]:
         joined = _join(inputs)
-        origins = [joined._replace(nonnegative=o.nonnegative, number=o.number) for o in inputs]
+        origins = [o.of_parts(joined) for o in inputs]
         results = self._refused(body, origins, here, _CUSTOM_RULE)
-        return [joined._replace(nonnegative=o.nonnegative, number=o.number) for o in results]
+        return [o.of_parts(joined) for o in results]
 
     def _refused(self, body: Body, origins, here: Place, reason: str) -> list[Origin]:
         """Follows origins through a body whose products cannot be quantized."""

@@ -15,10 +15,10 @@ from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
-from aqt_search.tracing.interpreter import EMPTY, Held, Interpreter, Outcome, run_flow
+from aqt_search.tracing.interpreter import EMPTY, MISSING, Held, Interpreter, Outcome, run_flow
 from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.plans import Plan, quantized_by, site_layout
-from aqt_search.tracing.sites import GRADIENTS, SIDES, Key
+from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Operand, SiteError
 from aqt_search.tracing.trace import Trace
 
 
@@ -86,7 +86,13 @@ class PlannedSites:
     def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
         """An operand as its site takes it, and the next state of its calibration, if it has one."""
         if key in held.weights:
-            return held.weights[key], {}
+            return _in_shape(held.weights[key], getattr(self._sites[key[0]], key[1])), {}
+        if x is MISSING:
+            raise SiteError(
+                f"The function reads a parameter that was stored in codes only, at a site that the"
+                f" frozen function has not: {key[0]} ({key[1]}). Freeze the function that is"
+                " served, or one that reads as much."
+            )
         if key not in self._plans:
             return x, {}
         state = held.states.get(key, ())
@@ -104,6 +110,13 @@ class PlannedSites:
         elif key in self._plans:
             table = fake_quantized(self._quantized(key, table))
         return eqn.primitive.bind(table, indices, **eqn.params)
+
+
+def _in_shape(weight: QTensor, operand: Operand) -> OperandValue:
+    """A stored weight as its site takes it: where the batch repeats it, its values are repeated."""
+    if weight.shape == operand.shape:
+        return weight
+    return jnp.broadcast_to(weight.dequantize().reshape(operand.stored_shape), operand.shape)
 
 
 def _known_format(plan: Plan) -> NumericFormat:

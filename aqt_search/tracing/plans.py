@@ -82,7 +82,8 @@ def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) ->
         return _resolved(q, q.fmt, granularity, axis_name)
     operand = getattr(site, field)
     granularity = q.granularity or per_channel(*operand.channel_axes)
-    resolved = resolve(granularity, len(operand.shape), operand.contracting)
+    shape, contracting = operand.shape, operand.contracting
+    resolved = resolve(granularity, len(shape), (*operand.uniform, *contracting))
     shared = axis_name if operand.role == "activation" else None
     if operand.nonnegative and q.unsigned and is_traced(q.fmt):
         return _resolved(q, q.fmt, resolved, shared)._replace(twin=True)  # for all formats at once
@@ -151,7 +152,7 @@ def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
                 f"Site {name!r} is inside a while loop, through which no calibration state can be"
                 " carried. Use a calibration without state there, or lax.scan."
             )
-        state = init_bounds(getattr(site, field).shape, plan.how)
+        state = init_bounds(getattr(site, field).stored_shape, plan.how)
         states[name, field] = jax.tree.map(
             lambda leaf, lengths=lengths: jnp.broadcast_to(leaf, (*lengths, *leaf.shape)),
             state,

@@ -33,6 +33,7 @@ from aqt_search.tracing.origins import (
     join_scope,
     lookup_axis,
 )
+from aqt_search.tracing.uniform_axes import collapsed
 from aqt_search.tracing.value_numbers import ValueNumbers
 
 
@@ -79,14 +80,22 @@ class Operand:
     # (() as they are).
     array: int | None = dataclasses.field(default=None, repr=False, compare=False)
     order: tuple[int, ...] = dataclasses.field(default=(), repr=False, compare=False)
-    sliced_by: tuple[Loop, ...] = dataclasses.field(
-        default=(), repr=False, compare=False
-    )  # scans, outer first
+    # The scans that give it a slice in each iteration, outer first.
+    sliced_by: tuple[Loop, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    # Batch axes of the product along which a weight is one and the same: stored once.
+    uniform: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    # Parameters whose product it is, `query@key/kernel`, where it is no leaf and no sum with one.
+    product_of: str | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which one copy is stored."""
+        return collapsed(self.shape, self.uniform)
 
     @property
     def size(self) -> int:
         """Number of stored elements."""
-        return self.copies * math.prod(self.shape)
+        return self.copies * math.prod(self.stored_shape)
 
     @property
     def scales(self) -> int:
@@ -210,38 +219,53 @@ def _conv_macs(eqn: jex_core.JaxprEqn) -> int:
 
 
 def _operand(
-    atom, origin: Origin, contracting, names: Sequence[str | None], sizes: Sequence[int],
-    numbers: ValueNumbers,
+    atom, origin: Origin, contracting, batch: Sequence[int], names: Sequence[str | None],
+    leaves: Sequence[tuple[int, ...]], numbers: ValueNumbers,
 ) -> Operand:  # fmt: skip
     aval = array_type(atom)
     shape, dtype = tuple(aval.shape), np.dtype(aval.dtype)
     contracting = tuple(contracting)
     if origin.data:
         return Operand(shape, dtype, "activation", None, (), 1, origin.nonnegative, contracting)
-    axes = free_axes(len(shape), contracting)
+    uniform = tuple(axis for axis in batch if axis in origin.uniform)
+    axes = free_axes(len(shape), (*contracting, *uniform))
     slices = tuple(sorted(origin.sliced_by))
     copies = math.prod(length for _, length in slices)
     stored = copies, origin.nonnegative, contracting
     if not origin.parameters:
         return Operand(shape, dtype, "constant", None, axes, *stored, sliced_by=slices)
-    size = copies * math.prod(shape)
+    size = copies * math.prod(collapsed(shape, uniform))
+    sizes = [math.prod(leaf) for leaf in leaves]
     # A weight computed from several leaves (a LoRA sum, a gain) is named by the one of its size.
     leaf = min(origin.parameters, key=lambda i: (sizes[i] != size, -sizes[i], i))
+    summed = origin.parameters - origin.multiplied
+    product_of = None
+    if origin.multiplied and not any(sizes[i] == size and len(leaves[i]) > 1 for i in summed):
+        # No size tells which of them it is, and with another batch the sizes are others.
+        leaf = min(origin.multiplied, key=lambda i: (-sizes[i], i))
+        factors = [i for i in sorted(origin.multiplied) if len(leaves[i]) > 1]  # no gains or biases
+        product_of = "@".join(str(names[i]) for i in factors or sorted(origin.multiplied))
     array, order = (None, ()) if origin.number is None else numbers.untransposed(origin.number)
-    return Operand(shape, dtype, "weight", names[leaf], axes, *stored, array, order, slices)
+    return Operand(
+        shape, dtype, "weight", names[leaf], axes, *stored, array, order, slices, uniform,
+        product_of,
+    )  # fmt: skip
 
 
 def _site(
-    found: Found, names: Sequence[str | None], sizes: Sequence[int], numbers: ValueNumbers
-) -> Site:
+    found: Found, names: Sequence[str | None], leaves: Sequence[tuple[int, ...]],
+    numbers: ValueNumbers,
+) -> Site:  # fmt: skip
     eqn = found.eqn
-    sides = _lhs_rhs(eqn, eqn.invars), _lhs_rhs(eqn, found.origins), _contracting(eqn)
-    lhs, rhs = (_operand(v, o, c, names, sizes, numbers) for v, o, c in zip(*sides))
+    batch = eqn.params["dimension_numbers"][1] if eqn.primitive.name == "dot_general" else ((), ())
+    sides = _lhs_rhs(eqn, eqn.invars), _lhs_rhs(eqn, found.origins), _contracting(eqn), batch
+    lhs, rhs = (_operand(v, o, c, b, names, leaves, numbers) for v, o, c, b in zip(*sides))
     macs, kind, (_, repeats, scope, layers) = _macs(eqn), eqn.primitive.name, found.place
     result = tuple(array_type(eqn.outvars[0]).shape)
     site = Site("", kind, lhs, rhs, macs, repeats, scope, found.refused, result, layers)
-    parameter = site.weight.parameter if site.weight else None
-    return dataclasses.replace(site, name=parameter or join_scope(_in_model(scope, names), kind))
+    weight = site.weight
+    named = weight and (weight.product_of or weight.parameter)
+    return dataclasses.replace(site, name=named or join_scope(_in_model(scope, names), kind))
 
 
 def _in_model(scope: str, names: Sequence[str | None]) -> str:
@@ -287,8 +311,8 @@ def analyze(
         for index, name in enumerate(names)
     ]
     found, numbers = find_products(Body(jaxpr, consts), origins)
-    sizes = [math.prod(getattr(v.aval, "shape", ())) for v in jaxpr.invars]
-    sites = _with_unique_names([_site(one, names, sizes, numbers) for one in found])
+    leaves = [tuple(getattr(v.aval, "shape", ())) for v in jaxpr.invars]
+    sites = _with_unique_names([_site(one, names, leaves, numbers) for one in found])
     return (
         {site.name: site for site in sites},
         {one.place.path: site.name for one, site in zip(found, sites)},

@@ -10,6 +10,7 @@ import jax.extend.core as jex_core
 import numpy as np
 
 from aqt_search.tracing.control_flow import Path
+from aqt_search.tracing.liveness import used_equations
 from aqt_search.tracing.sites import Site, SiteError, analyze, parameter_name
 
 
@@ -21,6 +22,7 @@ class Trace(NamedTuple):
     out_tree: jax.tree_util.PyTreeDef
     sites: dict[str, Site]
     site_paths: dict[Path, str]
+    parameters: dict[str, bool]  # by name, whether the function reads them
 
 
 def is_array(leaf: Any) -> bool:
@@ -61,4 +63,7 @@ def trace_function(
         if is_array(leaf)
     ]
     sites, site_paths = analyze(closed.jaxpr, names, closed.consts)
-    return Trace(closed, inputs, jax.tree_util.tree_structure(out_shape), sites, site_paths)
+    _, read = used_equations(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    parameters = {name: used for name, used in zip(names, read) if name is not None}
+    out_tree = jax.tree_util.tree_structure(out_shape)
+    return Trace(closed, inputs, out_tree, sites, site_paths, parameters)

@@ -11,7 +11,6 @@ jitted, differentiated, vmapped (over assignments, too) and pmapped like any oth
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.interpreter import Held
+from aqt_search.tracing.matching import for_sites, unknown_site
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
 from aqt_search.tracing.signature import named_after
@@ -78,6 +78,8 @@ def quantize(
     for activations; integer formats of activations that are never negative (`Operand.nonnegative`)
     become unsigned. A `Quantizer` in place of a format says otherwise. Where the assignment has no
     entry, or None, the operand is left as it is; with an empty assignment `qfun` is exactly `fun`.
+    The assignment may be of another function of these parameters, such as a whole model for its
+    encoder: what is said of sites that `fun` has not is passed over.
 
     Formats may be traced: a jitted `qfun` is compiled once for all formats. It is traced anew only
     if operands change between a format and None, or quantizers in more than their format.
@@ -99,6 +101,7 @@ def quantize(
     @named_after(fun, "assignment", "params")
     def quantized(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> Any:
         trace = trace_function(fun, params, args, kwargs, {})
+        assignment = for_sites(assignment, trace)
         check_assignment(assignment, trace.sites)
         plans = make_plans(trace, assignment, axis_name)
         for (name, field), plan in plans.items():
@@ -140,19 +143,21 @@ def quantize_with_state(
 
     def prepare(assignment, params, args, kwargs):
         trace = trace_function(fun, params, args, kwargs, {})
+        assignment = for_sites(assignment, trace)
         check_assignment(assignment, trace.sites)
-        return trace, make_plans(trace, assignment, axis_name)
+        return trace, make_plans(trace, assignment, axis_name), stacks_of(trace.sites, assignment)
 
     def init(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> CalibrationState:
-        return _nested(init_states(*prepare(assignment, params, args, kwargs)))
+        trace, plans, _ = prepare(assignment, params, args, kwargs)
+        return _nested(init_states(trace, plans))
 
     def run(update, assignment, state, params, args, kwargs):
-        trace, plans = prepare(assignment, params, args, kwargs)
+        trace, plans, stacks = prepare(assignment, params, args, kwargs)
         held = checked_state(state, trace, plans)
         outputs, states = run_planned(
             trace,
             plans,
-            Held(held, {}, stacks_of(trace.sites, assignment)),
+            Held(held, {}, stacks),
             execution=execution,
             update=update,
         )
@@ -251,11 +256,7 @@ def check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None:
     """Raises SiteError for an assignment that is not of these sites."""
     for name, formats in assignment.items():
         if name not in sites:
-            near = difflib.get_close_matches(name, sites, n=3, cutoff=0.4)
-            raise SiteError(
-                f"The assignment names site {name!r}, which the function does not have."
-                f" Nearest: {', '.join(near or list(sites)[:3]) or 'it has no sites'}."
-            )
+            raise unknown_site(name, sites)
         if not _are_formats(formats):
             raise SiteError(
                 f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs) of a"
