@@ -633,6 +633,62 @@ def test_lookups_of_rows_are_sites(case):
         assert indices.shape == site.lhs.shape
 
 
+def positions(p, x):
+    """[batch, steps, 4] in a model that is trained on whole sequences: known indices."""
+    return x + p["table"][jnp.arange(x.shape[1])][None]
+
+
+def position(p, x):
+    """The same in a step of decoding, where the place is data."""
+    return x[:, -1:] + p["table"][jnp.full((1, 1), x.shape[1]) + jnp.int32(0 * x[0, 0, 0])]
+
+
+ROWS = {
+    "known places": (positions, ["table"]),
+    "a place that is data": (position, ["table"]),
+    "in jit and remat": (jax.jit(jax.checkpoint(positions)), ["table"]),
+    "in a scan": (
+        lambda p, x: jax.lax.scan(lambda c, x: (c, positions(p, x)), 0, x[None])[1], ["table"],
+    ),
+    "relative positions": (
+        lambda p, x: x @ x.swapaxes(1, 2) + p["table"][
+            np.arange(3)[:, None] - np.arange(3)[None] + 3
+        ][..., 0][None],
+        ["dot_general", "table"],
+    ),
+    "a weight's rows in another order": (
+        lambda p, x: x @ p["table"][np.array([3, 1, 2, 0])], ["table"],
+    ),
+    "both": (
+        lambda p, x: x @ p["table"][np.array([3, 1, 2, 0])] + p["table"][np.arange(3)][None],
+        ["table#1", "table#2"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_are_a_lookup_wherever_their_numbers_come_from(case):
+    fun, expected = ROWS[case]
+    x = sample(2, 3, 4)
+    sites = aqs.find_sites(fun, {"table": TABLE}, x)
+    assert list(sites) == expected
+    product = "weight" in case or "both" in case
+    kinds = [sites[name].kind for name in expected if name.startswith("table")]
+    assert kinds == {"both": ["dot_general", "gather"]}.get(
+        case, ["dot_general" if product else "gather"]
+    )
+    int4 = aqs.assign(sites, [(".*", {"weight": "int4"})])
+    values = aqs.fake_quant(TABLE, "int4", channel_axes=(0,))
+    if not product:
+        actual = aqs.quantize(fun)(int4, {"table": TABLE}, x)
+        np.testing.assert_allclose(actual, fun({"table": values}, x), rtol=1e-5, atol=1e-5)
+    frozen = aqs.freeze(fun, int4, {"table": TABLE}, x)
+    np.testing.assert_allclose(
+        aqs.serve(fun)(frozen, x), aqs.quantize(fun)(int4, {"table": TABLE}, x),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
 def test_lookups_along_another_axis():
     sites = aqs.find_sites(lambda t, i: t[:, i], TABLE.T, IDS)
     assert (sites["params"].rhs.shape, sites["params"].rhs.channel_axes) == ((4, 10), (1,))
@@ -643,8 +699,8 @@ def test_lookups_along_another_axis():
 
 
 NO_LOOKUPS = {
-    "constant indices": lambda t, i: t[np.array([1, 2])] * i.sum(),
-    "relative positions": lambda t, i: t[np.arange(6)[:, None] - np.arange(6)[None] + 3] * i.sum(),
+    "rows that nothing meets": lambda t, i: t[np.array([1, 2])],
+    "rows of data that are integers": lambda t, i: (t[np.array([1, 2])], i),
     "data": lambda t, i: (t * i.sum())[i],
     "integers": lambda t, i: jnp.round(t).astype(jnp.int8)[i],
     "a vector": lambda t, i: t[:, 0][i],

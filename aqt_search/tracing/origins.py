@@ -53,6 +53,7 @@ class Origin(NamedTuple):
     uniform: Axes = frozenset()  # axes along which all elements are known to be equal
     multiplied: frozenset[int] = frozenset()  # parameters that came through a product of such
     random: str = ""  # of data: "bits" if they are random ones, "mask" if these were compared
+    rows: frozenset[Path] = frozenset()  # lookups in a table, of rows that do not depend on data
 
     def join(self, other: Origin) -> Origin:
         """The origin of a value that is either of two, or computed from both.
@@ -71,6 +72,7 @@ class Origin(NamedTuple):
             self.uniform & other.uniform,
             self.multiplied | other.multiplied,
             "" if not data or "" in randoms else "bits" if "bits" in randoms else "mask",
+            self.rows | other.rows,
         )
 
     def of_parts(self, whole: Origin) -> Origin:
@@ -126,13 +128,16 @@ def find_products(body: Body, origins: Sequence[Origin]) -> tuple[list[Found], V
     """The products and lookups of a whole program in program order, given the inputs' origins."""
     walk = _Walk(ValueNumbers())
     walk.run(body, origins, [True] * len(body.jaxpr.outvars), Place((), 1, ""))
-    return walk.found, walk.numbers
+    part_of_weights = walk.fixed_rows - walk.met
+    return [f for f in walk.found if f.place.path not in part_of_weights], walk.numbers
 
 
 class _Walk:
     def __init__(self, numbers: ValueNumbers):
         self.found: list[Found] = []
         self.numbers = numbers
+        self.fixed_rows: set[Path] = set()  # lookups of rows that do not depend on data
+        self.met: set[Path] = set()  # of those, what data were added to, or the like
 
     def run(
         self, body: Body, origins: Sequence[Origin], used: Sequence[bool], place: Place
@@ -179,13 +184,15 @@ class _Walk:
             case opaque:
                 if _is_product(eqn, inputs):
                     self.found.append(Found(eqn, tuple(inputs), here, _no_form(eqn)))
+                    if not any(o.data for o in inputs):
+                        self.fixed_rows.add(here.path)
                 for body in opaque.bodies if opaque else ():
                     # How operands reach an unknown primitive's jaxpr is unknown: any may be data.
                     origins = [_join(inputs)] * len(body.jaxpr.invars)
                     self._refused(body, origins, here, f"it is inside {eqn.primitive.name!r}")
-                return self._results(eqn, inputs, known=opaque is None)
+                return self._results(eqn, inputs, here.path, known=opaque is None)
 
-    def _results(self, eqn, inputs: list[Origin], known: bool) -> list[Origin]:
+    def _results(self, eqn, inputs: list[Origin], here: Path, known: bool) -> list[Origin]:
         """The origins of the results of an equation that is not entered."""
         flags = nonnegative_results(eqn, [o.nonnegative for o in inputs])
         joined, name = _join(inputs), eqn.primitive.name
@@ -194,6 +201,8 @@ class _Walk:
         elif name in _COMPARISONS and joined.random == "bits":
             joined = joined._replace(parameters=frozenset(), random="mask")
         if not known or joined.data:
+            if joined.data and name not in SITE_PRIMITIVES:  # of a product they would be a weight
+                self.met.update(*(o.rows for o in inputs if not o.data))
             masked = joined.random == "mask"  # it tells no elements apart that are equal without it
             return [
                 joined._replace(nonnegative=flag, uniform=every_axis(v) if masked else frozenset())
@@ -203,6 +212,8 @@ class _Walk:
         joined = joined._replace(uniform=uniform_results(eqn, [o.uniform for o in inputs]))
         if name in SITE_PRIMITIVES:
             joined = joined._replace(multiplied=joined.parameters)
+        if here in self.fixed_rows:
+            joined = joined._replace(rows=joined.rows | {here})
         return [joined._replace(nonnegative=f, number=n) for f, n in zip(flags, numbers)]
 
     def _scan(self, scan: Scan, inputs: list[Origin], used, here: Place) -> list[Origin]:
@@ -274,20 +285,22 @@ class _Walk:
         """Follows origins through a body whose products cannot be quantized."""
         inner, every = _Walk(self.numbers), [True] * len(body.jaxpr.outvars)
         results = inner.run(body, origins, every, here.inside(body, here.repeats))
+        self.fixed_rows |= inner.fixed_rows
+        self.met |= inner.met
         self.found += [f._replace(refused=f.refused or reason) for f in inner.found]
         return results
 
 
 def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
-    """Whether an equation is a product of data, or takes rows of a weight as data says."""
+    """Whether an equation is a product of data, or takes rows of a weight."""
     name, floating = eqn.primitive.name, [_is_floating(v) for v in eqn.invars[:2]]
     # A product of parameters and constants alone is part of a weight: it is folded at serving.
     if name in SITE_PRIMITIVES:
         return all(floating) and any(o.data for o in inputs[:2])
     if name in LOOKUP_PRIMITIVES:
-        table, indices = inputs
+        table = inputs[0]
         is_weight = floating[0] and bool(table.parameters) and not table.data
-        return is_weight and indices.data and lookup_axis(eqn) is not None
+        return is_weight and lookup_axis(eqn) is not None
     return name in FOREIGN_PRODUCTS and any(o.data for o in inputs)
 
 

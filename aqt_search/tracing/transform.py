@@ -47,7 +47,9 @@ def find_sites(
     parameters and on no data; its site is named by the parameter leaf it comes from
     (`stage1/conv/kernel`). A product of two activations is named by its place: its name scopes and
     the primitive (`encoder/attention/dot_general`). Sites of equal name are numbered in program
-    order: `embedding#1`, `embedding#2`.
+    order: `embedding#1`, `embedding#2`. A lookup of whole rows of a weight is a site of its own,
+    wherever the indices come from: `table[tokens]` and `positions[jnp.arange(n)]`; rows that are
+    gathered to be the weight of a product are part of that site.
 
     Nothing is computed: arrays may be `jax.ShapeDtypeStruct`. Arguments that are no arrays (bools,
     strings, numbers, functions) are passed on as they are.
