@@ -15,6 +15,8 @@ from absl import logging
 from aqt_search.training.checkpoint import (
     CheckpointError,
     CheckpointMismatchError,
+    checkpoint_fingerprint,
+    delete_after,
     latest_step,
     restore_latest,
     save_checkpoint,
@@ -137,6 +139,43 @@ def test_the_same_step_may_be_saved_again(tmp_path):
     assert (restored.step, restored.extra) == (4, {"seed": 3})
     with pytest.raises(CheckpointError, match=r"step 4, after step 3"):
         save_checkpoint(tmp_path, 3, small_state(3))
+
+
+def test_another_identity_is_refused_key_by_key(tmp_path):
+    save_checkpoint(tmp_path, 1, small_state(1), identity={"a.b": 1, "c": [1, 2], "d": None})
+    for wanted in (None, {"a.b": 1, "c": [1, 2], "d": None}):
+        assert restore_latest(tmp_path, small_state(0), identity=wanted).step == 1
+    with pytest.raises(CheckpointMismatchError) as error:
+        restore_latest(tmp_path, small_state(0), identity={"a.b": 2, "c": [1, 2], "e": 0})
+    for line in ("a.b: there 1, now 2", "d: there null, now absent", "e: there absent, now 0"):
+        assert line in str(error.value)
+    assert "c: " not in str(error.value)
+    save_checkpoint(tmp_path, 2, small_state(2))  # one without any is taken, as an older one is
+    assert restore_latest(tmp_path, small_state(0), identity={"a.b": 2}).step == 2
+
+
+def test_a_fingerprint_is_of_the_bits_alone(tmp_path):
+    assert checkpoint_fingerprint(tmp_path / "none") is None
+    found = set()
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        save_checkpoint(tmp_path / folder, 4, small_state(seed), {"seconds": len(found)})
+        found.add(checkpoint_fingerprint(tmp_path / folder))
+    assert len(found) == 2
+    before = checkpoint_fingerprint(tmp_path / "a")
+    save_checkpoint(tmp_path / "a", 5, small_state(5))
+    assert checkpoint_fingerprint(tmp_path / "a") != before
+    (tmp_path / "a" / "step_000000005" / "manifest.json").write_text("")
+    assert checkpoint_fingerprint(tmp_path / "a") == before  # as a restore goes back
+
+
+def test_a_run_may_go_back(tmp_path):
+    for step in (1, 2, 2, 3):
+        save_checkpoint(tmp_path, step, small_state(step), keep=3)
+    delete_after(tmp_path, 1)
+    assert names(tmp_path) == ["step_000000001"]
+    save_checkpoint(tmp_path, 2, small_state(2))
+    delete_after(tmp_path, 0)
+    assert names(tmp_path) == []
 
 
 def test_any_damage_is_noticed_and_the_one_before_is_used(two_checkpoints, tmp_path):

@@ -1,4 +1,5 @@
 import errno
+import io
 import itertools
 import json
 import os
@@ -115,6 +116,59 @@ def test_jpeg_is_pillows(tmp_path):
         np.testing.assert_array_equal(splits.train[0]["image"], np.asarray(image))
 
 
+def oriented(pixels, orientation, extension):
+    """An image file of these pixels, as a camera held so would store it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file, extension, exif=exif, **{"quality": 95} if extension == "jpeg" else {}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("extension", ["jpeg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("max_decoded_bytes", [0, 2**30])
+def test_images_are_turned_as_exif_says(tmp_path, orientation, extension, max_decoded_bytes):
+    """The pixel at EXIF's (row, column) origin is where the tag's definition puts it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
+    write_folder(tmp_path / "images", (16, 8, 3), per_class=2, extension=extension)
+    upright = (16, 8, 3) if orientation < 5 else (8, 16, 3)
+    for path in (tmp_path / "images").rglob(f"*.{extension}"):
+        path.write_bytes(oriented(pixels, orientation, extension))
+    splits = open_folder(
+        tmp_path / "images", tmp_path, held_out=0, max_decoded_bytes=max_decoded_bytes
+    )
+    assert splits.image_shape == upright
+    with Image.open(io.BytesIO(oriented(pixels, orientation, extension))) as image:
+        stored = np.asarray(image)
+    # Which visual side the stored first row is, and which the stored first column.
+    sides = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top",
+             6: "right top", 7: "right bottom", 8: "left bottom"}[orientation].split()  # fmt: skip
+    expected = stored if sides[0] in ("top", "bottom") else stored.swapaxes(0, 1)
+    expected = expected[::-1] if "bottom" in sides else expected
+    expected = expected[:, ::-1] if "right" in sides else expected
+    np.testing.assert_array_equal(splits.train[0]["image"], expected)
+    np.testing.assert_array_equal(pixels_of(splits.test)[2], expected)
+    small = decoding.decode_image(
+        oriented(pixels, orientation, extension), channels=3, image_size=4,
+        crop=lambda width, height: (0, 0, width // 2, height // 2), name="image",
+    )  # fmt: skip
+    whole = Image.fromarray(np.ascontiguousarray(expected))
+    box = (0, 0, upright[1] // 2, upright[0] // 2)
+    np.testing.assert_array_equal(small, whole.resize((4, 4), Image.Resampling.BILINEAR, box=box))
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*", b"Exif\0\0garbage here"])
+def test_exif_that_cannot_be_read_counts_as_none(exif):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", exif=exif)
+    found = decoding.decode_image(file.getvalue(), channels=3, image_size=None, name="image")
+    np.testing.assert_array_equal(found, pixels)
+
+
 def test_changed_folder_is_prepared_anew(tmp_path):
     root = tmp_path / "images"
     write_folder(root)
@@ -127,6 +181,45 @@ def test_changed_folder_is_prepared_anew(tmp_path):
     np.testing.assert_array_equal(open_folder(root, tmp_path).train.parent[0]["image"], new)
     (root / "train/dog/05.png").unlink()
     assert len(open_folder(root, tmp_path, held_out=0).train) == 19
+
+
+def rename(root, old, new):
+    (root / old).rename(root / new)
+
+
+CHANGES = {
+    "removed": lambda root: (root / "train/dog/05.png").unlink(),
+    "added": lambda root: write_image(root / "train/dog/99.png", seed=99),
+    "renamed": lambda root: rename(root, "train/dog/05.png", "train/dog/99.png"),
+    "of another class": lambda root: rename(root, "train/dog/09.png", "train/cat/99.png"),
+    "of another split": lambda root: rename(root, "test/dog/02.png", "train/dog/99.png"),
+    "class renamed": lambda root: [rename(root, f"{s}/dog", f"{s}/emu") for s in ("train", "test")],
+    "edited": lambda root: Image.new("RGB", (6, 6)).save(root / "train/dog/05.png"),
+}
+
+
+@pytest.mark.parametrize("max_decoded_bytes", [0, 2**30])
+def test_a_fingerprint_tells_folders_apart_by_what_is_in_them(tmp_path, max_decoded_bytes):
+    def fingerprint(name, **more):
+        options = {"max_decoded_bytes": max_decoded_bytes} | more
+        return open_folder(tmp_path / name, tmp_path, **options).fingerprint
+
+    write_folder(tmp_path / "images")
+    whole = fingerprint("images")
+    assert whole.startswith("20 and 6 images, ")
+    shutil.copytree(tmp_path / "images", tmp_path / "moved", copy_function=shutil.copyfile)
+    assert fingerprint("moved") == whole
+    assert fingerprint("images", seed=3, held_out=5) == whole
+    found = {whole}
+    for case, change in CHANGES.items():
+        shutil.copytree(tmp_path / "images", tmp_path / case)
+        change(tmp_path / case)
+        changed = fingerprint(case)
+        # Pixels that are not in memory are told by the size of their file, which is another here.
+        assert changed != whole, case
+        if max_decoded_bytes == 0 or case not in ("renamed", "removed"):
+            assert changed not in found, case
+        found.add(changed)
 
 
 def remove_all(*folders):

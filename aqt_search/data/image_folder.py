@@ -37,12 +37,14 @@ class FolderListing:
         class_names: sorted; a label is an index into it.
         files: for "train" and "test", the files in the order of their paths.
         fingerprint: hash of every file's path, size and modification time.
+        contents: hash of every file's path and size alone, which a copy of the folder keeps.
     """
 
     root: Path
     class_names: tuple[str, ...]
     files: dict[str, tuple[LabelledFile, ...]]
     fingerprint: str
+    contents: str
 
 
 def list_folder(root: str | os.PathLike) -> FolderListing:
@@ -73,7 +75,8 @@ def list_folder(root: str | os.PathLike) -> FolderListing:
         )
         for split, classes in stats.items()
     }
-    return FolderListing(root, class_names, files, _fingerprint(stats))
+    with_times, without = (_fingerprint(stats, times) for times in (True, False))
+    return FolderListing(root, class_names, files, with_times, without)
 
 
 def _layout(root: Path) -> str:
@@ -118,12 +121,13 @@ def _images(folder: str) -> list[os.DirEntry]:
     return entries
 
 
-def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]]) -> str:
+def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]], times: bool) -> str:
     digest = hashlib.sha256()
     for classes in stats.values():
         for paths in classes.values():
             for path, stat in paths.items():
-                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+                time = stat.st_mtime_ns if times else 0
+                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{time}\n"))
     return digest.hexdigest()[:20]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from aqt_search import data
 from aqt_search.numerics.formats import numeric_format
 from aqt_search.training.sensitivity import FLOAT, Sensitivity, sensitivity
-from aqt_search.training.workdir import lock_workdir, write_json
+from aqt_search.training.workdir import check_lock, lock_workdir, write_json
 from experiments import finished_run, from_config
 from experiments.job import claim_run
 
@@ -134,11 +134,13 @@ def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Sensitivity:
     """Measures, and writes sensitivity.json and sensitivity.png."""
+    images = images or from_config.load_images(config)
     with lock_workdir(workdir):
         measure = prepare(config, images)
         # Claimed last, so that a refused configuration does not keep the folder.
-        claim_run(workdir, config)
+        claim_run(workdir, config, images)
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
+        check_lock(workdir)
         write(found, workdir)
         return found
