@@ -300,7 +300,7 @@ def run_script(code, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -340,7 +340,8 @@ assert restore_latest(folder, state(0, 100_000)).step == 2
 
 
 def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
-    run_script(FULL_DISK, tmp_path)
+    result = run_script(FULL_DISK, tmp_path)
+    assert result.stderr == ""  # the error alone says it
 
 
 SAVE_UNTIL_KILLED = """
@@ -399,6 +400,25 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert found.state["a"].tobytes() == expected.tobytes()
     save_checkpoint(folder, found.step + 1, found.state)
     assert not [path for path in Path(folder).iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(two_checkpoints, tmp_path):
+    """And not among what other libraries have to say about it."""
+    shutil.copytree(two_checkpoints, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("step_*/arrays/*"):
+        shutil.rmtree(path) if path.is_dir() else path.write_bytes(b"garbage")
+    code = (
+        "import sys, numpy as np\n"
+        "from aqt_search.training.checkpoint import CheckpointError, restore_latest\n"
+        "template = {'kernel': np.zeros((3, 5), np.float32), 'step': np.int32(0)}\n"
+        "try: restore_latest(sys.argv[1], template)\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    result = run_script(code, tmp_path / "copy")
+    assert result.stdout.startswith("all checkpoints in")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, result.stderr
+    assert all("is damaged" in line for line in lines)
 
 
 def test_orbax_is_quiet(tmp_path, capfd):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from aqt_search import data
 from aqt_search.data import decoding
+from aqt_search.data.staging import staging_folder
 
 
 def write_image(path, shape=(6, 6, 3), seed=0, mode=None):
@@ -255,6 +256,22 @@ BAD_FOLDERS = {
         lambda r: write_image(r / "train/cat/00.png", mode="P"),
         ["train/cat/00.png: image of mode P", "grey (L) or RGB"],
     ),
+    "link to nothing": (
+        lambda r: (r / "train/cat/zz.png").symlink_to("nowhere.png"),
+        ["train/cat/zz.png (a link to nowhere.png): cannot be read: No such file"],
+    ),
+    "link to itself": (
+        lambda r: (r / "train/cat/zz.png").symlink_to("zz.png"),
+        ["train/cat/zz.png (a link to zz.png): cannot be read: Too many levels"],
+    ),
+    "class that is a link to nothing": (
+        lambda r: (r / "train/emu").symlink_to("nowhere"),
+        ["train/emu (a link to nowhere): cannot be read"],
+    ),
+    "name that is not UTF-8": (
+        lambda r: (r / os.fsdecode(b"train/cat/\xff.png")).write_bytes(b""),
+        ["train/cat/\\udcff.png", "not UTF-8", "Rename"],
+    ),
     "size": (
         lambda r: write_image(r / "train/dog/05.png", (6, 7, 3)),
         ["train/dog/05.png: image of shape (6, 7, 3)", "train/cat/00.png has (6, 6, 3)", "image_s"],
@@ -324,6 +341,50 @@ def test_tfrecord_says_how_to_convert(tmp_path):
 # Preparing
 
 
+@pytest.mark.parametrize("length", [234, 235, 255])
+def test_a_folder_of_a_long_name(tmp_path, length):
+    write_folder(tmp_path / ("x" * length), per_class=1)
+    assert len(open_folder(tmp_path / ("x" * length), tmp_path, held_out=0).train) == 2
+
+
+FULL_DISK = """
+import resource, sys
+from aqt_search.data import DataError, open_splits
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk
+try: open_splits("digits", data_dir=sys.argv[1])
+except DataError as error:
+    assert sys.argv[1] in str(error) and "Free space" in str(error), error
+    print("DataError")
+"""
+
+
+def test_a_full_data_folder_is_named(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "DataError\n", result.stderr
+    assert not list(tmp_path.rglob("incomplete*"))
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match=r"file/aqt_search_digits.*could not be prepared"):
+        data.open_splits("digits", data_dir=tmp_path / "file")
+
+
+def test_one_that_prepares_is_left_alone_by_the_next(tmp_path):
+    with staging_folder(tmp_path) as one:
+        (one / "shard").touch()
+        with staging_folder(tmp_path) as other:
+            assert (one / "shard").exists()
+            assert one != other
+    left = tmp_path / "incomplete.killed"
+    left.mkdir()
+    (left / "shard").touch()
+    with staging_folder(tmp_path):
+        assert not left.exists()
+    assert os.listdir(tmp_path) == []
+
+
 def test_preparing_at_once_in_threads(tmp_path):
     files = write_folder(tmp_path / "images", per_class=100)
     results, start = {}, threading.Barrier(4)
@@ -356,6 +417,7 @@ def test_killed_preparation_is_not_taken_for_data(tmp_path):
     assert list(tmp_path.rglob("*.array_record*"))
     assert not (tmp_path / "aqt_search_digits/1.0.0").exists()
     assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
+    assert not list(tmp_path.rglob("incomplete*"))
 
 
 # The file of decoded images
@@ -439,6 +501,7 @@ def test_killed_writing_is_not_taken_for_decoded_images(tmp_path):
     assert list(folder.glob("incomplete*/decoded-*.npz"))
     assert not list(folder.glob("decoded-*.npz"))
     assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
+    assert not list(tmp_path.rglob("incomplete*"))
 
 
 # Held-out part

@@ -60,7 +60,7 @@ def test_full_disk_keeps_the_file_that_was_there(tmp_path):
         "    print('WorkdirError')\n"
     )
     command = [sys.executable, "-c", code, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.stdout == "WorkdirError\n", result.stderr
     assert read_json(path) == "before"
     assert os.listdir(tmp_path) == ["a.json"]
@@ -105,6 +105,21 @@ def test_bad_folders_are_named(tmp_path):
         claim_workdir(tmp_path / "file", CONFIG)
     with pytest.raises(WorkdirError, match="is not a folder"):
         claim_workdir(tmp_path / "file" / "below", CONFIG)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("loop", "dangling"):
+        with pytest.raises(WorkdirError, match="a link to nothing"):
+            claim_workdir(tmp_path / name, CONFIG)
+    for use in (
+        lambda path: claim_workdir(path, CONFIG),
+        lambda path: lock_workdir(path).__enter__(),
+    ):
+        with pytest.raises(WorkdirError, match=r"\\udcff.* not UTF-8"):
+            use(tmp_path / os.fsdecode(b"\xff"))
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(WorkdirError, match=r"config\.json cannot be read: Too many levels"):
+        claim_workdir(tmp_path, CONFIG)
+    (tmp_path / "config.json").unlink()
     for content in ("{", "3"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(WorkdirError, match=r"config\.json"):

@@ -121,7 +121,7 @@ def _fingerprint(
     for source in (train, test):
         if isinstance(source, ArraySource):
             arrays = source.images, source.labels
-            crcs = [zlib.crc32(memoryview(np.ascontiguousarray(array))) for array in arrays]
+            crcs = [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
             digest.update(repr(crcs).encode())
         else:
             digest.update(_files_of(builder).encode())

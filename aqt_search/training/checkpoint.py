@@ -127,9 +127,9 @@ def _from_numpy(array: np.ndarray, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Generator[None]:
-    """Keep orbax's running commentary out of the log; its warnings stay."""
+    """Keep orbax out of the log: what goes wrong it raises, too, and the error here names it."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(min(verbosity, logging.WARNING))
+    logging.set_verbosity(logging.FATAL)
     try:
         yield
     finally:

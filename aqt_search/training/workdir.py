@@ -80,7 +80,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        WorkdirError: the file is not strict JSON in UTF-8.
+        WorkdirError: the file cannot be read, or is not strict JSON in UTF-8.
     """
 
     def refuse(constant: str) -> None:
@@ -88,6 +88,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}. Mend it.") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise WorkdirError(
             f"{path} is not valid JSON: {error}. It was damaged or edited by hand; repair it, or "
@@ -99,10 +103,17 @@ def _make_folder(workdir: str | os.PathLike) -> Path:
     """The folder, made if needed and known to be writable."""
     workdir = Path(workdir)
     try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise WorkdirError(
+            f"workdir {str(workdir)!r} is a name that is not UTF-8. Give another --workdir."
+        ) from error
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise WorkdirError(
-            f"workdir {workdir} is not a folder: a file is in its place. Give another --workdir."
+            f"workdir {workdir} is not a folder: a file, or a link to nothing, is in its place. "
+            "Give another --workdir."
         ) from error
     except OSError as error:
         raise WorkdirError(
