@@ -174,12 +174,13 @@ def failure(point: Point, folder: Path, error: Exception) -> dict[str, Any]:
 
 
 def image_loader() -> Callable[[Point], from_config.Images]:
-    """Loads each data set once; the held-out images depend on the seed."""
+    """Loads a data set once for points in a row that share it; held-out images are by seed."""
     loaded: dict[Any, from_config.Images] = {}
 
     def images_of(point: Point) -> from_config.Images:
         key = point.config.seed, json.dumps(point.config.data.to_dict(), default=str)
         if key not in loaded:
+            loaded.clear()  # two at a time would add up over a sweep's seeds
             loaded[key] = from_config.load_images(point.config)
         return loaded[key]
 

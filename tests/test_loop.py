@@ -1,6 +1,7 @@
 """The loop: what a kill, a signal, a NaN and a damaged file leave behind, to the bit."""
 
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -117,10 +119,12 @@ def test_records_are_means_over_the_steps_since_the_last(undisturbed):
 def test_a_finished_run_does_no_more_steps(undisturbed):
     result, workdir = undisturbed
     before = (workdir / "metrics.jsonl").read_bytes()
+    (workdir / CHECKPOINT_FOLDER / ".unfinished_step_000000010").mkdir()  # of a killed deletion
     again = run(workdir, step=None)  # would raise if it were called
     same_bits(again.state, result.state)
     assert again.seconds == pytest.approx(result.seconds, abs=1.0)
     assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert checkpoints(workdir) == ["step_000000015", "step_000000020"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -275,6 +279,23 @@ def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
 
     with pytest.raises(DivergedError, match=r"at step 1; no checkpoint was saved before it"):
         run(tmp_path, step=diverging)
+
+
+def test_a_run_leaves_neither_its_step_nor_its_program_in_memory(tmp_path):
+    def one_run(number):
+        def step(*arguments):
+            return toy_step(*arguments)
+
+        run(tmp_path / str(number), step=step)
+        return weakref.ref(step)
+
+    one_run(0)  # what all runs share
+    client = jax.devices()[0].client
+    before = len(client.live_executables())
+    steps = [one_run(number) for number in range(1, 4)]
+    gc.collect()
+    assert [step() for step in steps] == [None] * 3
+    assert len(client.live_executables()) <= before
 
 
 # --- What the host does on the way ----------------------------------------------------------------
