@@ -25,10 +25,17 @@ from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.one_shot import check_targets
 from aqt_search.search.space import Space
-from aqt_search.training.workdir import claim_workdir, lock_workdir, read_json, write_json
+from aqt_search.training.workdir import (
+    check_lock,
+    delete_leftovers,
+    lock_workdir,
+    read_json,
+    write_json,
+)
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
 from experiments.configured_search import cost_names, cost_targets, plain_space, uniform_rules
+from experiments.job import claim_run
 from experiments.jobs import ptq
 from experiments.option_values import VALUES
 from experiments.results import policy_json
@@ -93,13 +100,14 @@ def allocated_points(
         targets[f"{ALLOCATED_SERIES}_{target:g}"] = cost_targets(own, sites)
         check_targets(costs, targets[f"{ALLOCATED_SERIES}_{target:g}"])
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_workdir(workdir, config.to_dict(), ignore=_NOT_OF_THE_VALUES)
+    claim_run(workdir, config, there.parts.images, ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
     points, granularity = [], named_granularity(config.quantizers.weight_granularity)
+    (workdir / POLICIES_FOLDER).mkdir(exist_ok=True)
+    delete_leftovers(workdir / POLICIES_FOLDER)
     for name, limits in targets.items():
         assignment = space.concrete_assignment(search.allocate(values, costs, limits))
         path = workdir / POLICIES_FOLDER / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
         write_json(path, policy_json(assignment, granularity))
         own = changed_config(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
@@ -120,6 +128,7 @@ def run(
         points = allocated_points(config, there, workdir)
         found = run_points(points, workdir / "points", lambda point: images, side_by_side=False)
         tell_points(found, len(points))
+        check_lock(workdir)
         return write_report(workdir)
 
 

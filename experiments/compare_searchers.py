@@ -141,8 +141,9 @@ def format_outcomes(found: Mapping[str, Any]) -> str:
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job of the command line."""
     with lock_workdir(workdir):
-        found = compare(config)
-        claim_run(workdir, config)
+        images = from_config.load_images(config)
+        found = compare(config, images)
+        claim_run(workdir, config, images)
         write_json(workdir / SEARCHERS_FILE, found)
     print(format_outcomes(found))
 

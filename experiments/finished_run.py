@@ -18,6 +18,7 @@ from configs import base
 from experiments import from_config, results
 from experiments.assignment import configured_assignment
 from experiments.configured_search import configured_space, first_assignment
+from experiments.job import INPUTS, claimed_identity
 
 
 class FinishedRun(NamedTuple):
@@ -46,8 +47,19 @@ def load(
     """
     trained = run_config(config, folder)
     images = images or from_config.load_images(config)
+    there, now = _images_there(folder), images.splits.fingerprint
+    if there not in (None, now):
+        raise from_config.ConfigError(
+            f"The run in {folder} was trained on other images (there {there}; now {now}): what it"
+            " held out is not what would be held out now. Restore its data set, or train anew."
+        )
     parts = from_config.build_parts(trained, images, axis_name=None)
     return FinishedRun(trained, parts, trained_variables(trained, folder, parts))
+
+
+def _images_there(folder: Path) -> str | None:
+    """The fingerprint of the images a run was trained on; None of one that kept none."""
+    return read_json(folder / CONFIG_FILE).get(INPUTS, {}).get("data")
 
 
 def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
@@ -63,6 +75,7 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
             f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
     there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
+    there.pop(INPUTS, None)
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)
     differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differing:
@@ -88,6 +101,8 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {"seed": config["seed"]}
     for section in ("model", "data"):
         found |= {f"{section}.{k}": v for k, v in config[section].items() if k != "data_dir"}
+    if found["data.name"].startswith("folder:"):  # told apart by its images, not by its path
+        found["data.name"] = "folder"
     return found
 
 
@@ -111,7 +126,10 @@ def trained_variables(
 
     template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
     # Of a search the weights alone: what its policy remembers may be of another version.
-    restored = restore_latest(folder / CHECKPOINT_FOLDER, template, part=searched)
+    claimed = read_json(folder / CONFIG_FILE)
+    identity = claimed_identity(claimed) if INPUTS in claimed else None
+    checkpoints = folder / CHECKPOINT_FOLDER
+    restored = restore_latest(checkpoints, template, identity=identity, part=searched)
     if restored is None:
         raise from_config.ConfigError(
             f"{folder} has no checkpoint in {CHECKPOINT_FOLDER}. Give another run, or run it again."

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from aqt_search.training.loop import LoopResult, Run, Schedule, run_side_by_side, run_steps
-from aqt_search.training.workdir import claim_workdir, lock_workdir
+from aqt_search.training.checkpoint import checkpoint_fingerprint
+from aqt_search.training.loop import (
+    CHECKPOINT_FOLDER,
+    LoopResult,
+    Run,
+    Schedule,
+    run_side_by_side,
+    run_steps,
+)
+from aqt_search.training.workdir import claim_workdir, identity_of, lock_workdir
 from experiments import from_config
 
 
@@ -36,11 +45,50 @@ Prepare = Callable[[ml_collections.ConfigDict, Path, from_config.Images], Job]
 
 # Keys that change nothing of what a run does; of one of many, neither do the other points.
 _NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep", "allocate")
+# Keys that say where weights lie: `inputs_of` tells what they are.
+_RUNS = ("checkpoint", "sensitivity.checkpoint", "searchers.checkpoint")
+INPUTS = "inputs"  # where config.json keeps it
 
 
-def claim_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the folder that of this run, or checks that it is: `claim_workdir`."""
-    claim_workdir(workdir, config.to_dict(), ignore=_NOT_OF_A_RUN)
+def inputs_of(config: ml_collections.ConfigDict, images: from_config.Images) -> dict[str, Any]:
+    """What a run reads, by its contents, which do not depend on where it lies."""
+    found: dict[str, Any] = {"data": images.splits.fingerprint}
+    folders = {key: value for key, value in identity_of(config.to_dict()).items() if key in _RUNS}
+    for key, folder in folders.items():
+        if folder:
+            found[key] = checkpoint_fingerprint(Path(folder) / CHECKPOINT_FOLDER)
+    if config.policy and Path(config.policy).is_file():
+        found["policy"] = hashlib.sha256(Path(config.policy).read_bytes()).hexdigest()[:16]
+    return found
+
+
+def claim_run(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    images: from_config.Images,
+    ignore: Sequence[str] = _NOT_OF_A_RUN,
+) -> dict[str, Any]:
+    """Makes the folder that of this run, or checks that it is: `claim_workdir`.
+
+    Returns:
+      The run's identity, for its checkpoints: configuration and inputs.
+    """
+    claimed = config.to_dict() | {INPUTS: inputs_of(config, images)}
+    claim_workdir(workdir, claimed, ignore=_ignored(claimed, ignore))
+    return claimed_identity(claimed, ignore)
+
+
+def claimed_identity(
+    claimed: Mapping[str, Any], ignore: Sequence[str] = _NOT_OF_A_RUN
+) -> dict[str, Any]:
+    """The identity of the run whose config.json says `claimed`."""
+    return identity_of(claimed, _ignored(claimed, ignore))
+
+
+def _ignored(claimed: Mapping[str, Any], ignore: Sequence[str]) -> list[str]:
+    """With the keys that are paths, for what lies there is among the inputs."""
+    is_folder = claimed["data"]["name"].startswith("folder:")
+    return [*ignore, *_RUNS, "policy", *(["data.name"] if is_folder else [])]
 
 
 def run_alone(

@@ -27,7 +27,7 @@ from aqt_search.training.evaluation import (
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
-from aqt_search.training.workdir import write_json
+from aqt_search.training.workdir import check_lock, write_json
 from aqt_search.weights.statistics import weight_statistics
 from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
 
@@ -170,6 +170,7 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     config, workdir, parts, assignment, variables = ended[:5]
     judged = ended.judged or estimated(config, parts, assignment, variables)
     result = _result(ended, judged) | dict(facts)
+    check_lock(workdir)
     write_json(workdir / SITES_FILE, sites_json(parts.sites))
     granularity = named_granularity(config.quantizers.weight_granularity)
     write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))

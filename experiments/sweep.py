@@ -27,13 +27,13 @@ from aqt_search.report.against_uniform import UNIFORM_SERIES
 from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import replica_count
-from aqt_search.training.workdir import claim_workdir, lock_workdir, write_json
+from aqt_search.training.workdir import check_lock, lock_workdir, write_json
 from experiments import from_config, results
 from experiments.command_line import run_job
 from experiments.compiled_programs import keep_compiled
 from experiments.configured_search import uniform_rules
 from experiments.finished_run import result_of
-from experiments.job import Job, Prepare, locked, run_alone, run_together
+from experiments.job import Job, Prepare, claim_run, locked, run_alone, run_together
 from experiments.jobs import palettize, ptq, search, sensitivity, train
 
 COMPILED_FOLDER = "compiled"
@@ -174,12 +174,13 @@ def failure(point: Point, folder: Path, error: Exception) -> dict[str, Any]:
 
 
 def image_loader() -> Callable[[Point], from_config.Images]:
-    """Loads each data set once; the held-out images depend on the seed."""
+    """Loads a data set once for points in a row that share it; held-out images are by seed."""
     loaded: dict[Any, from_config.Images] = {}
 
     def images_of(point: Point) -> from_config.Images:
         key = point.config.seed, json.dumps(point.config.data.to_dict(), default=str)
         if key not in loaded:
+            loaded.clear()  # two at a time would add up over a sweep's seeds
             loaded[key] = from_config.load_images(point.config)
         return loaded[key]
 
@@ -209,6 +210,7 @@ def run_points(
             yield from _run_group(waiting, folder, images_of)
         else:
             for point in waiting:
+                check_lock(folder.parent)  # else a later sweep would take its points for its own
                 yield point, _run_point(point, folder / point.name, images_of(point))
 
 
@@ -225,6 +227,7 @@ def _run_group(
     points: Sequence[Point], folder: Path, images_of: Callable[[Point], from_config.Images]
 ) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Runs points of one program, as many at a time as there are devices."""
+    check_lock(folder.parent)  # else a later sweep would take these points for its own
     with locked([folder / point.name for point in points]):
         alike: dict[Any, list[tuple[Point, Job]]] = {}
         for point in points:
@@ -252,10 +255,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     with lock_workdir(workdir):
         points = sweep_points(config, workdir)
         images_of = image_loader()
-        images_of(points[0])  # complains before the folder is claimed
-        claim_workdir(workdir, config.to_dict(), ignore=("log_every", "data.data_dir"))
+        images = images_of(points[0])  # complains before the folder is claimed
+        claim_run(workdir, config, images, ignore=("log_every", "data.data_dir"))
         found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
         tell_points(found, len(points))
+        check_lock(workdir)
         measure_sensitivity(config, points, workdir, images_of)
         return write_report(workdir)
 

@@ -35,7 +35,7 @@ def outcome(**settings):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**kept, **settings}, capture_output=True, text=True, check=True, timeout=300,
+        env={**kept, **settings}, capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     done, *faults = found.stdout.split()
     return done == "True", [int(count) for count in faults]

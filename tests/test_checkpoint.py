@@ -15,6 +15,8 @@ from absl import logging
 from aqt_search.training.checkpoint import (
     CheckpointError,
     CheckpointMismatchError,
+    checkpoint_fingerprint,
+    delete_after,
     latest_step,
     restore_latest,
     save_checkpoint,
@@ -139,6 +141,43 @@ def test_the_same_step_may_be_saved_again(tmp_path):
         save_checkpoint(tmp_path, 3, small_state(3))
 
 
+def test_another_identity_is_refused_key_by_key(tmp_path):
+    save_checkpoint(tmp_path, 1, small_state(1), identity={"a.b": 1, "c": [1, 2], "d": None})
+    for wanted in (None, {"a.b": 1, "c": [1, 2], "d": None}):
+        assert restore_latest(tmp_path, small_state(0), identity=wanted).step == 1
+    with pytest.raises(CheckpointMismatchError) as error:
+        restore_latest(tmp_path, small_state(0), identity={"a.b": 2, "c": [1, 2], "e": 0})
+    for line in ("a.b: there 1, now 2", "d: there null, now absent", "e: there absent, now 0"):
+        assert line in str(error.value)
+    assert "c: " not in str(error.value)
+    save_checkpoint(tmp_path, 2, small_state(2))  # one without any is taken, as an older one is
+    assert restore_latest(tmp_path, small_state(0), identity={"a.b": 2}).step == 2
+
+
+def test_a_fingerprint_is_of_the_bits_alone(tmp_path):
+    assert checkpoint_fingerprint(tmp_path / "none") is None
+    found = set()
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        save_checkpoint(tmp_path / folder, 4, small_state(seed), {"seconds": len(found)})
+        found.add(checkpoint_fingerprint(tmp_path / folder))
+    assert len(found) == 2
+    before = checkpoint_fingerprint(tmp_path / "a")
+    save_checkpoint(tmp_path / "a", 5, small_state(5))
+    assert checkpoint_fingerprint(tmp_path / "a") != before
+    (tmp_path / "a" / "step_000000005" / "manifest.json").write_text("")
+    assert checkpoint_fingerprint(tmp_path / "a") == before  # as a restore goes back
+
+
+def test_a_run_may_go_back(tmp_path):
+    for step in (1, 2, 2, 3):
+        save_checkpoint(tmp_path, step, small_state(step), keep=3)
+    delete_after(tmp_path, 1)
+    assert names(tmp_path) == ["step_000000001"]
+    save_checkpoint(tmp_path, 2, small_state(2))
+    delete_after(tmp_path, 0)
+    assert names(tmp_path) == []
+
+
 def test_any_damage_is_noticed_and_the_one_before_is_used(two_checkpoints, tmp_path):
     """Every file of the newest checkpoint: bits flipped, cut, emptied, removed."""
     rng = np.random.default_rng(0)
@@ -261,7 +300,7 @@ def run_script(code, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -301,7 +340,8 @@ assert restore_latest(folder, state(0, 100_000)).step == 2
 
 
 def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
-    run_script(FULL_DISK, tmp_path)
+    result = run_script(FULL_DISK, tmp_path)
+    assert result.stderr == ""  # the error alone says it
 
 
 SAVE_UNTIL_KILLED = """
@@ -360,6 +400,25 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert found.state["a"].tobytes() == expected.tobytes()
     save_checkpoint(folder, found.step + 1, found.state)
     assert not [path for path in Path(folder).iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(two_checkpoints, tmp_path):
+    """And not among what other libraries have to say about it."""
+    shutil.copytree(two_checkpoints, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("step_*/arrays/*"):
+        shutil.rmtree(path) if path.is_dir() else path.write_bytes(b"garbage")
+    code = (
+        "import sys, numpy as np\n"
+        "from aqt_search.training.checkpoint import CheckpointError, restore_latest\n"
+        "template = {'kernel': np.zeros((3, 5), np.float32), 'step': np.int32(0)}\n"
+        "try: restore_latest(sys.argv[1], template)\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    result = run_script(code, tmp_path / "copy")
+    assert result.stdout.startswith("all checkpoints in")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, result.stderr
+    assert all("is damaged" in line for line in lines)
 
 
 def test_orbax_is_quiet(tmp_path, capfd):

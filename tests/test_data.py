@@ -1,4 +1,5 @@
 import errno
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 
 from aqt_search import data
 from aqt_search.data import decoding
+from aqt_search.data.staging import staging_folder
 
 
 def write_image(path, shape=(6, 6, 3), seed=0, mode=None):
@@ -115,6 +117,59 @@ def test_jpeg_is_pillows(tmp_path):
         np.testing.assert_array_equal(splits.train[0]["image"], np.asarray(image))
 
 
+def oriented(pixels, orientation, extension):
+    """An image file of these pixels, as a camera held so would store it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file, extension, exif=exif, **{"quality": 95} if extension == "jpeg" else {}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("extension", ["jpeg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("max_decoded_bytes", [0, 2**30])
+def test_images_are_turned_as_exif_says(tmp_path, orientation, extension, max_decoded_bytes):
+    """The pixel at EXIF's (row, column) origin is where the tag's definition puts it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
+    write_folder(tmp_path / "images", (16, 8, 3), per_class=2, extension=extension)
+    upright = (16, 8, 3) if orientation < 5 else (8, 16, 3)
+    for path in (tmp_path / "images").rglob(f"*.{extension}"):
+        path.write_bytes(oriented(pixels, orientation, extension))
+    splits = open_folder(
+        tmp_path / "images", tmp_path, held_out=0, max_decoded_bytes=max_decoded_bytes
+    )
+    assert splits.image_shape == upright
+    with Image.open(io.BytesIO(oriented(pixels, orientation, extension))) as image:
+        stored = np.asarray(image)
+    # Which visual side the stored first row is, and which the stored first column.
+    sides = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top",
+             6: "right top", 7: "right bottom", 8: "left bottom"}[orientation].split()  # fmt: skip
+    expected = stored if sides[0] in ("top", "bottom") else stored.swapaxes(0, 1)
+    expected = expected[::-1] if "bottom" in sides else expected
+    expected = expected[:, ::-1] if "right" in sides else expected
+    np.testing.assert_array_equal(splits.train[0]["image"], expected)
+    np.testing.assert_array_equal(pixels_of(splits.test)[2], expected)
+    small = decoding.decode_image(
+        oriented(pixels, orientation, extension), channels=3, image_size=4,
+        crop=lambda width, height: (0, 0, width // 2, height // 2), name="image",
+    )  # fmt: skip
+    whole = Image.fromarray(np.ascontiguousarray(expected))
+    box = (0, 0, upright[1] // 2, upright[0] // 2)
+    np.testing.assert_array_equal(small, whole.resize((4, 4), Image.Resampling.BILINEAR, box=box))
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*", b"Exif\0\0garbage here"])
+def test_exif_that_cannot_be_read_counts_as_none(exif):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", exif=exif)
+    found = decoding.decode_image(file.getvalue(), channels=3, image_size=None, name="image")
+    np.testing.assert_array_equal(found, pixels)
+
+
 def test_changed_folder_is_prepared_anew(tmp_path):
     root = tmp_path / "images"
     write_folder(root)
@@ -127,6 +182,45 @@ def test_changed_folder_is_prepared_anew(tmp_path):
     np.testing.assert_array_equal(open_folder(root, tmp_path).train.parent[0]["image"], new)
     (root / "train/dog/05.png").unlink()
     assert len(open_folder(root, tmp_path, held_out=0).train) == 19
+
+
+def rename(root, old, new):
+    (root / old).rename(root / new)
+
+
+CHANGES = {
+    "removed": lambda root: (root / "train/dog/05.png").unlink(),
+    "added": lambda root: write_image(root / "train/dog/99.png", seed=99),
+    "renamed": lambda root: rename(root, "train/dog/05.png", "train/dog/99.png"),
+    "of another class": lambda root: rename(root, "train/dog/09.png", "train/cat/99.png"),
+    "of another split": lambda root: rename(root, "test/dog/02.png", "train/dog/99.png"),
+    "class renamed": lambda root: [rename(root, f"{s}/dog", f"{s}/emu") for s in ("train", "test")],
+    "edited": lambda root: Image.new("RGB", (6, 6)).save(root / "train/dog/05.png"),
+}
+
+
+@pytest.mark.parametrize("max_decoded_bytes", [0, 2**30])
+def test_a_fingerprint_tells_folders_apart_by_what_is_in_them(tmp_path, max_decoded_bytes):
+    def fingerprint(name, **more):
+        options = {"max_decoded_bytes": max_decoded_bytes} | more
+        return open_folder(tmp_path / name, tmp_path, **options).fingerprint
+
+    write_folder(tmp_path / "images")
+    whole = fingerprint("images")
+    assert whole.startswith("20 and 6 images, ")
+    shutil.copytree(tmp_path / "images", tmp_path / "moved", copy_function=shutil.copyfile)
+    assert fingerprint("moved") == whole
+    assert fingerprint("images", seed=3, held_out=5) == whole
+    found = {whole}
+    for case, change in CHANGES.items():
+        shutil.copytree(tmp_path / "images", tmp_path / case)
+        change(tmp_path / case)
+        changed = fingerprint(case)
+        # Pixels that are not in memory are told by the size of their file, which is another here.
+        assert changed != whole, case
+        if max_decoded_bytes == 0 or case not in ("renamed", "removed"):
+            assert changed not in found, case
+        found.add(changed)
 
 
 def remove_all(*folders):
@@ -161,6 +255,22 @@ BAD_FOLDERS = {
     "first palette": (
         lambda r: write_image(r / "train/cat/00.png", mode="P"),
         ["train/cat/00.png: image of mode P", "grey (L) or RGB"],
+    ),
+    "link to nothing": (
+        lambda r: (r / "train/cat/zz.png").symlink_to("nowhere.png"),
+        ["train/cat/zz.png (a link to nowhere.png): cannot be read: No such file"],
+    ),
+    "link to itself": (
+        lambda r: (r / "train/cat/zz.png").symlink_to("zz.png"),
+        ["train/cat/zz.png (a link to zz.png): cannot be read: Too many levels"],
+    ),
+    "class that is a link to nothing": (
+        lambda r: (r / "train/emu").symlink_to("nowhere"),
+        ["train/emu (a link to nowhere): cannot be read"],
+    ),
+    "name that is not UTF-8": (
+        lambda r: (r / os.fsdecode(b"train/cat/\xff.png")).write_bytes(b""),
+        ["train/cat/\\udcff.png", "not UTF-8", "Rename"],
     ),
     "size": (
         lambda r: write_image(r / "train/dog/05.png", (6, 7, 3)),
@@ -231,6 +341,50 @@ def test_tfrecord_says_how_to_convert(tmp_path):
 # Preparing
 
 
+@pytest.mark.parametrize("length", [234, 235, 255])
+def test_a_folder_of_a_long_name(tmp_path, length):
+    write_folder(tmp_path / ("x" * length), per_class=1)
+    assert len(open_folder(tmp_path / ("x" * length), tmp_path, held_out=0).train) == 2
+
+
+FULL_DISK = """
+import resource, sys
+from aqt_search.data import DataError, open_splits
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk
+try: open_splits("digits", data_dir=sys.argv[1])
+except DataError as error:
+    assert sys.argv[1] in str(error) and "Free space" in str(error), error
+    print("DataError")
+"""
+
+
+def test_a_full_data_folder_is_named(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "DataError\n", result.stderr
+    assert not list(tmp_path.rglob("incomplete*"))
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match=r"file/aqt_search_digits.*could not be prepared"):
+        data.open_splits("digits", data_dir=tmp_path / "file")
+
+
+def test_one_that_prepares_is_left_alone_by_the_next(tmp_path):
+    with staging_folder(tmp_path) as one:
+        (one / "shard").touch()
+        with staging_folder(tmp_path) as other:
+            assert (one / "shard").exists()
+            assert one != other
+    left = tmp_path / "incomplete.killed"
+    left.mkdir()
+    (left / "shard").touch()
+    with staging_folder(tmp_path):
+        assert not left.exists()
+    assert os.listdir(tmp_path) == []
+
+
 def test_preparing_at_once_in_threads(tmp_path):
     files = write_folder(tmp_path / "images", per_class=100)
     results, start = {}, threading.Barrier(4)
@@ -263,6 +417,7 @@ def test_killed_preparation_is_not_taken_for_data(tmp_path):
     assert list(tmp_path.rglob("*.array_record*"))
     assert not (tmp_path / "aqt_search_digits/1.0.0").exists()
     assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
+    assert not list(tmp_path.rglob("incomplete*"))
 
 
 # The file of decoded images
@@ -346,6 +501,7 @@ def test_killed_writing_is_not_taken_for_decoded_images(tmp_path):
     assert list(folder.glob("incomplete*/decoded-*.npz"))
     assert not list(folder.glob("decoded-*.npz"))
     assert len(data.open_splits("digits", data_dir=tmp_path).test) == 360
+    assert not list(tmp_path.rglob("incomplete*"))
 
 
 # Held-out part

@@ -403,7 +403,7 @@ def command_lines():
         )
         for name, arguments in COMMANDS.items()
     }  # fmt: skip
-    ended = {name: process.communicate(timeout=120) for name, process in started.items()}
+    ended = {name: process.communicate(timeout=600) for name, process in started.items()}
     return {name: (started[name].returncode, *ended[name]) for name in COMMANDS}
 
 

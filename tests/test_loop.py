@@ -1,12 +1,16 @@
 """The loop: what a kill, a signal, a NaN and a damaged file leave behind, to the bit."""
 
+import contextlib
+import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import numpy as np
 import pytest
 
 from aqt_search.training import parallel
+from aqt_search.training.checkpoint import CheckpointError, CheckpointMismatchError
 from aqt_search.training.loop import (
     CHECKPOINT_FOLDER,
     DivergedError,
@@ -26,6 +31,7 @@ from aqt_search.training.loop import (
     run_steps,
 )
 from aqt_search.training.metrics import read_metrics
+from aqt_search.training.workdir import WorkdirError, lock_workdir
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +72,9 @@ def start():
 def run(workdir, steps=20, step=toy_step, schedule=(3, 5), **options):
     streams = [Numbers(), Numbers()]
     streams[1].number = 1000
-    return run_steps(step, Run(workdir, start(), streams, **options), Schedule(steps, *schedule))
+    with lock_workdir(workdir):
+        one = Run(workdir, start(), streams, **options)
+        return run_steps(step, one, Schedule(steps, *schedule))
 
 
 def first_weight(state):
@@ -111,24 +119,113 @@ def test_records_are_means_over_the_steps_since_the_last(undisturbed):
 def test_a_finished_run_does_no_more_steps(undisturbed):
     result, workdir = undisturbed
     before = (workdir / "metrics.jsonl").read_bytes()
+    (workdir / CHECKPOINT_FOLDER / ".unfinished_step_000000010").mkdir()  # of a killed deletion
     again = run(workdir, step=None)  # would raise if it were called
     same_bits(again.state, result.state)
     assert again.seconds == pytest.approx(result.seconds, abs=1.0)
     assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert checkpoints(workdir) == ["step_000000015", "step_000000020"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_call_goes_on(undisturbed, tmp_path, number):
-    def interrupt(step, metrics):
-        if step == 6:
-            os.kill(os.getpid(), number)
-
     before = signal.getsignal(number)
     with pytest.raises(InterruptedRunError, match=rf"{number.name}: saved step 7 of 20.*go on"):
-        run(tmp_path, schedule=(1, 5), check=interrupt)
+        run(tmp_path, check=killing(at=6, number=number), describe=first_weight)
     assert checkpoints(tmp_path)[-1] == "step_000000007"
     assert signal.getsignal(number) is before
-    same_bits(run(tmp_path).state, undisturbed[0].state)
+    same_bits(run(tmp_path, describe=first_weight).state, undisturbed[0].state)
+    same_records(tmp_path, undisturbed[1])
+
+
+def killing(at, number=signal.SIGTERM):
+    """A check that sends this process a signal, which ends the run after the step it is in."""
+
+    def check(step, metrics):
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    return check
+
+
+def same_records(one, other):
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def test_stopped_at_each_of_its_steps_a_run_leaves_the_same_records(undisturbed, tmp_path):
+    """Records are due at 3, 5, 6, 9, 10, ...: before, at and after one."""
+
+    class Counted(Numbers):
+        def __next__(self):
+            os.kill(os.getpid(), signal.SIGTERM)  # at every step
+            return super().__next__()
+
+    for stop in range(1, 20):
+        other = Numbers()
+        other.number = 1000
+        one = Run(tmp_path, start(), [Counted(), other], describe=first_weight)
+        with lock_workdir(tmp_path), pytest.raises(InterruptedRunError, match=f"step {stop} of"):
+            run_steps(toy_step, one, Schedule(20, 3, 5))
+        assert read_metrics(tmp_path) == [
+            record for record in read_metrics(undisturbed[1]) if record["step"] <= stop
+        ]
+    same_bits(run(tmp_path, describe=first_weight).state, undisturbed[0].state)
+    same_records(tmp_path, undisturbed[1])
+
+
+@pytest.mark.parametrize("stop", [2, 6, 9])
+def test_a_check_that_looks_back_sees_the_same_steps_after_a_stop(tmp_path, stop):
+    """It raises at step 13 once it has seen the 8 steps before, as it does undisturbed."""
+
+    def guard(stop=None):
+        seen = []
+
+        def check(step, metrics):
+            seen.append((step, float(metrics["loss"])))
+            if step == 13:
+                raise DivergedError(repr(seen[-9:]))
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return check
+
+    with pytest.raises(DivergedError) as whole:
+        run(tmp_path / "whole", check=guard(), looks_back=8)
+    with pytest.raises(InterruptedRunError):
+        run(tmp_path / "stopped", check=guard(stop), looks_back=8)
+    with pytest.raises(DivergedError) as resumed:
+        run(tmp_path / "stopped", check=guard(), looks_back=8)
+    assert str(resumed.value) == str(whole.value)
+    assert len(eval(str(whole.value))) == 9
+
+
+# --- A folder that is deleted, or of another run --------------------------------------------------
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_run_whose_folder_was_deleted_saves_nothing_there(tmp_path, made_anew):
+    workdir = tmp_path / "run"
+
+    def delete(step, metrics):
+        if step == 9:
+            shutil.rmtree(workdir)
+            if made_anew:  # by another process
+                code = "import sys; from aqt_search.training.workdir import lock_workdir\n"
+                code += "with lock_workdir(sys.argv[1]): pass"
+                subprocess.run([sys.executable, "-c", code, workdir], check=True)
+
+    with pytest.raises(WorkdirError, match="was deleted or replaced"):
+        run(workdir, check=delete)
+    assert not (workdir / CHECKPOINT_FOLDER).exists()
+    assert not made_anew or os.listdir(workdir) == ["run.lock"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(undisturbed, tmp_path):
+    one, other = {"seed": 0, "rate": 0.1}, {"seed": 0, "rate": 0.2}
+    run(tmp_path, steps=10, identity=one)
+    with pytest.raises(CheckpointMismatchError, match=r"another run:\n  rate: there 0.1, now 0.2"):
+        run(tmp_path, identity=other)
+    same_bits(run(tmp_path, identity=one).state, undisturbed[0].state)
 
 
 def test_a_truncated_checkpoint_is_passed_over(undisturbed, tmp_path, caplog):
@@ -182,6 +279,23 @@ def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
 
     with pytest.raises(DivergedError, match=r"at step 1; no checkpoint was saved before it"):
         run(tmp_path, step=diverging)
+
+
+def test_a_run_leaves_neither_its_step_nor_its_program_in_memory(tmp_path):
+    def one_run(number):
+        def step(*arguments):
+            return toy_step(*arguments)
+
+        run(tmp_path / str(number), step=step)
+        return weakref.ref(step)
+
+    one_run(0)  # what all runs share
+    client = jax.devices()[0].client
+    before = len(client.live_executables())
+    steps = [one_run(number) for number in range(1, 4)]
+    gc.collect()
+    assert [step() for step in steps] == [None] * 3
+    assert len(client.live_executables()) <= before
 
 
 # --- What the host does on the way ----------------------------------------------------------------
@@ -243,9 +357,10 @@ def side_by_side(workdir, factors, steps=12, turns=({}, {}, {})):
         )
         for i, (factor, stream) in enumerate(zip(factors, streams))
     ]
-    for one in runs:
-        one.workdir.mkdir(parents=True, exist_ok=True)
-    return run_side_by_side(scaled_step, runs, Schedule(steps, 3, 5))
+    with contextlib.ExitStack() as locks:
+        for one in runs:
+            locks.enter_context(lock_workdir(one.workdir))
+        return run_side_by_side(scaled_step, runs, Schedule(steps, 3, 5))
 
 
 def test_runs_side_by_side_are_runs_of_their_own(tmp_path):
@@ -299,10 +414,30 @@ def test_runs_side_by_side_resume_to_the_same_bits(tmp_path):
         same_bits(one.state, other.state)
 
 
-def test_runs_side_by_side_must_be_at_one_step(tmp_path):
-    side_by_side(tmp_path, (0.1,), steps=7)
-    with pytest.raises(ValueError, match="0: 7, 1: 0"):
-        side_by_side(tmp_path, (0.1, 0.5))
+def test_runs_side_by_side_go_on_from_a_step_that_all_have(tmp_path, caplog):
+    whole = side_by_side(tmp_path / "whole", (0.1, 0.5))
+    folders = [tmp_path / "parts" / str(number) / CHECKPOINT_FOLDER for number in range(2)]
+    damaged = (("step_000000007",), ("step_000000007", "step_000000005"))
+    for count, names in enumerate(damaged, 1):
+        side_by_side(tmp_path / "parts", (0.1, 0.5), steps=7)
+        for name in names:
+            truncate(folders[0] / name)
+        if count == 1:
+            caplog.clear()
+            ended = side_by_side(tmp_path / "parts", (0.1, 0.5))
+            assert "1 goes back from step 7 to 5" in caplog.text
+            for one, other in zip(ended, whole):
+                same_bits(one.state, other.state)
+            for number in range(2):
+                same_records(tmp_path / "parts" / str(number), tmp_path / "whole" / str(number))
+            shutil.rmtree(tmp_path / "parts")
+    # All that one has is damaged: it fails, and the other ends as it would.
+    failed, other = side_by_side(tmp_path / "parts", (0.1, 0.5))
+    assert isinstance(failed, CheckpointError)
+    same_bits(other.state, whole[1].state)
+    side_by_side(tmp_path / "new", (0.1,), steps=7)  # the second has none yet
+    for one, other in zip(side_by_side(tmp_path / "new", (0.1, 0.5)), whole):
+        same_bits(one.state, other.state)
     with pytest.raises(ValueError, match="3 runs side by side need as many devices; got 2"):
         side_by_side(tmp_path / "many", (0.1,) * 3)
 
@@ -313,7 +448,7 @@ STEPS, CHECKPOINT_EVERY = 12, 3
 COMMAND = (
     "--config=configs/digits_resnet8.py", "--config.model.width=0.25", "--config.batch_size=32",
     f"--config.epochs={STEPS / 40}", "--config.optimizer.warmup_epochs=0.0",
-    "--config.log_every=1", f"--config.checkpoint_every={CHECKPOINT_EVERY}",
+    "--config.log_every=2", f"--config.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.search.space=(('stem', 'int8'), ('.*', ('e2m1', 'int4', 'e4m3', 'int8')))",
     "--config.search.target=2.0", "--config.search.searcher=critic",
     "--config.evaluation.calibration_batches=2",
@@ -347,7 +482,7 @@ class Killed:
                     process.send_signal(number)
                     break
                 time.sleep(0.005)
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
         return process.returncode, out, err
@@ -388,7 +523,7 @@ def test_a_killed_search_ends_in_the_bits_of_an_undisturbed_one(whole):
     assert "Run the same command again" in err
     assert "Traceback" not in err
     newest = max((search.workdir / CHECKPOINT_FOLDER).glob("step_*"))
-    assert int(newest.name.removeprefix("step_")) == search.last_step()
+    assert int(newest.name.removeprefix("step_")) >= search.last_step()
     truncate(newest)
     code, _, err = search.start()
     assert code == 0, err
@@ -399,8 +534,8 @@ def test_a_killed_search_ends_in_the_bits_of_an_undisturbed_one(whole):
     assert any(leaf["name"].startswith("search/policy/logits") for leaf in one["leaves"])
     assert one["leaves"] == other["leaves"]
     assert one["extra"]["streams"] == other["extra"]["streams"]
-    assert [r["step"] for r in whole.records()] == list(range(1, STEPS + 1))
-    assert search.records() == whole.records()
+    assert [r["step"] for r in whole.records()] == [2, 3, 4, 6, 8, 9, 10, 12]
+    same_records(search.workdir, whole.workdir)
     results = [json.loads((s.workdir / "result.json").read_text()) for s in (whole, search)]
     for result, run_of in zip(results, (whole, search)):
         command = shlex.split(result["command"])  # as one may paste it into a shell

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_full_disk_is_an_error(tmp_path):
         "    print('MetricsError')\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.stdout == "MetricsError\n", result.stderr
     assert len(read_metrics(tmp_path)) > 10
 
@@ -155,7 +156,8 @@ def test_progress_prints_few_plain_lines_elsewhere_than_on_a_terminal():
     with Progress(100, description="{search}", interval_seconds=3600, stream=stream) as progress:
         for step in range(50):
             progress.update(metrics={"loss": step / 7} if step % 10 == 0 else None)
-    (line,) = stream.getvalue().splitlines()
+    first, line = stream.getvalue().splitlines()
+    assert first == "{search}: compiling ..."
     assert line.startswith("{search}: 50/100 [")
     assert "loss=5.714" in line
     assert "step" in line
@@ -166,13 +168,42 @@ def test_progress_prints_a_line_each_interval():
     stream = io.StringIO()
     progress = Progress(10, initial=4, interval_seconds=0.05, stream=stream)
     progress.update()
-    assert stream.getvalue() == ""
+    assert stream.getvalue() == "compiling ...\n"
     time.sleep(0.06)
     progress.update()
     progress.update()
     progress.close()
     lines = stream.getvalue().splitlines()
-    assert [line.split(" ")[0] for line in lines] == ["6/10", "7/10"]
+    assert [line.split(" ")[0] for line in lines] == ["compiling", "6/10", "7/10"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_time_left_is_that_of_steps_that_do_not_compile(terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    stream = Stream()
+    with Progress(1000, initial=100, stream=stream, interval_seconds=3600) as progress:
+        time.sleep(1.5)  # the first step compiles
+        progress.update()
+        for _ in range(10):
+            time.sleep(0.02)
+            progress.update(metrics={"loss": 1.0})
+        time.sleep(0.12)
+        progress.update()  # shows it on a terminal
+    last = stream.getvalue().replace("\r", "\n").splitlines()[-1]
+    assert "112/1000 [" in last
+    # 888 steps of 0.02 s; 115 s if the first counted among 12. More on a busy machine.
+    minutes, seconds = re.search(r"<(\d+):(\d+),", last).groups()
+    assert 10 <= 60 * int(minutes) + int(seconds) <= 90
+
+
+def test_a_run_that_ends_before_its_first_step_has_only_compiled():
+    stream = io.StringIO()
+    with Progress(10, stream=stream):
+        pass
+    assert stream.getvalue() == "compiling ...\n"
 
 
 def test_progress_draws_a_bar_on_a_terminal():

@@ -34,6 +34,7 @@ from aqt_search.report.records import Record, bits_of_format
 from aqt_search.report.retraining import group_pairs, retrained_pairs
 from aqt_search.report.sensitivity import load_sensitivity, rank_correlation
 from aqt_search.report.series import all_series, compare_all
+from aqt_search.training.workdir import WorkdirError
 
 OPTIONS = ["int3", "int4", "e4m3"]
 VOID_TAGS = {"meta", "img", "br"}
@@ -559,6 +560,15 @@ def test_gap_is_shown_by_series(tmp_path):
         ["int4", "2", "95.00", "85.00", "+10.00", "+5.00 to +15.00"]
     )
     assert f'<td class="text">{cells}</td>' in text
+
+
+def test_a_report_that_cannot_be_written_is_named(tmp_path):
+    write_point(tmp_path, "int4")
+    dump(tmp_path / "config.json", {})
+    (tmp_path / "front.png").mkdir()  # as on a full disk, os.replace fails
+    with pytest.raises(WorkdirError, match=r"could not write .*front\.png: Is a directory"):
+        write_report(tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 def write_sensitivity(workdir, losses, formats=("int3", "int4"), **changes):

@@ -7,7 +7,7 @@ import pytest
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER, run_steps
 from aqt_search.training.metrics import read_metrics
-from aqt_search.training.workdir import read_json
+from aqt_search.training.workdir import lock_workdir, read_json
 from configs import digits_resnet8
 from experiments import finished_run, from_config
 from experiments.configured_search import configured_search
@@ -78,9 +78,10 @@ def test_a_search_that_was_stopped_around_its_decision_ends_in_the_same_bits(
 
     for number in (DECIDES + 2, DECIDES + 1):  # the newest checkpoint is just before it
         job = scored_search.prepare(config, tmp_path, images)
-        with pytest.raises(Stopped):
+        with lock_workdir(tmp_path), pytest.raises(Stopped):
             run_steps(job.step, job.run._replace(check=stop_at(number)), job.schedule)
     job = scored_search.prepare(config, tmp_path, images)
-    again = run_steps(job.step, job.run, job.schedule).state
+    with lock_workdir(tmp_path):
+        again = run_steps(job.step, job.run, job.schedule).state
     whole = restore_latest(finished[0] / CHECKPOINT_FOLDER, jax.tree.map(np.asarray, again)).state
     jax.tree.map(np.testing.assert_array_equal, again, whole)

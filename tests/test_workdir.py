@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from aqt_search.training.interrupt import Interrupt
 from aqt_search.training.workdir import (
     WorkdirError,
+    check_lock,
     claim_workdir,
     lock_workdir,
     read_json,
@@ -58,7 +60,7 @@ def test_full_disk_keeps_the_file_that_was_there(tmp_path):
         "    print('WorkdirError')\n"
     )
     command = [sys.executable, "-c", code, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.stdout == "WorkdirError\n", result.stderr
     assert read_json(path) == "before"
     assert os.listdir(tmp_path) == ["a.json"]
@@ -103,6 +105,21 @@ def test_bad_folders_are_named(tmp_path):
         claim_workdir(tmp_path / "file", CONFIG)
     with pytest.raises(WorkdirError, match="is not a folder"):
         claim_workdir(tmp_path / "file" / "below", CONFIG)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("loop", "dangling"):
+        with pytest.raises(WorkdirError, match="a link to nothing"):
+            claim_workdir(tmp_path / name, CONFIG)
+    for use in (
+        lambda path: claim_workdir(path, CONFIG),
+        lambda path: lock_workdir(path).__enter__(),
+    ):
+        with pytest.raises(WorkdirError, match=r"\\udcff.* not UTF-8"):
+            use(tmp_path / os.fsdecode(b"\xff"))
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(WorkdirError, match=r"config\.json cannot be read: Too many levels"):
+        claim_workdir(tmp_path, CONFIG)
+    (tmp_path / "config.json").unlink()
     for content in ("{", "3"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(WorkdirError, match=r"config\.json"):
@@ -157,6 +174,38 @@ def test_the_lock_ends_with_its_process(tmp_path):
         process.kill()
     with lock_workdir(tmp_path / "new"):
         pass
+
+
+def test_a_lock_is_that_of_the_folder_of_this_name(tmp_path):
+    workdir = tmp_path / "run"
+    with lock_workdir(workdir):
+        check_lock(workdir)
+        shutil.rmtree(workdir)
+        with pytest.raises(WorkdirError, match=r"run was deleted or replaced.* is no run's now"):
+            check_lock(workdir)
+        workdir.mkdir()
+        # Of another container, where processes may have the same numbers.
+        (workdir / "run.lock").write_text(f"{os.getpid()} 0123456789abcdef\n")
+        with pytest.raises(WorkdirError, match=f"now that of process {os.getpid()}"):
+            check_lock(workdir)
+        (workdir / "run.lock").write_bytes(b"\xff")
+        with pytest.raises(WorkdirError, match="deleted or replaced"):
+            check_lock(workdir)
+
+
+def test_what_a_killed_owner_left_is_deleted_by_the_next(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from aqt_search.training.workdir import lock_workdir, write_json\n"
+        "os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with lock_workdir(sys.argv[1]) as workdir: write_json(workdir / 'a.json', 1)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (tmp_path / ".own.tmp").touch()  # of someone else
+    assert len(list(tmp_path.glob(".a.json.*.tmp"))) == 1
+    with lock_workdir(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".own.tmp", "run.lock"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

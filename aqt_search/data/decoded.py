@@ -6,7 +6,6 @@ CIFAR-10's 60,000 images, stored as JPEG, take 7 s to decode on one core and 0.3
 import contextlib
 import hashlib
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import features
 from aqt_search.data import crops, decoding
 from aqt_search.data.errors import DataError
 from aqt_search.data.sources import ArraySource, RecordSource, decode_all
+from aqt_search.data.staging import staging_folder
 
 
 def decode_once(source: RecordSource, folder: Path, settings: tuple[Any, ...]) -> ArraySource:
@@ -65,8 +65,8 @@ def _load(path: Path) -> ArraySource:
 
 
 def _save(path: Path, decoded: ArraySource) -> None:
-    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=path.parent) as staging:
-        staged = Path(staging) / path.name
+    with staging_folder(path.parent) as staging:
+        staged = staging / path.name
         with staged.open("wb") as file:
             np.savez(file, images=decoded.images, labels=decoded.labels)
             file.flush()

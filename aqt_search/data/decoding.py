@@ -29,9 +29,24 @@ _BROKEN_IMAGE = (
     Image.DecompressionBombError,
 )
 
+# How to turn an image upright, by EXIF's tag "orientation"; 1 is upright (CIPA DC-008, 4.6.5).
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def open_image(data: bytes, *, name: str) -> Image.Image:
-    """Decodes an image completely, in the mode it is stored in.
+    """Decodes an image completely, in the mode it is stored in, and turns it upright.
+
+    A camera may store an image as its sensor lay, and in EXIF how it was held; it is turned as
+    viewers do. EXIF data that cannot be read counts as none.
 
     Args:
         data: the encoded image (PNG, JPEG or another format of Pillow's).
@@ -47,7 +62,16 @@ def open_image(data: bytes, *, name: str) -> Image.Image:
         raise DataError(
             f"{name}: broken image ({len(data)} bytes): {error}. Replace or delete it."
         ) from error
-    return image
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except _BROKEN_IMAGE:
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

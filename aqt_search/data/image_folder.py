@@ -18,6 +18,7 @@ from aqt_search.data.decoding import MODE_OF_CHANNELS, decoding_threads, open_im
 from aqt_search.data.errors import DataError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
+_LONGEST_NAME = 100
 _CHECK_CHUNK = 256  # images held in memory while they are checked
 
 
@@ -37,12 +38,14 @@ class FolderListing:
         class_names: sorted; a label is an index into it.
         files: for "train" and "test", the files in the order of their paths.
         fingerprint: hash of every file's path, size and modification time.
+        contents: hash of every file's path and size alone, which a copy of the folder keeps.
     """
 
     root: Path
     class_names: tuple[str, ...]
     files: dict[str, tuple[LabelledFile, ...]]
     fingerprint: str
+    contents: str
 
 
 def list_folder(root: str | os.PathLike) -> FolderListing:
@@ -50,9 +53,11 @@ def list_folder(root: str | os.PathLike) -> FolderListing:
 
     Raises:
         DataError: the folder is missing or empty, has no train/ or test/, a class without images or
-            one that only test/ has, or holds a file that is no JPEG or PNG by its name.
+            one that only test/ has, or holds a file that is no JPEG or PNG by its name, that cannot
+            be read (such as a link to nothing), or whose name is not UTF-8.
     """
     root = Path(root).expanduser().absolute()
+    _check_name(str(root))
     if not root.is_dir():
         raise DataError(f"{root}: no such folder.")
     if not _entries(root):
@@ -73,7 +78,8 @@ def list_folder(root: str | os.PathLike) -> FolderListing:
         )
         for split, classes in stats.items()
     }
-    return FolderListing(root, class_names, files, _fingerprint(stats))
+    with_times, without = (_fingerprint(stats, times) for times in (True, False))
+    return FolderListing(root, class_names, files, with_times, without)
 
 
 def _layout(root: Path) -> str:
@@ -81,9 +87,30 @@ def _layout(root: Path) -> str:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    path = os.fspath(folder)
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in visible:
+            path = entry.path
+            entry.stat()  # of what a link leads to; kept for later
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    for entry in visible:
+        _check_name(entry.path)
     return sorted(visible, key=lambda entry: entry.name)
+
+
+def _unreadable(path: str | os.PathLike, error: OSError) -> DataError:
+    link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+    return DataError(f"{path}{link}: cannot be read: {error.strerror}. Mend it, or delete it.")
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path!r}: a name that is not UTF-8. Rename it.") from error
 
 
 def _list_split(root: Path, split: str) -> dict[str, dict[str, os.stat_result]]:
@@ -118,12 +145,13 @@ def _images(folder: str) -> list[os.DirEntry]:
     return entries
 
 
-def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]]) -> str:
+def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]], times: bool) -> str:
     digest = hashlib.sha256()
     for classes in stats.values():
         for paths in classes.values():
             for path, stat in paths.items():
-                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+                time = stat.st_mtime_ns if times else 0
+                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{time}\n"))
     return digest.hexdigest()[:20]
 
 
@@ -136,7 +164,8 @@ class ImageFolderConfig(tfds.core.BuilderConfig):
 
 def folder_builder(listing: FolderListing) -> type["ImageFolder"]:
     """The builder class of a listed folder, its only configuration."""
-    folder_name = re.sub(r"[^A-Za-z0-9_-]", "_", listing.root.name)
+    # File systems take names of 255 bytes, of which the fingerprint has 21.
+    folder_name = re.sub(r"[^A-Za-z0-9_-]", "_", listing.root.name)[:_LONGEST_NAME]
 
     # TFDS logs a warning at each configuration that its builder class does not list.
     class Builder(ImageFolder, skip_registration=True):
@@ -193,8 +222,15 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _open(listing: FolderListing, file: LabelledFile) -> Image.Image:
+    return open_image(_read(listing, file), name=str(listing.root / file.path))
+
+
+def _read(listing: FolderListing, file: LabelledFile) -> bytes:
     path = listing.root / file.path
-    return open_image(path.read_bytes(), name=str(path))
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _channels(listing: FolderListing) -> int:
@@ -212,7 +248,7 @@ def _channels(listing: FolderListing) -> int:
 
 def _checked_bytes(listing: FolderListing, channels: int, file: LabelledFile) -> bytes:
     path = listing.root / file.path
-    data = path.read_bytes()
+    data = _read(listing, file)
     mode = open_image(data, name=str(path)).mode
     if mode != MODE_OF_CHANNELS[channels]:
         raise DataError(

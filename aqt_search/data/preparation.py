@@ -4,10 +4,12 @@ import contextlib
 import io
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+
+from aqt_search.data.errors import DataError
+from aqt_search.data.staging import staging_folder
 
 
 def prepare(
@@ -25,24 +27,36 @@ def prepare(
     Args:
         builder_class: the builder; of several configurations its first is prepared.
         data_dir: where prepared data sets lie; None is TFDS's default.
+
+    Raises:
+        DataError: as the builder; or the data cannot be written.
     """
     builder = builder_class(data_dir=data_dir)
     if _is_whole(builder):
         return builder
     target = Path(builder.data_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as staging:
-        staged = builder_class(data_dir=staging)
-        print(f"Preparing data set {builder.name} in {target}.", file=sys.stderr)
-        # TFDS announces a download and the temporary folder, and draws a bar per shard.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            staged.download_and_prepare(file_format="array_record")
-        _sync_files(Path(staged.data_dir))
-        try:
-            os.rename(staged.data_dir, target)
-        except OSError:
-            if not _is_whole(builder):  # else another process was first
-                raise
+    # One place for all configurations: a folder that changed after a kill has another.
+    home = next(folder for folder in target.parents if folder.name == builder.name)
+    print(f"Preparing data set {builder.name} in {target}.", file=sys.stderr)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(home) as staging:
+            staged = builder_class(data_dir=str(staging))
+            # TFDS announces a download and the temporary folder, and draws a bar per shard.
+            quiet = io.StringIO()
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                staged.download_and_prepare(file_format="array_record")
+            _sync_files(Path(staged.data_dir))
+            try:
+                os.rename(staged.data_dir, target)
+            except OSError:
+                if not _is_whole(builder):  # else another process was first
+                    raise
+    except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
+        raise DataError(
+            f"{target}: the data set could not be prepared: {error}. Free space or make the folder "
+            "writable, or give another data_dir; then run the same command again."
+        ) from error
     return builder_class(data_dir=data_dir)
 
 

@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import hashlib
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,9 @@ class Splits(NamedTuple):
     num_classes: int
     image_shape: tuple[int, int, int]  # height, width, channels
     class_names: tuple[str, ...]
+    # Tells these images and labels from others, wherever they lie, before any are held out: by the
+    # decoded pixels where they are in memory, else by the files' names and sizes.
+    fingerprint: str = ""
 
 
 def open_splits(
@@ -94,6 +99,7 @@ def open_splits(
     if (len(train) + len(test)) * int(np.prod(train.image_shape)) <= max_decoded_bytes:
         folder, settings = Path(builder.data_dir), (image_size, crop_fraction)
         train, test = (decode_once(source, folder, settings) for source in (train, test))
+    fingerprint = _fingerprint(builder, class_names, train, test)
     if folds:
         train, test = _fold(train, test, folds, seed % folds)
     kept, held = _hold_out(len(train), held_out, seed)
@@ -104,7 +110,31 @@ def open_splits(
         num_classes=len(class_names),
         image_shape=train.image_shape,
         class_names=class_names,
+        fingerprint=fingerprint,
     )
+
+
+def _fingerprint(
+    builder, class_names: tuple[str, ...], train: ImageSource, test: ImageSource
+) -> str:
+    digest = hashlib.sha256(repr((class_names, train.image_shape)).encode())
+    for source in (train, test):
+        if isinstance(source, ArraySource):
+            arrays = source.images, source.labels
+            crcs = [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
+            digest.update(repr(crcs).encode())
+        else:
+            digest.update(_files_of(builder).encode())
+    return f"{len(train)} and {len(test)} images, {digest.hexdigest()[:16]}"
+
+
+def _files_of(builder) -> str:
+    """Names and sizes of a data set's files: of the images where they are files, else records."""
+    listing = getattr(builder.builder_config, "listing", None)
+    if listing is not None:
+        return listing.contents
+    records = sorted(Path(builder.data_dir).glob("*array_record*"))
+    return repr([(path.name, path.stat().st_size) for path in records])
 
 
 def _open_builder(name: str, data_dir: str | os.PathLike | None):

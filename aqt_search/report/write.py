@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from aqt_search.report.checked_json import ReportError
 from aqt_search.report.front_file import front_json
 from aqt_search.report.records import Record, load_config, load_records, unfinished_points
+from aqt_search.training.workdir import write_bytes, write_text
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -19,6 +19,7 @@ def write_report(workdir: str | Path) -> Path:
 
     Raises:
       ReportError: no point has finished or failed yet, or a file of the sweep is broken.
+      WorkdirError: a file cannot be written.
     """
     workdir = Path(workdir)
     records = load_records(workdir)
@@ -35,9 +36,9 @@ def write_report(workdir: str | Path) -> Path:
     figures = _figures(records, sensitivity, colours)
     front = json.dumps(front_json(records), indent=2, allow_nan=False) + "\n"
     page = html.report_page(records, config, unfinished, sensitivity, figures, colours)
-    _write_whole(workdir / "front.json", front.encode())
-    _write_whole(workdir / "front.png", figures["front"])
-    _write_whole(workdir / "report.html", page.encode("utf-8"))
+    write_text(workdir / "front.json", front)
+    write_bytes(workdir / "front.png", figures["front"])
+    write_text(workdir / "report.html", page)
     return workdir / "report.html"
 
 
@@ -69,16 +70,3 @@ def _figures(
     for record in searches:
         figures[f"policy/{record.name}"] = format_plot.policy_figure(record, colours)
     return figures
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Through a temporary name in the same folder, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """Checkpoints that survive a kill, a full disk and damaged files.
 
 A checkpoint of step s is the folder `step_<s>` with the arrays (`arrays/`, orbax) and
-`manifest.json`: name, shape, dtype and CRC-32 of every leaf, and the caller's `extra`. It is
-written under a temporary name and renamed when all is on the disk, so a folder of the final name
-is whole. A second save of the same step becomes `step_<s>-1`, and so on: no moment is without the
-former one. One process saves at a time; see `workdir.lock_workdir`.
+`manifest.json`: name, shape, dtype and CRC-32 of every leaf, the identity of the run, and the
+caller's `extra`. It is written under a temporary name and renamed when all is on the disk, so a
+folder of the final name is whole. A second save of the same step becomes `step_<s>-1`, and so on:
+no moment is without the former one. One process saves at a time; see `workdir.lock_workdir`.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -24,7 +25,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from aqt_search.training.workdir import WorkdirError, read_json, sync_folder, write_json
+from aqt_search.training.workdir import (
+    WorkdirError,
+    differences,
+    read_json,
+    sync_folder,
+    write_json,
+)
 
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:-(\d+))?$")
 _LEAF = "leaf_{:05d}"  # as orbax stores it
@@ -120,9 +127,9 @@ def _from_numpy(array: np.ndarray, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Generator[None]:
-    """Keep orbax's running commentary out of the log; its warnings stay."""
+    """Keep orbax out of the log: what goes wrong it raises, too, and the error here names it."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(min(verbosity, logging.WARNING))
+    logging.set_verbosity(logging.FATAL)
     try:
         yield
     finally:
@@ -180,6 +187,7 @@ def save_checkpoint(
     state: Any,
     extra: Mapping[str, Any] | None = None,
     *,
+    identity: Mapping[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
     """Save a state, whole or not at all, and delete all but the last `keep` steps.
@@ -189,7 +197,8 @@ def save_checkpoint(
         step: not below the newest step there; the same step again takes its place.
         state: pytree of jax or numpy arrays of any dtype and size, typed PRNG keys and Python
             numbers; every process must see all of every array.
-        extra: JSON values, such as the position in the data and the configuration.
+        extra: JSON values, such as the position in the data.
+        identity: of the run, by key (`workdir.identity_of`): what a restore may ask for.
         keep: how many steps to keep, at least 1. With 2 or more, a damaged newest checkpoint
             still leaves one to go back to.
 
@@ -199,13 +208,14 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or another error of the system; the former checkpoints
             are untouched. Or a later step is there already.
-        TypeError: a leaf is neither array nor number, or `extra` is no JSON.
-        ValueError: `keep` or `step` out of range, or a NaN or infinity in `extra`.
+        TypeError: a leaf is neither array nor number, or `extra` or `identity` is no JSON.
+        ValueError: `keep` or `step` out of range, or a NaN or infinity in one of these.
     """
     directory = Path(directory)
     if keep < 1 or step < 0:
         raise ValueError(f"keep is {keep!r} and step {step!r}; expected at least 1 and 0")
-    manifest, arrays = _manifest(int(step), state, dict(extra or {}))
+    more = {"extra": dict(extra or {}), "identity": None if identity is None else dict(identity)}
+    manifest, arrays = _manifest(int(step), state, more)
     there = _step_folders(directory)
     if there and step < there[-1][0]:
         raise CheckpointError(
@@ -224,7 +234,7 @@ def save_checkpoint(
     return folder
 
 
-def _manifest(step: int, state: Any, extra: dict) -> tuple[dict, list[np.ndarray]]:
+def _manifest(step: int, state: Any, more: dict) -> tuple[dict, list[np.ndarray]]:
     """The JSON side of a checkpoint, sealed with its own CRC, and the arrays."""
     named = _named_leaves(state)
     described = [_describe(name, leaf) for name, leaf in named]
@@ -233,7 +243,7 @@ def _manifest(step: int, state: Any, extra: dict) -> tuple[dict, list[np.ndarray
         leaf._asdict() | {"crc32": _crc(array)}
         for leaf, array in zip(described, arrays, strict=True)
     ]
-    content = {"step": step, "leaves": leaves, "extra": extra}
+    content = {"step": step, "leaves": leaves, **more}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return {"crc32": zlib.crc32(text.encode()), "content": json.loads(text)}, arrays
 
@@ -241,7 +251,7 @@ def _manifest(step: int, state: Any, extra: dict) -> tuple[dict, list[np.ndarray
 def _write_folder(folder: Path, manifest: dict, arrays: list[np.ndarray]) -> None:
     """Write a checkpoint under a temporary name, flush it, rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _delete_unfinished(folder.parent)
+    delete_unfinished(folder.parent)
     temporary = folder.with_name(_TEMPORARY + folder.name)
     temporary.mkdir()
     _write_arrays(temporary / "arrays", arrays)
@@ -251,10 +261,24 @@ def _write_folder(folder: Path, manifest: dict, arrays: list[np.ndarray]) -> Non
     sync_folder(folder.parent)
 
 
-def _delete_unfinished(directory: Path) -> None:
+def delete_unfinished(directory: str | os.PathLike) -> None:
     """Delete what a killed save, or a killed deletion, left behind."""
-    for path in directory.glob(_TEMPORARY + "*"):
+    for path in Path(directory).glob(_TEMPORARY + "*"):
         shutil.rmtree(path)
+
+
+def delete_after(directory: str | os.PathLike, step: int) -> None:
+    """Delete the checkpoints of later steps, for a run that goes back."""
+    for found, _, path in reversed(_step_folders(Path(directory))):
+        if found > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    # renamed first, so that a kill leaves no half of a checkpoint under a final name
+    doomed = path.with_name(_TEMPORARY + path.name)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def _delete_old(directory: Path, keep: int) -> None:
@@ -263,16 +287,13 @@ def _delete_old(directory: Path, keep: int) -> None:
     kept = {newest[step] for step in sorted(newest)[-keep:]}
     for _, _, path in _step_folders(directory):
         if path not in kept:
-            # renamed first, so that a kill leaves no half of a checkpoint under a final name
-            doomed = path.with_name(_TEMPORARY + path.name)
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            _delete(path)
 
 
 def _save_error(directory: Path, step: int, error: Exception) -> CheckpointError:
     """Error of a failed save; frees what the attempt took."""
     with contextlib.suppress(OSError):  # the save's own error is the one to report
-        _delete_unfinished(directory)
+        delete_unfinished(directory)
     last = latest_step(directory)
     there = "there is no checkpoint yet" if last is None else f"the one of step {last} is whole"
     return CheckpointError(
@@ -288,7 +309,11 @@ def _reason(error: BaseException) -> str:
 
 
 def restore_latest(
-    directory: str | os.PathLike, template: Any, *, part: bool = False
+    directory: str | os.PathLike,
+    template: Any,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    part: bool = False,
 ) -> RestoredCheckpoint | None:
     """Restore the newest whole checkpoint, bit for bit.
 
@@ -300,6 +325,7 @@ def restore_latest(
         directory: folder of the checkpoints.
         template: a state of the wanted structure, shapes, dtypes and placement on devices, such
             as a freshly initialised one; its values do not matter.
+        identity: what the checkpoint must have been saved with, if it was saved with any.
         part: whether the checkpoint may hold more than the template, which is then left there.
 
     Returns:
@@ -307,15 +333,17 @@ def restore_latest(
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged; nothing is moved.
-        CheckpointMismatchError: structure, shape or dtype differs from the template; names the
-            first leaf that does.
+        CheckpointMismatchError: structure, shape or dtype differs from the template (names the
+            first leaf that does), or another identity (names every key).
         TypeError: a leaf of the template is neither array nor number.
     """
     directory = Path(directory)
     damaged: list[tuple[int, Path, str]] = []
     for step, _, folder in reversed(_step_folders(directory)):
         try:
-            state, extra = _restore(folder, step, template, part)
+            content = _read_manifest(folder / "manifest.json", step)
+            _check_identity(folder, content.get("identity"), identity)
+            state = _restore(folder, content, template, part)
         except _DamagedError as error:
             logging.warning("checkpoint %s is damaged (%s)", folder, error)
             damaged.append((step, folder, str(error)))
@@ -323,7 +351,7 @@ def restore_latest(
         skipped = tuple(SkippedCheckpoint(s, why, _set_aside(path)) for s, path, why in damaged)
         if skipped:
             logging.warning("going on from the checkpoint of step %d instead", step)
-        return RestoredCheckpoint(step, state, extra, skipped)
+        return RestoredCheckpoint(step, state, content["extra"], skipped)
     if not damaged:
         return None
     found = "\n".join(f"  {path.name}: {why}" for _, path, why in damaged)
@@ -348,11 +376,10 @@ def _set_aside(folder: Path) -> Path:
     return target
 
 
-def _restore(folder: Path, step: int, template: Any, part: bool) -> tuple[Any, dict]:
-    """State and extra of one checkpoint; _DamagedError if it is not whole."""
+def _restore(folder: Path, content: dict, template: Any, part: bool) -> Any:
+    """The state of one checkpoint; _DamagedError if it is not whole."""
     named = _named_leaves(template)
     wanted = [_describe(name, leaf) for name, leaf in named]
-    content = _read_manifest(folder / "manifest.json", step)
     entries, names = list(enumerate(content["leaves"])), {leaf.name for leaf in wanted}
     if part:
         entries = [(place, entry) for place, entry in entries if entry["name"] in names]
@@ -371,7 +398,7 @@ def _restore(folder: Path, step: int, template: Any, part: bool) -> tuple[Any, d
         if not same_form or _crc(array) != entry["crc32"]:
             raise _DamagedError(f"the bits of leaf {leaf.name} are not those that were saved")
     values = [_from_numpy(array, like) for array, (_, like) in zip(arrays, named, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(template), values), content["extra"]
+    return jax.tree.unflatten(jax.tree.structure(template), values)
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, Any]:
@@ -385,6 +412,28 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
     if zlib.crc32(text.encode()) != sealed.get("crc32") or content["step"] != step:
         raise _DamagedError(f"{path.name} is not the one that was saved")
     return content
+
+
+def _check_identity(folder: Path, there: Mapping | None, wanted: Mapping | None) -> None:
+    """Raise CheckpointMismatchError if both are known and differ."""
+    listing = "" if there is None or wanted is None else differences(there, wanted)
+    if listing:
+        raise CheckpointMismatchError(
+            f"checkpoint {folder} is of another run:\n{listing}\nGive another --workdir, or delete "
+            f"{folder.parent} to start anew."
+        )
+
+
+def checkpoint_fingerprint(directory: str | os.PathLike) -> str | None:
+    """Hash of the leaves (names, shapes, dtypes, bits) of the newest checkpoint; None without one.
+
+    It is read from the manifest alone; what is damaged there is passed over.
+    """
+    for step, _, folder in reversed(_step_folders(Path(directory))):
+        with contextlib.suppress(_DamagedError):
+            leaves = _read_manifest(folder / "manifest.json", step)["leaves"]
+            return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+    return None
 
 
 def _check_match(folder: Path, saved: list[_Leaf], wanted: list[_Leaf]) -> None:

@@ -23,7 +23,7 @@ class QualityGuard:
     """
 
     def __init__(self, start: int, classes: int, examples: int, window: int = 50):
-        self._start, self._window = start, window  # steps in the delay, and looked at
+        self._start, self.window = start, window  # steps in the delay, and looked at
         chance = 1 / classes
         error = math.sqrt(chance * (1 - chance) / (window * examples))
         self._threshold = chance + 3 * error
@@ -36,7 +36,7 @@ class QualityGuard:
             return
         self._accuracies.append(float(metrics["sample_accuracy"]))
         self._agreements.append(float(metrics["prediction_agreement"]))
-        if len(self._accuracies) < self._window:
+        if len(self._accuracies) < self.window:
             return
         mean = float(np.mean(self._accuracies))
         same = min(self._agreements) >= 1

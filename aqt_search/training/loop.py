@@ -17,12 +17,15 @@ from absl import logging
 from aqt_search.training import parallel
 from aqt_search.training.checkpoint import (
     CheckpointError,
+    delete_after,
+    delete_unfinished,
     latest_step,
     restore_latest,
     save_checkpoint,
 )
 from aqt_search.training.interrupt import Interrupt
 from aqt_search.training.metrics import MetricsError, MetricWriter, Progress
+from aqt_search.training.workdir import check_lock
 
 CHECKPOINT_FOLDER = "checkpoints"
 _MOST_STEPS_AHEAD = 4  # how far Python may run ahead of the device
@@ -66,8 +69,12 @@ class Run(NamedTuple):
     inputs: Any = ()  # pytree given to every step, which may differ between runs of one program
     # Called at each record on the state, leaves [1, ...] on the device; its numbers are added.
     describe: Callable[[Any], Mapping[str, float]] = lambda state: {}
-    # Called with every step's metrics, in order; raises to stop the run.
+    # Called with every step's metrics, in order; raises to stop the run. A run that goes on calls
+    # it again with those of the last `looks_back` steps.
     check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    looks_back: int = 0
+    # What tells this run from others (`workdir.identity_of`): its checkpoints carry it.
+    identity: Mapping[str, Any] | None = None
     # By number of a step: what the host makes of the state, not replicated, just before that step.
     # A run that goes on from the step before makes it again, so it depends on the state alone.
     turns: Mapping[int, Callable[[Any], Any]] = types.MappingProxyType({})
@@ -84,7 +91,8 @@ def run_steps(step: Callable, run: Run, schedule: Schedule) -> LoopResult:
     """Runs `state, metrics = step(state, inputs, *batches)` up to `schedule.total_steps`.
 
     The run goes on from the newest whole checkpoint in `<workdir>/checkpoints`, with the position
-    of every stream, so that a killed run ends in the same bits as an undisturbed one.
+    of every stream and the metrics that await their record, so that a run that was killed or
+    stopped ends in the same bits, and the same records, as an undisturbed one.
 
     Args:
       step: not yet compiled; takes a state, inputs and one batch per stream, on every replica.
@@ -94,7 +102,9 @@ def run_steps(step: Callable, run: Run, schedule: Schedule) -> LoopResult:
     Raises:
       DivergedError: a metric is not finite (says the step); the last checkpoint is of good weights.
       InterruptedRunError: SIGTERM or Ctrl-C; the state is saved.
-      CheckpointError, MetricsError: the disk is full or what is on it is damaged.
+      CheckpointError, MetricsError: the disk is full or what is on it is damaged, or the
+        checkpoint is of another run.
+      WorkdirError: the folder was deleted or replaced while the run went on.
     """
     (result,) = _run_together(step, [run], schedule, parallel.data_parallel())
     if isinstance(result, Exception):
@@ -112,13 +122,13 @@ def run_side_by_side(
 
     Args:
       step, schedule: as for `run_steps`.
-      runs: at most one per device, whose newest checkpoints are of one step.
+      runs: at most one per device. They go on from the newest step that all of them have.
 
     Returns:
       For each run its result, or the error that stopped it.
 
     Raises:
-      ValueError: more runs than devices, or checkpoints of different steps.
+      ValueError: more runs than devices.
       InterruptedRunError, CheckpointError, MetricsError: as `run_steps`, for all of them.
     """
     return _run_together(step, runs, schedule, parallel.side_by_side(len(runs)))
@@ -128,12 +138,9 @@ def _run_together(
     step: Callable, runs: Sequence[Run], schedule: Schedule, placement: parallel.Placement
 ) -> list[LoopResult | RuntimeError]:
     lanes = [_Lane(run) for run in runs]
-    done = lanes[0].done
-    if any(lane.done != done for lane in lanes):
-        told = ", ".join(f"{lane.run.workdir.name}: {lane.done}" for lane in lanes)
-        raise ValueError(f"Runs side by side must be at the same step; got {told}.")
-    if done >= schedule.total_steps:
-        return [LoopResult(lane.state, lane.seconds) for lane in lanes]
+    done = _go_to_one_step(lanes)
+    if done >= schedule.total_steps or all(lane.error for lane in lanes):
+        return [lane.error or LoopResult(lane.state, lane.seconds) for lane in lanes]
     loop = _Loop(placement, placement.compile(step), schedule, lanes)
     names = ", ".join(run.workdir.name for run in runs)
     with (
@@ -142,19 +149,21 @@ def _run_together(
         Interrupt() as interrupt,
     ):
         for lane in lanes:
-            lane.writer = writers.enter_context(MetricWriter(lane.run.workdir, done))
+            if not lane.error:
+                lane.writer = writers.enter_context(MetricWriter(lane.run.workdir, done))
         for number in range(done + 1, schedule.total_steps + 1):
             loop.turn(number)
             loop.advance()
             last = number == schedule.total_steps
             stopped_by = interrupt.requested  # read once: a later signal ends the next step
-            saves = last or stopped_by or number % schedule.checkpoint_every == 0
-            shown = loop.record(number) if saves or loop.is_due(number) else None
+            due = last or number % schedule.checkpoint_every == 0
+            # A stop saves at a step of its own, whose record an undisturbed run does not have.
+            shown = loop.record(number) if due or loop.is_due(number) else None
             progress.update(1, shown)
+            if due or stopped_by:
+                loop.save(number)
             if all(lane.error for lane in lanes):
                 break
-            if saves:
-                loop.save(number)
             if stopped_by and not last:
                 raise InterruptedRunError(
                     f"{stopped_by}: saved step {number} of {schedule.total_steps} of {names}."
@@ -163,32 +172,76 @@ def _run_together(
     return loop.results()
 
 
+def _go_to_one_step(lanes: Sequence[_Lane]) -> int:
+    """Takes every run back to the newest step that all of them have; 0 is their beginning."""
+    while len(steps := {lane.done for lane in lanes if not lane.error}) > 1:
+        for lane in lanes:
+            if not lane.error and lane.done > min(steps):
+                lane.go_back(min(steps))
+    return min(steps, default=0)
+
+
 class _Lane:
     """One run: where it goes on, its files, and the error that stopped it."""
 
     def __init__(self, run: Run):
         self.run = run
         self.folder = run.workdir / CHECKPOINT_FOLDER
-        self.state, self.done = run.state, 0
-        self.seconds = self.spent = 0.0  # before this start, and up to the newest checkpoint
         self.error: RuntimeError | None = None
         self.writer: MetricWriter  # opened before the first step, if one is left
-        restored = restore_latest(self.folder, jax.tree.map(np.asarray, run.state))
-        if restored is not None:
-            self.state, self.done = restored.state, restored.step
-            self.seconds = restored.extra["seconds"]
-            for stream, position in zip(run.streams, restored.extra["streams"], strict=True):
-                stream.set_state(position)
+        self._first_positions = [stream.get_state() for stream in run.streams]
+        with contextlib.suppress(OSError):  # a save would say so
+            delete_unfinished(self.folder)
+        self._restore()
+
+    def _restore(self) -> None:
+        self.state, self.done = self.run.state, 0
+        self.seconds = self.spent = 0.0  # before this start, and up to the newest checkpoint
+        self.metrics: list[tuple[int, dict[str, float]]] = []  # of the steps still needed
+        self.recorded = 0  # step of the last record
+        template = jax.tree.map(np.asarray, self.run.state)
+        try:
+            found = restore_latest(self.folder, template, identity=self.run.identity)
+        except CheckpointError as error:
+            self.error = error
+            return
+        positions = found.extra["streams"] if found else self._first_positions
+        for stream, position in zip(self.run.streams, positions, strict=True):
+            stream.set_state(position)
+        if found is not None:
+            self.state, self.done = found.state, found.step
+            self.seconds = found.extra["seconds"]
+            self.recorded = found.extra.get("recorded", self.done)
+            self.metrics = [(step, values) for step, values in found.extra.get("metrics", ())]
             logging.info("Going on from the checkpoint of step %d in %s.", self.done, self.folder)
 
-    def record(self, fetched: Sequence[tuple[int, Mapping]], number: int, state: Any) -> Mapping:
-        """Checks every step's metrics and writes their means."""
+    def go_back(self, step: int) -> None:
+        logging.warning(
+            "%s goes back from step %d to %d, or before, where a run beside it has to go on.",
+            self.run.workdir, self.done, step,
+        )  # fmt: skip
+        delete_after(self.folder, step)
+        self._restore()
+
+    def look_back(self) -> None:
+        """Shows `check` what it has seen before this start."""
+        for at, metrics in self.metrics:
+            self.run.check(at, metrics)
+
+    def take(self, fetched: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        """Checks every step's metrics, and keeps them."""
         for at, metrics in fetched:
             self._check_finite(at, metrics)
             self.run.check(at, metrics)
-        names = fetched[0][1]
-        means = {n: float(np.mean([metrics[n] for _, metrics in fetched])) for n in names}
+            self.metrics.append((at, {name: float(value) for name, value in metrics.items()}))
+
+    def record(self, number: int, state: Any) -> Mapping:
+        """Writes the means since the last record."""
+        since = [metrics for at, metrics in self.metrics if at > self.recorded]
+        means = {name: float(np.mean([metrics[name] for metrics in since])) for name in since[0]}
         self.writer.write(number, means | dict(self.run.describe(state)))
+        self.recorded = number
+        self.metrics = [kept for kept in self.metrics if kept[0] > number - self.run.looks_back]
         return {name: means[name] for name in ("loss", "accuracy", "cost") if name in means}
 
     def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
@@ -203,10 +256,16 @@ class _Lane:
                 " learning rate, gradient clipping, or formats with more bits, in a new --workdir."
             )
 
-    def save(self, state: Any, number: int, seconds: float) -> None:
-        streams = [stream.get_state() for stream in self.run.streams]
+    def save(self, number: int) -> None:
+        extra = {
+            "streams": [stream.get_state() for stream in self.run.streams],
+            "seconds": self.spent,
+            "recorded": self.recorded,
+            "metrics": self.metrics,
+        }
+        check_lock(self.run.workdir)
         self.writer.flush()
-        save_checkpoint(self.folder, number, state, {"streams": streams, "seconds": seconds})
+        save_checkpoint(self.folder, number, self.state, extra, identity=self.run.identity)
 
 
 class _Loop:
@@ -218,7 +277,8 @@ class _Loop:
         self._state = placement.put([lane.state for lane in lanes])
         self._inputs = placement.put([lane.run.inputs for lane in lanes])
         self._started = time.monotonic()
-        self._pending: list[Any] = []  # metrics of the steps since the last record
+        self._pending: list[Any] = []  # metrics of the newest steps
+        self._each(lambda index, lane: lane.look_back())
 
     def is_due(self, number: int) -> bool:
         return number % self._schedule.log_every == 0
@@ -231,47 +291,65 @@ class _Loop:
         if len(self._pending) > _MOST_STEPS_AHEAD:
             jax.block_until_ready(self._pending[-_MOST_STEPS_AHEAD])
 
+    def _each(self, act: Callable[[int, _Lane], None]) -> None:
+        """Does something for every run that goes on; what fails stops that run alone."""
+        for index, lane in enumerate(self._lanes):
+            if lane.error:
+                continue
+            try:
+                act(index, lane)
+            except RuntimeError as error:  # its numbers or its folder, not the disk
+                if isinstance(error, (CheckpointError, MetricsError)):
+                    raise
+                lane.error = error
+
     def turn(self, number: int) -> None:
         """Lets every run that has something to do before the step `number` do it."""
         if not any(number in lane.run.turns for lane in self._lanes):
             return
         states = [self._fetch(self._state, index) for index in range(len(self._lanes))]
-        for index, lane in enumerate(self._lanes):
-            if number in lane.run.turns and not lane.error:
-                try:
-                    states[index] = lane.run.turns[number](states[index])
-                except RuntimeError as error:  # of this run alone
-                    lane.error = error
+
+        def act(index: int, lane: _Lane) -> None:
+            if number in lane.run.turns:
+                states[index] = lane.run.turns[number](states[index])
+
+        self._each(act)
         self._state = self._placement.put(states)
 
     def _fetch(self, tree: Any, index: int) -> Any:
         return parallel.unreplicate(self._placement.view(tree, index))
 
-    def record(self, number: int) -> Mapping[str, float]:
-        """Writes the metrics of all runs since the last record; returns the first run's."""
+    def _take(self, number: int) -> None:
+        """Gives every run its metrics of the steps up to `number`."""
         pending, self._pending = self._pending, []
         first = number - len(pending) + 1
-        shown: Mapping[str, float] = {}
-        for index, lane in enumerate(self._lanes):
-            if lane.error:
-                continue
-            fetched = [(at, self._fetch(m, index)) for at, m in enumerate(pending, first)]
-            try:
-                found = lane.record(fetched, number, self._placement.view(self._state, index))
-            except RuntimeError as error:  # of this run alone: its numbers, not its files
-                if isinstance(error, (CheckpointError, MetricsError)):
-                    raise
-                lane.error = error
-            else:
-                shown = shown or found
-        return shown
+
+        def act(index: int, lane: _Lane) -> None:
+            lane.take([(at, self._fetch(m, index)) for at, m in enumerate(pending, first)])
+
+        self._each(act)
+
+    def record(self, number: int) -> Mapping[str, float]:
+        """Writes the metrics of all runs since the last record; returns the first run's."""
+        self._take(number)
+        shown: list[Mapping[str, float]] = []
+
+        def act(index: int, lane: _Lane) -> None:
+            shown.append(lane.record(number, self._placement.view(self._state, index)))
+
+        self._each(act)
+        return shown[0] if shown else {}
 
     def save(self, number: int) -> None:
-        for index, lane in enumerate(self._lanes):
-            if not lane.error:
-                lane.state = self._fetch(self._state, index)
-                lane.spent = lane.seconds + time.monotonic() - self._started
-                lane.save(lane.state, number, lane.spent)
+        """Saves all runs, whose metrics up to there have been good."""
+        self._take(number)
+
+        def act(index: int, lane: _Lane) -> None:
+            lane.state = self._fetch(self._state, index)
+            lane.spent = lane.seconds + time.monotonic() - self._started
+            lane.save(number)
+
+        self._each(act)
 
     def results(self) -> list[LoopResult | RuntimeError]:
         return [lane.error or LoopResult(lane.state, lane.spent) for lane in self._lanes]

@@ -212,7 +212,8 @@ class Progress:
     """Progress of a run: rate, time left and a few metrics.
 
     On a terminal a bar; elsewhere a plain line at the first update after each
-    `interval_seconds`, and one at the end, so that logs stay readable.
+    `interval_seconds`, and one at the end, so that logs stay readable. Before the first update it
+    says that the step compiles; rate and time left are those of the steps after it.
 
     Args:
         total: steps in the run.
@@ -236,14 +237,20 @@ class Progress:
         self._interval = interval_seconds
         self._last_line = time.monotonic()
         self._printed = initial
+        self._total, self._description = total, description
+        self._bar: tqdm | None = None  # made after the first step, so that its time does not count
+        self._say(f"{description}: compiling ..." if description else "compiling ...")
+
+    def _make_bar(self, done: int) -> tqdm:
         # tqdm reads the description as part of a format, where braces are doubled.
-        prefix = description.replace("{", "{{").replace("}", "}}") + ": " if description else ""
+        escaped = self._description.replace("{", "{{").replace("}", "}}")
+        prefix = escaped + ": " if escaped else ""
         plain = prefix + "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         # Elsewhere than on a terminal tqdm keeps the time and formats; the lines are printed here.
-        self._bar = tqdm(
-            total=total,
-            initial=initial,
-            desc=description if self._terminal else None,
+        return tqdm(
+            total=self._total,
+            initial=done,
+            desc=self._description if self._terminal else None,
             unit="step",
             file=self._stream if self._terminal else io.StringIO(),
             mininterval=0.1 if self._terminal else math.inf,
@@ -253,15 +260,21 @@ class Progress:
 
     def update(self, steps: int = 1, metrics: Mapping[str, float] | None = None) -> None:
         """Count steps; with `metrics`, show them from now on."""
+        first = self._bar is None
+        if self._bar is None:
+            self._bar = self._make_bar(self._printed + steps)
         if metrics is not None:
             postfix = {name: f"{float(value):.4g}" for name, value in metrics.items()}
-            self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update(steps)
+            self._bar.set_postfix(postfix, refresh=first)
+        if not first:
+            self._bar.update(steps)
         if not self._terminal and time.monotonic() - self._last_line >= self._interval:
             self._print_line()
 
     def close(self) -> None:
         """Finish the bar, or print the last line."""
+        if self._bar is None:
+            return
         if not self._terminal and self._bar.n > self._printed:
             self._print_line()
         self._bar.close()
@@ -278,6 +291,10 @@ class Progress:
         self.close()
 
     def _print_line(self) -> None:
-        print(self._bar, file=self._stream, flush=True)
+        assert self._bar is not None
+        self._say(str(self._bar))
         self._printed = self._bar.n
         self._last_line = time.monotonic()
+
+    def _say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)

@@ -1,6 +1,8 @@
 """Runs on devices: one run with a replica per device, or a run per device, side by side.
 
-The only file that knows about `jax.pmap`.
+The only file that knows how a step is mapped over devices. Not by `jax.pmap`, which keeps every
+function it has mapped, and its program, until `jax.clear_caches()` (jax 0.10): a sweep would grow
+by each of its points.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"  # the mapped axis that shards a batch over the replicas
 _RUNS = "runs"  # the mapped axis over runs side by side
@@ -28,14 +31,29 @@ def replica_count() -> int:
 
 def pmap_step(step: Callable, *, donate_state: bool = True) -> Callable:
     """Compiles `step(state, ...)` for all replicas, with `AXIS` bound and every argument mapped."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ())
+    return _mapped(step, AXIS, replica_count(), donate_state)
+
+
+def _mapped(step: Callable, axis_name: str, count: int, donate_state: bool = False) -> Callable:
+    """`step` on each of `count` devices, on its slices of all leaves [count, ...]."""
+    slices = PartitionSpec(axis_name)
+
+    def on_device(*arguments):  # leaves [1, ...]
+        own = jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, (0,)), arguments)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], step(*own))
+
+    mesh = Mesh(np.array(jax.local_devices()[:count]), (axis_name,))
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=slices, out_specs=slices, check_vma=False
+    )  # fmt: skip
+    places = NamedSharding(mesh, slices)
+    donated = (0,) if donate_state else ()
+    return jax.jit(mapped, in_shardings=places, out_shardings=places, donate_argnums=donated)
 
 
 def replicate(tree: Any) -> Any:
     """Copies every leaf [...] to every replica, as [replicas, ...]."""
     count = replica_count()
-    if not jax.tree.leaves(tree):  # which pmap refuses
-        return tree
 
     def copy(leaf):
         leaf = np.asarray(leaf)
@@ -50,8 +68,7 @@ def _placed(count: int, axis_name: str) -> Callable:
 
     Under the axis name of the step, which would be compiled again for what came from another.
     """
-    devices = jax.local_devices()[:count]
-    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, devices=devices)
+    return _mapped(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, count)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -124,10 +141,7 @@ def side_by_side(count: int) -> Placement:
         return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *trees)
 
     def put(trees: Sequence[Any]) -> Any:
-        stacked = stack(trees)
-        if not jax.tree.leaves(stacked):  # which pmap refuses
-            return stacked
-        return _placed(count, _RUNS)(stacked)
+        return _placed(count, _RUNS)(stack(trees))
 
     return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
 
@@ -135,5 +149,4 @@ def side_by_side(count: int) -> Placement:
 @functools.lru_cache(maxsize=4)  # the next runs of the same step find it compiled
 def _compiled_alone(step: Callable, count: int) -> Callable:
     alone = jax.vmap(step, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
-    devices = jax.local_devices()[:count]
-    return jax.pmap(alone, _RUNS, devices=devices, donate_argnums=(0,))
+    return _mapped(alone, _RUNS, count, donate_state=True)

@@ -5,12 +5,17 @@ import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
+# This process, also where another machine or container has one of the same number.
+_HOLDER = secrets.token_hex(8)
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_bytes` calls them
 
 
 class WorkdirError(RuntimeError):
@@ -75,7 +80,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        WorkdirError: the file is not strict JSON in UTF-8.
+        WorkdirError: the file cannot be read, or is not strict JSON in UTF-8.
     """
 
     def refuse(constant: str) -> None:
@@ -83,6 +88,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}. Mend it.") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise WorkdirError(
             f"{path} is not valid JSON: {error}. It was damaged or edited by hand; repair it, or "
@@ -94,10 +103,17 @@ def _make_folder(workdir: str | os.PathLike) -> Path:
     """The folder, made if needed and known to be writable."""
     workdir = Path(workdir)
     try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise WorkdirError(
+            f"workdir {str(workdir)!r} is a name that is not UTF-8. Give another --workdir."
+        ) from error
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise WorkdirError(
-            f"workdir {workdir} is not a folder: a file is in its place. Give another --workdir."
+            f"workdir {workdir} is not a folder: a file, or a link to nothing, is in its place. "
+            "Give another --workdir."
         ) from error
     except OSError as error:
         raise WorkdirError(
@@ -121,18 +137,25 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(there: Mapping, now: Mapping, ignore: Iterable[str]) -> list[str]:
-    """Lines "key: there X, now Y" of all keys that differ and are not ignored."""
+def identity_of(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """What tells a configuration from another: {"a.b": JSON value}, without the ignored keys."""
     ignored = tuple(ignore)
-    there, now = (_flatten(config) if config else {} for config in (there, now))
+    flat = json.loads(json.dumps(_flatten(config) if config else {}, allow_nan=False))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(name + ".") for name in ignored)
+    }
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Lines "key: there X, now Y" of all keys in which two identities differ; "" for none."""
     lines = []
     for key in sorted(there.keys() | now.keys()):
-        if any(key == name or key.startswith(name + ".") for name in ignored):
-            continue
         old, new = (json.dumps(c[key]) if key in c else "absent" for c in (there, now))
         if old == "absent" or new == "absent" or there[key] != now[key]:
-            lines.append(f"{key}: there {old}, now {new}")
-    return lines
+            lines.append(f"  {key}: there {old}, now {new}")
+    return "\n".join(lines)
 
 
 def claim_workdir(
@@ -165,9 +188,8 @@ def claim_workdir(
     if there is not None:
         if not isinstance(there, dict):
             raise WorkdirError(f"{path} holds no configuration. Delete {workdir} or give another.")
-        lines = _differences(there, now, ignore)
-        if lines:
-            listing = "\n".join(f"  {line}" for line in lines)
+        listing = differences(identity_of(there, ignore), identity_of(now, ignore))
+        if listing:
             raise WorkdirError(
                 f"workdir {workdir} holds a run with another configuration:\n{listing}\n"
                 f"Give another --workdir, or delete {workdir} to start anew."
@@ -181,11 +203,14 @@ def claim_workdir(
 def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
     """Hold the folder for this process; the system lets go when the process ends, however it does.
 
-    The lock is `flock` on `run.lock`, which stays behind and holds the PID of its last owner.
+    The lock is `flock` on `run.lock`, which stays behind and names its last owner: its PID, and a
+    token of its own. A folder may be deleted under its run, and made anew by another: ask
+    `check_lock` before writing what would pass for the other's. Temporary files that a killed owner
+    left in the folder are deleted.
 
     Raises:
         WorkdirError: another process holds the folder (names its PID), or the folder or the lock
-            file cannot be made.
+            file cannot be made or written.
     """
     workdir = _make_folder(workdir)
     path = workdir / LOCK_FILE
@@ -200,10 +225,44 @@ def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise WorkdirError(_lock_message(workdir, file, error)) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {_HOLDER}\n")
+            file.flush()
+        except OSError as error:
+            raise WorkdirError(
+                f"could not write {path}: {error.strerror}. Free space, then run the same command "
+                "again."
+            ) from error
+        check_lock(workdir)  # it may have been deleted since the file was opened
+        delete_leftovers(workdir)
         yield workdir
+
+
+def check_lock(workdir: str | os.PathLike) -> None:
+    """Check that the folder of this name is the one that this process has locked.
+
+    Raises:
+        WorkdirError: it was deleted, and perhaps made anew, since.
+    """
+    try:
+        holder = (Path(workdir) / LOCK_FILE).read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        holder = []
+    if holder != [str(os.getpid()), _HOLDER]:
+        now = f"and is now that of process {holder[0]}" if holder else "and is no run's now"
+        raise WorkdirError(
+            f"workdir {workdir} was deleted or replaced while this run went on, {now}. Nothing is "
+            "written there any more. Run the command again, with another --workdir if the other "
+            "run is to stay."
+        )
+
+
+def delete_leftovers(folder: str | os.PathLike) -> None:
+    """Delete what writes that were killed have left in a folder that no one else writes to."""
+    for path in Path(folder).glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _lock_message(workdir: Path, file: Any, error: OSError) -> str:
@@ -214,7 +273,7 @@ def _lock_message(workdir: Path, file: Any, error: OSError) -> str:
             "--workdir on another one."
         )
     file.seek(0)
-    owner = file.read().strip() or "unknown"
+    owner = (file.read().split() or ["unknown"])[0]
     return (
         f"workdir {workdir} is in use by process {owner}. Wait for it to end, stop it, or give "
         "another --workdir."

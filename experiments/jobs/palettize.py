@@ -29,7 +29,7 @@ from aqt_search.training.evaluation import StaticEvaluation, reestimate_batch_st
 from aqt_search.training.loop import LoopResult, Run, Schedule
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.train_step import TrainState, init_train_state
-from aqt_search.training.workdir import write_json
+from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
 from experiments.job import Job, claim_run, run_alone
 
@@ -186,6 +186,7 @@ def store(
     )  # fmt: skip
     judged = judged_by(config, parts, {**variables, "params": dequantized(paletted)})
     statistics = judged.variables["batch_stats"]
+    check_lock(workdir)
     file_bytes = save(workdir / PALETTE_FILE, {"params": paletted, "batch_stats": statistics})
     float_bytes = len(encoded({"params": params, "batch_stats": statistics}))
     rows = site_rows(params, paletted)
@@ -232,8 +233,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         trained = {"params": end.state.params, "batch_stats": stats["model"]}
         return store(config, workdir, parts, trained, stats["centroids"], end.seconds)
 
-    claim_run(workdir, config)
-    return Job(step, run, schedule, finish)
+    identity = claim_run(workdir, config, images)
+    return Job(step, run._replace(identity=identity), schedule, finish)
 
 
 def format_sizes(sizes: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from aqt_search.training import parallel
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.evaluation import StaticEvaluation, evaluate, reestimate_batch_stats
 from aqt_search.training.loop import Run, Schedule
-from aqt_search.training.workdir import write_json
+from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
 from experiments.job import Job, claim_run, run_alone
@@ -285,16 +285,18 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     def finish(_: Any) -> dict[str, Any]:
         start = time.monotonic()
         quantized, rows = quantize_in_steps(setting, variables, judge)
+        check_lock(workdir)
         write_json(workdir / PTQ_FILE, {"images": config.ptq.images, "steps": rows})
         evaluation = judged_by(setting, variables, quantized)
-        save_checkpoint(workdir / WEIGHTS_FOLDER, 0, evaluation.variables, {})
+        folder = workdir / WEIGHTS_FOLDER
+        save_checkpoint(folder, 0, evaluation.variables, identity=identity)
         facts = {"kind": "ptq", "steps": 0, "seconds": time.monotonic() - start}
         ended = results.Ended(
             config, workdir, there.parts, formats, quantized.variables, evaluation, variables
         )
         return results.finish(ended, facts)
 
-    claim_run(workdir, config)
+    identity = claim_run(workdir, config, images)
     return Job(None, Run(workdir, (), []), Schedule(0, 1, 1), finish)
 
 

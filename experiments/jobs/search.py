@@ -74,9 +74,12 @@ def prepare_sampled(
         return probabilities_of(np.exp(log_p(logits)), setting.space)
 
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_run(workdir, config)
+    identity = claim_run(workdir, config, images)
     guard = QualityGuard(setting.delay_steps, images.splits.num_classes, examples)
-    run = Run(workdir, state, streams, describe=describe, check=guard)
+    run = Run(
+        workdir, state, streams, describe=describe, check=guard, looks_back=guard.window,
+        identity=identity,
+    )  # fmt: skip
     return Job(step, run, parts.schedule, finish)
 
 

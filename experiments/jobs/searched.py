@@ -12,7 +12,7 @@ import numpy as np
 
 from aqt_search.search.space import Space
 from aqt_search.training.metrics import read_metrics
-from aqt_search.training.workdir import write_json, write_text
+from aqt_search.training.workdir import check_lock, write_json, write_text
 from experiments import from_config, results
 from experiments.configured_search import ConfiguredSearch
 
@@ -43,6 +43,7 @@ def write_search_files(workdir: Path, space: Space) -> None:
     decisions = {
         d.name: {"sites": list(d.sites), "options": list(d.labels)} for d in space.decisions
     }
+    check_lock(workdir)
     write_json(workdir / "space.json", decisions)
     lines = []
     for record in read_metrics(workdir):

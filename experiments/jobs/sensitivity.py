@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from aqt_search import data
 from aqt_search.numerics.formats import numeric_format
 from aqt_search.training.sensitivity import FLOAT, Sensitivity, sensitivity
-from aqt_search.training.workdir import lock_workdir, write_json
+from aqt_search.training.workdir import check_lock, lock_workdir, write_bytes, write_json
 from experiments import finished_run, from_config
 from experiments.job import claim_run
 
@@ -125,20 +124,20 @@ def write(found: Sensitivity, folder: Path) -> None:
     write_json(folder / SENSITIVITY_FILE, content)
     from aqt_search.report.sensitivity_plot import sensitivity_figure  # matplotlib takes long
 
-    temporary = folder / f".{FIGURE_FILE}.tmp"
-    temporary.write_bytes(sensitivity_figure(content))
-    os.replace(temporary, folder / FIGURE_FILE)
+    write_bytes(folder / FIGURE_FILE, sensitivity_figure(content))
 
 
 def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Sensitivity:
     """Measures, and writes sensitivity.json and sensitivity.png."""
+    images = images or from_config.load_images(config)
     with lock_workdir(workdir):
         measure = prepare(config, images)
         # Claimed last, so that a refused configuration does not keep the folder.
-        claim_run(workdir, config)
+        claim_run(workdir, config, images)
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
+        check_lock(workdir)
         write(found, workdir)
         return found

@@ -45,8 +45,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
             state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_run(workdir, config)
-    run = Run(workdir, state, [stream], as_data(assignment))
+    identity = claim_run(workdir, config, images)
+    run = Run(workdir, state, [stream], as_data(assignment), identity=identity)
     return Job(step, run, parts.schedule, finish)
 
 
