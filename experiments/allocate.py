@@ -126,7 +126,9 @@ def run(
         images = images or from_config.load_images(config)
         there = finished_run.load(config, Path(config.checkpoint), images)
         points = allocated_points(config, there, workdir)
-        found = run_points(points, workdir / "points", lambda point: images, side_by_side=False)
+        found = run_points(
+            points, workdir / "points", lambda point: images, side_by_side=False, release=False
+        )
         tell_points(found, len(points))
         check_lock(workdir)
         return write_report(workdir)

@@ -26,7 +26,7 @@ from aqt_search.report import format_table, load_records, write_report
 from aqt_search.report.against_uniform import UNIFORM_SERIES
 from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
-from aqt_search.training.parallel import replica_count
+from aqt_search.training.parallel import release_programs, replica_count
 from aqt_search.training.workdir import check_lock, lock_workdir, write_json
 from experiments import from_config, results
 from experiments.command_line import run_job
@@ -187,14 +187,23 @@ def image_loader() -> Callable[[Point], from_config.Images]:
     return images_of
 
 
+# Of so many points programs are kept: each takes some tens of MB, and letting go some seconds.
+_POINTS_KEPT = 8
+
+
 def run_points(
     points: Sequence[Point],
     folder: Path,
     images_of: Callable[[Point], from_config.Images],
     side_by_side: bool,
+    release: bool = True,
 ) -> Iterator[tuple[Point, dict[str, Any]]]:
-    """Runs every point unless its result is there; a failure becomes its result."""
-    groups: dict[str, list[Point]] = {}
+    """Runs every point unless its result is there; a failure becomes its result.
+
+    With `release` compiled programs are let go of now and then, so that hundreds of points end in
+    the memory of a few.
+    """
+    kept, groups = 0, dict[str, list[Point]]()
     for point in points:
         groups.setdefault(point.program if side_by_side else point.name, []).append(point)
     # What a point takes from another is there only after it.
@@ -212,6 +221,10 @@ def run_points(
             for point in waiting:
                 check_lock(folder.parent)  # else a later sweep would take its points for its own
                 yield point, _run_point(point, folder / point.name, images_of(point))
+                kept += 1
+        if release and (kept == _POINTS_KEPT or (side_by_side and waiting)):
+            release_programs()
+            kept = 0
 
 
 def _run_point(point: Point, folder: Path, images: from_config.Images) -> dict[str, Any]:

