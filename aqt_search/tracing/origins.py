@@ -221,7 +221,7 @@ class _Walk:
 
 def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
     """Whether an equation is a product of data, or takes rows of a weight as data says."""
-    name, floating = eqn.primitive.name, [_is_floating(v) for v in eqn.invars]
+    name, floating = eqn.primitive.name, [_is_inexact(v) for v in eqn.invars]
     # A product of parameters and constants alone is part of a weight: it is folded at serving.
     if name in SITE_PRIMITIVES:
         return all(floating) and any(o.data for o in inputs)
@@ -232,13 +232,18 @@ def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
     return name in FOREIGN_PRODUCTS and any(o.data for o in inputs)
 
 
-def _is_floating(atom) -> bool:
-    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+def _is_inexact(atom) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
 
 
 def _no_form(eqn: jex_core.JaxprEqn) -> str | None:
     name = eqn.primitive.name
-    return f"{name} has no quantized form yet" if name in FOREIGN_PRODUCTS else None
+    if name in FOREIGN_PRODUCTS:
+        return f"{name} has no quantized form yet"
+    for atom in eqn.invars:
+        if jnp.issubdtype(atom.aval.dtype, jnp.complexfloating):
+            return f"its operand is {atom.aval.dtype}, and formats are of real numbers"
+    return None
 
 
 _CUSTOM_RULE = (
