@@ -240,9 +240,9 @@ def _no_form(eqn: jex_core.JaxprEqn) -> str | None:
     name = eqn.primitive.name
     if name in FOREIGN_PRODUCTS:
         return f"{name} has no quantized form yet"
-    for atom in eqn.invars:
-        if jnp.issubdtype(atom.aval.dtype, jnp.complexfloating):
-            return f"its operand is {atom.aval.dtype}, and formats are of real numbers"
+    for dtype in (array_type(atom).dtype for atom in eqn.invars):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return f"its operand is {dtype}, and formats are of real numbers"
     return None
 
 
