@@ -10,25 +10,22 @@ on the data or on the sites of the model is the jobs' to say.
 from __future__ import annotations
 
 import difflib
-import math
-import numbers
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import ml_collections
-import numpy as np
 
 from aqt_search.models import MODELS
 from aqt_search.models.classifier import ACTIVATIONS
 from aqt_search.numerics import by_name
-from aqt_search.numerics.formats import FormatError, numeric_format
+from aqt_search.numerics.formats import numeric_format
 from aqt_search.numerics.quantizer import operand_spec
-from aqt_search.palette.rules import PaletteError, palette_of
-from aqt_search.search.options import Choice, SpaceError, parsed_rule
+from aqt_search.palette.rules import palette_of
+from aqt_search.search.options import Choice, parsed_rule
 from aqt_search.search.searchers import SEARCHERS
 from aqt_search.search.space import DECIDE
-from aqt_search.tracing.rules import RuleError, compiled_pattern, parsed_formats, rule_pairs
+from aqt_search.tracing.rules import compiled_pattern, parsed_formats, rule_pairs
 from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.sensitivity import FLOAT
@@ -37,161 +34,22 @@ from experiments.configured_search import NAMED_CONTROLS, check_controls, cost_n
 from experiments.from_config import ConfigError, build_model, cost_function
 from experiments.jobs.ptq import STEPS, check_steps
 from experiments.jobs.sensitivity import SPLITS
+from experiments.kinds import (
+    Kind,
+    accepted,
+    demand,
+    either,
+    flag,
+    in_range,
+    is_tuple,
+    number,
+    one_of,
+    require,
+    several,
+    text,
+    whole,
+)
 from experiments.option_values import SCORES, VALUES
-
-# Errors that keep their name when that of the key is put before them.
-_NAMED_ERRORS = (FormatError, PaletteError, RuleError, SpaceError)
-_LARGEST = float(np.finfo(np.float32).max)
-_LARGEST_INT = 2**31 - 1
-_SHOWN = 160  # characters of a value in a message
-
-
-class Kind(NamedTuple):
-    """What a value may be."""
-
-    expected: str
-    example: Any
-    check: Callable[
-        [Any], None
-    ]  # raises TypeError or ValueError; its message says more, or nothing
-
-
-def require(what: str, value: Any, kind: Kind) -> None:
-    """Raises an error that names `what`, the value, what is expected and an example.
-
-    Raises:
-      ConfigError: the value is none of the kind.
-      FormatError, PaletteError, RuleError, SpaceError: likewise, by what is in it.
-    """
-    try:
-        kind.check(value)
-    except (TypeError, ValueError) as error:
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        why = f": {str(error).rstrip('.')}" if str(error) else ""
-        raise (type(error) if isinstance(error, _NAMED_ERRORS) else ConfigError)(
-            f"{what} is {shown}{why}; expected {kind.expected}, such as {kind.example!r}."
-        ) from error
-
-
-def _demand(fits: bool) -> None:
-    if not fits:
-        raise ValueError
-
-
-# --- Kinds ----------------------------------------------------------------------------------------
-
-
-def _range(least: float | None, above: float | None, most: float, below: float | None) -> Callable:
-    """value -> whether it is a number in the range."""
-
-    def within(value: Any) -> bool:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value <= most):
-            return False
-        low = (least is None or value >= least) and (above is None or value > above)
-        return low and (below is None or value < below)
-
-    return within
-
-
-def _words(least: float | None, above: float | None, most: float, below: float | None) -> str:
-    ends = [("at least", least), ("above", above), ("at most", most), ("below", below)]
-    told = [f"{word} {end:.10g}" for word, end in ends if end is not None and end != _LARGEST]
-    return " and ".join(told)
-
-
-def number(
-    example: float,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float = _LARGEST,
-    below: float | None = None,
-) -> Kind:
-    """A number that float32 holds, in a range."""
-    limits = least, above, most, below
-    within = _range(*limits)
-    return Kind(f"a finite number {_words(*limits)}", example, lambda v: _demand(within(v)))
-
-
-def whole(
-    example: int, *, least: int | None = None, above: int | None = None, most: int = _LARGEST_INT
-) -> Kind:
-    """A whole number in a range."""
-    limits = least, above, most, None
-    within = _range(*limits)
-    return Kind(
-        f"a whole number {_words(*limits)}",
-        example,
-        lambda v: _demand(isinstance(v, numbers.Integral) and within(v)),
-    )
-
-
-def flag() -> Kind:
-    """True or False."""
-    return Kind("True or False", True, lambda v: _demand(isinstance(v, (bool, np.bool_))))
-
-
-def text(expected: str, example: str, *, empty: bool = True) -> Kind:
-    """A text in one line."""
-
-    def check(value: Any) -> None:
-        _demand(isinstance(value, str) and value.isprintable() and (empty or bool(value.strip())))
-
-    return Kind(expected, example, check)
-
-
-def one_of(names: Iterable[Any]) -> Kind:
-    """One of some names."""
-    known = tuple(names)
-    listing = ", ".join(str(name) if name else repr(name) for name in known)
-    example = next(name for name in known if name)
-    # Compared one by one, as a value may not be hashable.
-    return Kind(
-        f"one of {listing}", example, lambda v: _demand(any(v is n or v == n for n in known))
-    )
-
-
-def accepted(by: Callable[[Any], Any], expected: str, example: str) -> Kind:
-    """A text that a function of the library takes; its own error says what is wrong."""
-
-    def check(value: Any) -> None:
-        _demand(isinstance(value, str))
-        by(value)
-
-    return Kind(expected, example, check)
-
-
-def either(*kinds: Kind) -> Kind:
-    """A value of one of several kinds, told apart by type: the last one's error is told."""
-
-    def check(value: Any) -> None:
-        for kind in kinds[:-1]:
-            try:
-                return kind.check(value)
-            except (TypeError, ValueError):
-                continue
-        return kinds[-1].check(value)
-
-    return Kind(" or ".join(kind.expected for kind in kinds), kinds[0].example, check)
-
-
-def several(kind: Kind, *, least: int = 0, example: Any = None) -> Kind:
-    """A tuple of values of a kind."""
-
-    def check(value: Any) -> None:
-        _demand(_is_tuple(value, least))
-        for position, item in enumerate(value, start=1):
-            require(f"its value {position}", item, kind)
-
-    count = " of at least one" if least else ""
-    return Kind(f"a tuple{count}, each {kind.expected}", example or (kind.example,), check)
-
-
-def _is_tuple(value: Any, least: int = 0, most: int | None = None) -> bool:
-    """Whether a value is a tuple, or a list as in a config.json, of so many parts."""
-    return isinstance(value, (tuple, list)) and least <= len(value) <= (most or math.inf)
 
 
 def rules(
@@ -201,7 +59,7 @@ def rules(
 
     def check(value: Any) -> None:
         pairs = rule_pairs(value)
-        _demand(len(pairs) >= least)
+        demand(len(pairs) >= least)
         for pattern, spec in pairs:
             compiled_pattern(pattern)
             check_spec(pattern, spec)
@@ -253,7 +111,7 @@ def changes(fixed: Collection[str]) -> Kind:
     """Values of other keys, which are of these keys' kinds."""
 
     def check(value: Any) -> None:
-        _demand(isinstance(value, Mapping))
+        demand(isinstance(value, Mapping))
         for key, changed in value.items():
             require(key, changed, SCHEMA[known_key(key, fixed)])
 
@@ -262,7 +120,7 @@ def changes(fixed: Collection[str]) -> Kind:
 
 def _check_axis(value: Any) -> None:
     """One (key, values) of `sweep.grid`."""
-    _demand(_is_tuple(value, 2, 2) and _is_tuple(value[1], 1))
+    demand(is_tuple(value, 2, 2) and is_tuple(value[1], 1))
     key, choices = value
     known_key(key, ("seed", "series", "formats", "search.target", "sweep"))
     for choice in choices:
@@ -273,7 +131,7 @@ def _check_baseline(value: Any) -> None:
     """One entry of `sweep.baselines`."""
     if isinstance(value, str):
         return FLOAT_OR_FORMAT.check(value)
-    _demand(_is_tuple(value, 2, 3))
+    demand(is_tuple(value, 2, 3))
     require("its name", value[0], NAME)
     require("its formats", value[1], FORMATS)
     for changed in value[2:]:
@@ -282,14 +140,14 @@ def _check_baseline(value: Any) -> None:
 
 def _check_space(value: Any) -> None:
     """One entry of `sweep.spaces`."""
-    _demand(_is_tuple(value, 2, 2))
+    demand(is_tuple(value, 2, 2))
     require("its name", value[0], NAME)
     require("its changes", value[1], changes(("seed", "series", "search.target", "sweep")))
 
 
 def _check_stage(value: Any) -> None:
     """One entry of `sweep.stages`."""
-    _demand(_is_tuple(value, 3, 4))
+    demand(is_tuple(value, 3, 4))
     require("its name", value[0], NAME)
     require("its job", value[1], one_of(("train", "ptq", "palettize")))
     fixed = ("seed", "series", "model", "data", "checkpoint", "sweep")
@@ -299,36 +157,36 @@ def _check_stage(value: Any) -> None:
 
 
 def _check_name(value: Any) -> None:
-    _demand(isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= 100)
-    _demand("/" not in value and not value.startswith("."))
+    demand(isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= 100)
+    demand("/" not in value and not value.startswith("."))
 
 
 def _check_bound(value: Any) -> None:
     """One (site, max|x|) of `ptq.other_bounds`."""
-    _demand(_is_tuple(value, 2, 2) and isinstance(value[0], str))
+    demand(is_tuple(value, 2, 2) and isinstance(value[0], str))
     require("its bound", value[1], number(1.0, above=0))
 
 
 def _check_further_cost(value: Any) -> None:
     """One (cost, target, relative_to) of `search.further_costs`."""
-    _demand(_is_tuple(value, 3, 3))
+    demand(is_tuple(value, 3, 3))
     for what, part, kind in zip(("cost", "target", "relative_to"), value, (COST, TARGET, RELATIVE)):
         require(f"its {what}", part, kind)
 
 
 def _check_held_out(value: Any) -> None:
     """A share, or a number of images; flags give that as a float, too."""
-    if not _range(0, None, 1, 1)(value):
+    if not in_range(0, None, 1, 1)(value):
         COUNT.check(int(value) if isinstance(value, float) and value.is_integer() else value)
-        _demand(value > 1)
+        demand(value > 1)
 
 
 def _check_shares(value: Any) -> None:
     """() or two shares of an area."""
-    _demand(_is_tuple(value, 0, 2) and len(value) != 1)
+    demand(is_tuple(value, 0, 2) and len(value) != 1)
     for share in value:
         require("a share", share, number(0.08, above=0, most=1))
-    _demand(list(value) == sorted(value))
+    demand(list(value) == sorted(value))
 
 
 # --- The schema -----------------------------------------------------------------------------------
