@@ -39,7 +39,7 @@ from experiments.job import claim_run
 from experiments.jobs import ptq
 from experiments.option_values import VALUES
 from experiments.results import policy_json
-from experiments.sweep import Point, changed_config, main, run_points, tell_points
+from experiments.sweep import Point, changed_config, check_names, main, run_points, tell_points
 
 VALUES_FILE, POLICIES_FOLDER = "values.json", "policies"
 # Another front of the same values may be asked for in the same folder.
@@ -58,6 +58,8 @@ def check_options(config: ml_collections.ConfigDict) -> None:
         )
     if not config.allocate.targets:
         raise from_config.ConfigError("allocate.targets is empty: give at least one target.")
+    names = [f"{ALLOCATED_SERIES}_{target:g}" for target in config.allocate.targets]
+    check_names([*names, *config.allocate.uniform], "allocate")
 
 
 def values_of(

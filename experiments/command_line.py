@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -27,6 +30,12 @@ from aqt_search.training.metrics import MetricsError
 from aqt_search.training.workdir import WorkdirError
 from experiments.allocator import keep_freed_memory
 from experiments.from_config import ConfigError
+from experiments.schema import SCHEMA, check, with_homes
+
+
+class FailedJobError(RuntimeError):
+    """A job that ended without a result."""
+
 
 # What a user, a disk or the data did wrong, each with a message that says what to do.
 USER_ERRORS = (
@@ -36,6 +45,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     DivergedError,
+    FailedJobError,
     FormatError,
     MetricsError,
     PTQError,
@@ -47,6 +57,7 @@ USER_ERRORS = (
     WorkdirError,
 )
 _INTERRUPTED_STATUS = 130
+Check = Callable[[ml_collections.ConfigDict], None]
 
 
 def quiet_logs() -> None:
@@ -78,8 +89,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         problem = str(error).strip().splitlines()[-1]  # ml_collections puts a traceback before it
-    except (AttributeError, KeyError, TypeError) as error:  # what it raises for an unknown key
-        problem = f"no such configuration key, or no value for it: {error}"
+        if (flag := re.search(r"--config\.([\w.]+)", problem)) and flag[1] in SCHEMA:
+            kind = SCHEMA[flag[1]]
+            problem += f"; expected {kind.expected}, such as {kind.example!r}"
+    except Exception as error:  # unknown keys; a file that is no configuration may raise anything
+        problem = _told(error)
     print(
         f"FATAL Flags parsing error: {problem}\nconfigs/base.py lists the configuration's keys;"
         " --helpfull explains the flags.",
@@ -88,16 +102,67 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(1)
 
 
+def _told(error: Exception) -> str:
+    """What is wrong with a configuration, and in which line of its file."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename} is no configuration: {error.msg} in line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    if own:
+        return f"{type(error).__name__}: {error} in {own[-1].filename}, line {own[-1].lineno}"
+    if "get_config" in str(error):
+        return f"the file of --config is no configuration: {error}"
+    return f"no such configuration key, or no value for it: {error}"
+
+
 def load_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
-    """The configuration of `--config`. Raises ConfigError if the file cannot be read."""
+    """The configuration of `--config`. Raises ConfigError if the file gives none."""
+    config = flag.value
     try:
-        return flag.value.copy_and_resolve_references()
+        getattr(config, "items", None)  # of a file that cannot be read every attribute raises
     except OSError as error:
         raise ConfigError(f"--config cannot be loaded. {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"get_config of --config returns {config!r}; expected a ConfigDict, as that of"
+            " configs/base.py."
+        )
+    return config.copy_and_resolve_references()
 
 
-def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
-    """Parses `--config`, `--config.key=value` and `--workdir`, and runs `job(config, workdir)`."""
+def given_workdir(path: str) -> Path:
+    """The folder of `--workdir`, a ~ at its start being the home folder, as in a shell.
+
+    Raises:
+      WorkdirError: it is empty, or there is no such home folder.
+    """
+    if not path.strip():
+        raise WorkdirError(
+            "workdir is empty (an unset variable?): give --workdir a folder, such as runs/search."
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WorkdirError(f"workdir {path}: {error} Give another --workdir.") from error
+
+
+def start(
+    job: Callable[[ml_collections.ConfigDict, Path], Any],
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    check: Check = check,
+) -> None:
+    """Runs `job(config, workdir)`, if all of the configuration is as it has to be."""
+    folder = given_workdir(workdir)
+    check(config)
+    job(with_homes(config), folder)
+
+
+def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check = check) -> None:
+    """Parses `--config`, `--config.key=value` and `--workdir`, and runs `job(config, workdir)`.
+
+    `check(config)` comes before all else.
+    """
     config = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -114,6 +179,6 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None]) -> None:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
         keep_freed_memory()
         with named_errors():
-            job(load_config(config), Path(workdir.value))
+            start(job, load_config(config), workdir.value, check)
 
     app.run(main, flags_parser=parse_flags)

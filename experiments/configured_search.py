@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -16,7 +18,7 @@ from aqt_search.search.cost_table import CostTable
 from aqt_search.search.one_shot import Search, check_targets, period
 from aqt_search.search.options import Choice, parsed_rule
 from aqt_search.search.policy_gradient import REDUCTIONS
-from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, check_beta, named_reward
+from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, named_reward
 from aqt_search.search.space import Space, make_space
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.search_step import MEASURES, QUALITIES
@@ -125,7 +127,7 @@ ONE_SHOT: Mapping[str, Callable[..., Search]] = {
 
 
 # What the named controls may be, whether the searcher has a use for them or not.
-_NAMES: Mapping[str, Collection[str]] = {
+NAMED_CONTROLS: Mapping[str, Collection[str]] = {
     "searcher": (*VALUES, *ONE_SHOT),
     "reward": REWARDS,
     "quality": QUALITIES,
@@ -140,10 +142,6 @@ _NAMES: Mapping[str, Collection[str]] = {
 def _one_shot(
     options: ml_collections.ConfigDict, space: Space, costs: Mapping[str, Any], total_steps: int
 ) -> Search | None:
-    for key, known in _NAMES.items():
-        if options[key] not in known:
-            raise ValueError(f"Unknown {key} {options[key]!r}: expected one of {', '.join(known)}.")
-    check_beta(options.beta)
     if options.searcher in VALUES:
         return None
     if options.samples > 1 and options.quality == "train":
@@ -152,6 +150,21 @@ def _one_shot(
             " weights are trained under. Set samples to 1, or quality to 'held_out'."
         )
     return ONE_SHOT[options.searcher](options, space, costs, total_steps)
+
+
+@functools.cache
+def _smallest_space() -> Space:
+    """A space of one decision."""
+    weight, x = jax.ShapeDtypeStruct((2, 2), np.float32), jax.ShapeDtypeStruct((1, 2), np.float32)
+    sites = aqs.find_sites(lambda weight, x: x @ weight, weight, x)
+    return make_space(sites, ((".*", ("int4", "int8")),))
+
+
+def check_controls(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for values of `config.search` that exclude one another in any space."""
+    space = _smallest_space()
+    with checked_values("search"):
+        _one_shot(config.search, space, {"gbops": space.cost_table(aqs.cost.gbops)}, 10**6)
 
 
 def uniform_rules(config: ml_collections.ConfigDict, formats: Any) -> tuple:
@@ -168,12 +181,6 @@ def uniform_rules(config: ml_collections.ConfigDict, formats: Any) -> tuple:
 
 def cost_names(config: ml_collections.ConfigDict) -> list[str]:
     """The costs that have a target; the first is the primary one."""
-    for further in config.search.further_costs:
-        if not isinstance(further, (tuple, list)) or len(further) != 3:
-            raise ConfigError(
-                f"search.further_costs has {further!r}; expected (cost, target, relative_to), such"
-                " as ('weight_bytes', 1.0, 'int4')."
-            )
     names = [config.search.cost, *(name for name, _, _ in config.search.further_costs)]
     if len(set(names)) < len(names):
         raise ConfigError(f"search has two targets for one cost: {names}.")

@@ -11,6 +11,7 @@ are compiled are kept in <workdir>/compiled for all points.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import json
@@ -28,13 +29,15 @@ from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
 from aqt_search.training.parallel import release_programs, replica_count
 from aqt_search.training.workdir import check_lock, lock_workdir, write_json
+from configs.base import get_config
 from experiments import from_config, results
-from experiments.command_line import run_job
+from experiments.command_line import FailedJobError, run_job
 from experiments.compiled_programs import keep_compiled
 from experiments.configured_search import uniform_rules
 from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, claim_run, locked, run_alone, run_together
 from experiments.jobs import palettize, ptq, search, sensitivity, train
+from experiments.schema import check, check_values, with_homes
 
 COMPILED_FOLDER = "compiled"
 # What may differ between points of one program: it is an input, or not part of the program.
@@ -66,7 +69,9 @@ class Point(NamedTuple):
 
 def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point]:
     """The points of `config.sweep`, in the order they are run."""
-    sweep = config.sweep
+    sweep, defaults, unread = config.sweep, get_config(), _unread_sections(config)
+    config = config.copy_and_resolve_references()
+    config.update({name: defaults[name] for name in unread})
     points, stages = [], _stages(sweep)
     values = [[(key, value) for value in choices] for key, choices in sweep.grid]
     # Over sizes, and with stages, every format has a front of its own; else they are one together.
@@ -104,6 +109,55 @@ def sweep_points(config: ml_collections.ConfigDict, workdir: Path) -> list[Point
                 retrained = prefix + "_".join(["retrained", *parts[1:]]) + suffix
                 points.append(Point(retrained, "retrained", train.prepare, own, follows=True))
     return points
+
+
+def check_points(config: ml_collections.ConfigDict, points: Sequence[Point]) -> None:
+    """Checks the names and the whole configuration of every point, before any is run.
+
+    Raises:
+      ConfigError: there are none, two have one name, or one a name that no folder can have; the
+        sensitivity of no baseline is asked for; and as `schema.check` of a point.
+    """
+    if not points:
+        raise from_config.ConfigError("sweep has no points: give it baselines, or targets.")
+    check_names([point.name for point in points], "sweep")
+    wanted = config.sweep.sensitivity
+    known = dict.fromkeys(point.baseline for point in points if point.baseline)
+    if wanted and wanted not in known:
+        raise from_config.ConfigError(
+            f"config.sweep.sensitivity is {wanted!r}, which is none of the baselines"
+            f" {', '.join(known)}."
+        )
+    for point in points:
+        try:
+            check(point.config)
+        except ValueError as error:
+            raise type(error)(f"Point {point.name!r} of the sweep: {error}") from error
+
+
+def check_names(names: Sequence[str], section: str) -> None:
+    """Raises ConfigError unless the names of points are folders of their own."""
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise from_config.ConfigError(
+            f"{section} has two points called {twice[0]!r}, which would share a folder: give names"
+            " that differ, or numbers that differ in their first six digits."
+        )
+    for name in names:
+        if "/" in name or name.startswith(".") or len(name.encode()) > 200:
+            raise from_config.ConfigError(
+                f"{section} has a point called {name!r}, which is no name of a folder: it may have"
+                " no /, no . at its start, and 200 bytes. Name such values in sweep.spaces or"
+                " sweep.baselines."
+            )
+
+
+def _unread_sections(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Sections that no point of the sweep depends on: they may be corrected while it runs."""
+    jobs = {job for _, job, *_ in config.sweep.stages}
+    of_stages = {"ptq": "ptq", "palette": "palettize"}
+    unused = [section for section, job in of_stages.items() if job not in jobs]
+    return ("sensitivity", "searchers", "allocate", *unused)
 
 
 def _baseline(config: ml_collections.ConfigDict, spec: Any) -> tuple[str, Any, dict[str, Any]]:
@@ -149,7 +203,7 @@ def changed_config(config: ml_collections.ConfigDict, **values: Any) -> ml_colle
     """A copy with other values, by keys such as "search.target"."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(values)
-    return copy
+    return with_homes(copy)
 
 
 def _label(key: str, value: Any) -> str:
@@ -265,16 +319,26 @@ def _run_group(
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """Runs every point and writes the report; returns the path of report.html."""
+    check_values(config)
+    points = sweep_points(config, workdir)
+    check_points(config, points)
     with lock_workdir(workdir):
-        points = sweep_points(config, workdir)
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
-        claim_run(workdir, config, images, ignore=("log_every", "data.data_dir"))
+        claim_run(workdir, config, images, ignore=_free_keys(config, workdir))
         found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
         tell_points(found, len(points))
         check_lock(workdir)
         measure_sensitivity(config, points, workdir, images_of)
         return write_report(workdir)
+
+
+def _free_keys(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
+    """Keys that may change while the sweep goes on; of sensitivities until they are measured."""
+    keys = ["log_every", "data.data_dir", "sweep.sensitivity", *_unread_sections(config)]
+    if (workdir / sensitivity.SENSITIVITY_FILE).exists():
+        keys = [key for key in keys if "sensitivity" not in key]
+    return keys
 
 
 def tell_points(found: Iterator[tuple[Point, dict[str, Any]]], count: int) -> None:
@@ -296,15 +360,11 @@ def measure_sensitivity(
     if not config.sweep.sensitivity or (workdir / sensitivity.SENSITIVITY_FILE).exists():
         return
     named = [point for point in points if point.baseline == config.sweep.sensitivity]
-    if not named:
-        raise from_config.ConfigError(
-            f"sweep.sensitivity is {config.sweep.sensitivity!r}, which is none of the baselines"
-            f" {[str(b) for b in config.sweep.baselines]}."
-        )
     if result_of(workdir / "points" / named[0].name) is None:
         logging.error("Point %s failed: its sensitivity is not measured.", named[0].name)
         return
     own = named[0].config.copy_and_resolve_references()
+    own.sensitivity = config.sensitivity.copy_and_resolve_references()
     own.sensitivity.checkpoint = str(workdir / "points" / named[0].name)
     sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
@@ -317,10 +377,15 @@ def main(
     """Runs the job of the command line: `run(config, workdir)` returns the path of its report."""
     keep_compiled(workdir / COMPILED_FOLDER)
     report = run(config, workdir)
+    records = load_records(report.parent)
     print()
-    print(format_table(load_records(report.parent)))
+    print(format_table(records))
     print(f"\nReport: {report}")
+    if all(record.error is not None for record in records):
+        raise FailedJobError(
+            f"All {len(records)} points failed. The same command tries them again."
+        )
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, check_values)  # the points are checked as a whole

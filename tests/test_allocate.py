@@ -113,6 +113,8 @@ def test_one_at_a_time_is_the_loss_of_each_change(folder, trained):
         ({"checkpoint": "/nowhere"}, ["/nowhere holds no finished run"]),
         ({"allocate.by": "hessian"}, ["'hessian'", "scores, one_at_a_time"]),
         ({"allocate.targets": ()}, ["targets is empty"]),
+        ({"allocate.targets": (1.1234567, 1.1234568)}, ["two points", "allocated_1.12346"]),
+        ({"allocate.uniform": ("int4", "int4")}, ["two points", "'int4'"]),
         ({"allocate.targets": (0.01,)}, ["outside of the space"]),
         ({"seed": 3}, ["seed", "another model or data"]),
     ],

@@ -8,7 +8,7 @@ import pytest
 from aqt_search.training.workdir import WorkdirError, lock_workdir
 from configs import digits_resnet8
 from experiments import from_config, sweep
-from experiments.command_line import named_errors
+from experiments.command_line import named_errors, start
 from experiments.job import claim_run
 from experiments.jobs import search, train
 
@@ -40,7 +40,9 @@ def complaint(capsys, job, config, workdir, images=None):
     arguments = () if images is None else (images,)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended, named_errors():
-        JOBS[job].run(config, workdir, *arguments)
+        start(
+            lambda config, folder: JOBS[job].run(config, folder, *arguments), config, str(workdir)
+        )
     assert ended.value.code == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err
@@ -66,7 +68,7 @@ CRITIC = {"search.searcher": "critic"}
         ("search", {"search.space": (".*", INT)}, ["RuleError", "'.*'", "pair"]),
         ("search", {"search.space": ((".*", *INT),)}, ["RuleError", "'int4', 'int8'", "pair"]),
         ("train", {"formats": (".*", "int4")}, ["RuleError", "'.*'", "pair"]),
-        ("search", {"search.decide": "layer"}, ["SpaceError", "'layer'", "site, block, rule"]),
+        ("search", {"search.decide": "layer"}, ["config.search", "'layer'", "site, block, rule"]),
         ("search", {"search.relative_to": "int99"}, ["FormatError", "'int99'"]),
         ("search", {"search.target": 50.0}, ["SpaceError", "outside", "between"]),
         ("search", {"search.target": 0.0}, ["SpaceError", "target 0 ", "between"]),
@@ -77,7 +79,7 @@ CRITIC = {"search.searcher": "critic"}
         ("search", {"search.log_probability": "max"}, ["config.search", "'max'", "sum"]),
         ("search", {"search.beta": -1.0}, ["config.search", "-1.0", "at least 0"]),
         ("search", GRADIENT | {"search.learning_rate": -0.1}, ["config.search", "-0.1"]),
-        ("search", {"search.delay": 1.5}, ["config.search", "1.5", "[0, 1)"]),
+        ("search", {"search.delay": 1.5}, ["config.search", "1.5", "at least 0 and below 1"]),
         ("search", {"search.delay": 0.99}, ["config.search", "0.99", "train longer"]),
         ("search", {"search.measure": "f1"}, ["config.search", "'f1'", "accuracy"]),
         ("search", CRITIC | {"search.samples": 1}, ["config.search", "samples is 1", "at least 2"]),
@@ -116,7 +118,7 @@ CRITIC = {"search.searcher": "critic"}
         ("train", {"model.dtype": "float31"}, ["config.model", "float31"]),
         ("train", {"optimizer.name": "sdg"}, ["config.optimizer", "'sdg'", "sgd, adamw"]),
         ("train", {"optimizer.schedule": "sine"}, ["config.optimizer", "'sine'", "cosine"]),
-        ("train", {"optimizer.learning_rate": -0.1}, ["config.optimizer", "-0.1", "not below 0"]),
+        ("train", {"optimizer.learning_rate": -0.1}, ["config.optimizer", "-0.1", "at least 0"]),
         ("train", {"optimizer.warmup_epochs": 9.0}, ["config.optimizer", "warmup", "fewer"]),
         ("train", {"label_smoothing": 1.0}, ["label_smoothing is 1.0", "below 1"]),
         ("train", {"batch_size": 63}, ["batch_size 63", "2 devices", "multiple"]),

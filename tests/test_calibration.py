@@ -247,9 +247,20 @@ def test_wrong_arguments():
     for share in (0, -1, 100.5, float("nan")):
         with pytest.raises(ValueError, match="percent above 0 and at most 100; got"):
             aqs.percentile(share)
-    for bounds in ((0.0,), (-1.0,), (float("nan"),), (1.0, 0.5), (1.0, float("nan"))):
+    for bounds in ((0.0,), (-1.0,), (float("nan"),), (1.0, 0.5), (1.0, float("nan")), (np.inf,)):
         with pytest.raises(ValueError, match="Fixed bounds are high > 0 and low <= 0; got high"):
             aqs.fixed(*bounds)
+    for candidates in (0, -1, 10**9):
+        with pytest.raises(
+            ValueError, match=f"candidates to try one after another; got {candidates}"
+        ):
+            aqs.mse(candidates)
+    for smallest in (0.0, -0.5, 2.0, float("nan")):
+        with pytest.raises(ValueError, match=f"smallest share .* got {smallest}"):
+            aqs.mse(10, smallest)
+    for weights in ((float("nan"), 1.0), (0.0, np.inf)):
+        with pytest.raises(ValueError, match="mean_deviation takes finite weights"):
+            aqs.mean_deviation(*weights)
     for momentum in (1.0, -0.1, 2):
         with pytest.raises(ValueError, match=r"A momentum lies in \[0, 1\), or is None; got"):
             aqs.moving_average(aqs.absmax(), momentum)

@@ -157,7 +157,7 @@ def swept(data_dir, tmp_path_factory):
         data_dir,
         **{
             "search.space": (("stem|head", "int8"), (".*", ("int4", "int6", "int8"))),
-            "sweep.baselines": ("float", "int4", "int99"),
+            "sweep.baselines": ("float", "int4", ("odd", (("nowhere", "int4"),))),
             "sweep.targets": (1.5,),
             "sweep.retrain": True,
         },
@@ -190,14 +190,14 @@ def test_a_sweep_trains_searches_and_reports(swept, capsys):
     for name in ("front.json", "front.png", "report.html"):
         assert (workdir / name).stat().st_size > 100
     assert {r.name for r in load_records(workdir)} == {
-        "float", "int4", "int99", "search_1.5", "retrained_1.5",
+        "float", "int4", "odd", "search_1.5", "retrained_1.5",
     }  # fmt: skip
 
 
 def test_a_point_that_fails_is_recorded_and_does_not_end_the_sweep(swept):
-    result = read(swept[1] / "points" / "int99" / "result.json")
-    assert result["error"].startswith("FormatError: Unknown format 'int99'")
-    assert (result["name"], result["kind"], result["seed"]) == ("int99", "uniform", 0)
+    result = read(swept[1] / "points" / "odd" / "result.json")
+    assert result["error"].startswith("RuleError: Rule 'nowhere' matches no site")
+    assert (result["name"], result["kind"], result["seed"]) == ("odd", "uniform", 0)
 
 
 def test_a_sweep_keeps_finished_points_and_tries_failed_ones_again(swept, capsys):
@@ -210,11 +210,11 @@ def test_a_sweep_keeps_finished_points_and_tries_failed_ones_again(swept, capsys
     before = times()
     sweep.run(config, workdir)
     again = times()
-    assert {name for name in before if before[name] != again[name]} == {"int99"}
+    assert {name for name in before if before[name] != again[name]} == {"odd"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("[1/5] float: ")
-    assert "FormatError" in lines[2]
+    assert "RuleError" in lines[2]
 
 
 def test_a_finished_run_is_evaluated_again_and_not_trained(swept, images):

@@ -749,3 +749,37 @@ def test_a_nonnegative_table_gives_nonnegative_rows():
     assert [site.kind for site in sites.values()] == ["gather", "dot_general"]
     assert sites["a"].rhs.nonnegative
     assert sites["b"].lhs.nonnegative
+
+
+# --- Complex numbers ------------------------------------------------------------------------------
+
+
+def test_products_of_complex_numbers_are_refused_and_counted():
+    """A complex product is four real ones: 64 times 64 bits are four times 32 times 32."""
+
+    def fun(params, x):
+        mixed = jnp.abs(x.astype(jnp.complex64) @ params["mix"])
+        rows = params["table"][jnp.argmax(x, -1)]
+        wide = jax.lax.conv_general_dilated(
+            x[:, None].astype(jnp.complex64), params["taps"], (1,), "VALID"
+        )
+        return mixed @ params["head"] + rows.real + jnp.abs(wide).sum()
+
+    params = {
+        "mix": sample(3, 4).astype(jnp.complex64), "head": sample(4, 2),
+        "table": sample(3, 2).astype(jnp.complex64), "taps": sample(1, 1, 2).astype(jnp.complex64),
+    }  # fmt: skip
+    x = sample(1, 3)
+    sites = aqs.find_sites(fun, params, x)
+    refused = {name for name, site in sites.items() if site.refused}
+    assert refused == {"mix", "table", "taps"}
+    assert all("complex64" in sites[name].refused for name in refused)
+    with pytest.raises(aqs.SiteError, match=r"'mix'.* complex64.*formats are of real numbers"):
+        aqs.assign(sites, [(".*", "int4")])
+    assignment = aqs.assign(sites, [("mix|table|taps", None), (".*", "int4")])
+    macs = {"mix": 12, "taps": 4}
+    bits = sum(4 * 32 * 32 * n for n in macs.values()) + 8 * 4 * 4
+    assert cost.gbops(sites, assignment) == pytest.approx(bits / 1e9)
+    np.testing.assert_array_equal(
+        aqs.quantize(fun)(aqs.assign(sites, [(".*", None)]), params, x), fun(params, x)
+    )

@@ -153,6 +153,22 @@ def test_an_unknown_optimizer():
         make_optimizer("sdg", 0.1)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_numbers_that_turn_an_optimizer_around(name):
+    for bad in (-1.0, float("nan"), float("inf")):
+        for key in ("gradient_clip", "weight_decay", "momentum"):
+            with pytest.raises(ValueError, match=f"{key} is {bad}"):
+                make_optimizer(name, 0.1, **{key: bad})
+        with pytest.raises(ValueError, match=f"learning_rate is {bad}"):
+            make_optimizer(name, bad)
+        with pytest.raises(ValueError, match=f"label_smoothing is {bad}"):
+            make_update(None, make_optimizer(name, 0.1), label_smoothing=bad)
+    with pytest.raises(ValueError, match="below 1"):
+        make_optimizer(name, 0.1, momentum=1.0)
+    with pytest.raises(ValueError, match="below 1"):
+        make_update(None, make_optimizer(name, 0.1), label_smoothing=1.0)
+
+
 def test_sharding():
     batch = {"image": np.arange(12.0).reshape(6, 2), "label": np.arange(6)}
     sharded = parallel.shard(batch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -134,7 +135,12 @@ def mean_deviation(
       mean: weight of the mean magnitude.
       deviation: weight of the root mean square.
       exclude_zeros: leave exact zeros out of both means, as after a relu.
+
+    Raises:
+      ValueError: a weight that is not finite.
     """
+    if not (math.isfinite(mean) and math.isfinite(deviation)):
+        raise ValueError(f"mean_deviation takes finite weights; got {mean} and {deviation}.")
 
     def bounds(x, over, error):
         counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
@@ -149,13 +155,30 @@ def mean_deviation(
     return _stateless(bounds, counts=True)
 
 
+_MOST_CANDIDATES = 10_000
+
+
 @functools.cache
 def mse(candidates: int = 40, smallest: float = 0.1) -> Calibration:
     """The share of max|x| under which quantizing has the least squared error.
 
     `candidates` shares from `smallest` to 1 are tried one after another, so memory stays that of
     one quantization.
+
+    Args:
+      candidates: at least 1 and at most 10,000; with 1 it is `absmax`.
+      smallest: above 0 and at most 1.
+
+    Raises:
+      ValueError: a number out of its range.
     """
+    if not 1 <= operator.index(candidates) <= _MOST_CANDIDATES:
+        raise ValueError(
+            f"mse takes 1 to {_MOST_CANDIDATES} candidates to try one after another; got"
+            f" {candidates}."
+        )
+    if not 0 < smallest <= 1:
+        raise ValueError(f"mse takes a smallest share above 0 and at most 1; got {smallest}.")
     shares = np.linspace(1, smallest, candidates)
 
     def bounds(x, over, error):
@@ -175,8 +198,12 @@ def mse(candidates: int = 40, smallest: float = 0.1) -> Calibration:
 
 @functools.cache
 def fixed(high: float, low: float | None = None) -> Calibration:
-    """Given bounds: what lies beyond them saturates. `low` gives an integer format a zero point."""
-    if not high > 0 or (low is not None and not low <= 0):
+    """Given bounds: what lies beyond them saturates. `low` gives an integer format a zero point.
+
+    Raises:
+      ValueError: bounds that are not finite, or on the wrong side of 0.
+    """
+    if not 0 < high < math.inf or (low is not None and not -math.inf < low <= 0):
         raise ValueError(f"Fixed bounds are high > 0 and low <= 0; got high {high}, low {low}.")
 
     def bounds(x, over, error):

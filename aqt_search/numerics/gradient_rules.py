@@ -5,6 +5,7 @@ Quantizer("int2", gradient=ewgs(0.02))
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -39,10 +40,10 @@ def ewgs(delta: float, *, clips: bool = True) -> GradientRule:
       clips: whether the gradient is 0 outside of the bounds.
 
     Raises:
-      ValueError: a negative delta.
+      ValueError: a delta that is below 0 or not finite.
     """
-    if not delta >= 0:
-        raise ValueError(f"ewgs takes a delta of at least 0; got {delta}.")
+    if not 0 <= delta < math.inf:
+        raise ValueError(f"ewgs takes a finite delta of at least 0; got {delta}.")
     return GradientRule(clips, float(delta))
 
 

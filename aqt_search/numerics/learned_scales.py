@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,8 +160,8 @@ def pact(start: float | None = None) -> Calibration:
     Args:
       start: what alpha starts at (the paper's is 10); None: max|x| of the first tensor.
     """
-    if start is not None and not start > 0:
-        raise ValueError(f"pact takes a start above 0, or None; got {start}.")
+    if start is not None and not 0 < start < math.inf:
+        raise ValueError(f"pact takes a finite start above 0, or None; got {start}.")
 
     def init(shape):
         return {"alpha": Learned(jnp.full(shape, start or 0.0, jnp.float32))}
@@ -209,7 +210,11 @@ def batch_quant(channel_axis: int = -1) -> Calibration:
 
     Args:
       channel_axis: whose ends are averaged.
+
+    Raises:
+      TypeError: an axis that is no whole number.
     """
+    operator.index(channel_axis)
 
     def init(shape):
         zeros = jnp.zeros(shape, jnp.float32)

@@ -60,7 +60,13 @@ class ClusteredWeight(NamedTuple):
     palette: Palette
 
 
-def _palette_of(spec: PaletteSpec, pattern: str) -> Palette | None:
+def palette_of(spec: PaletteSpec, pattern: str) -> Palette | None:
+    """The palette that the rule of `pattern` says.
+
+    Raises:
+      RuleError: it says none.
+      PaletteError: bits or a dimension out of range.
+    """
     if spec is None or isinstance(spec, Palette):
         return spec
     if isinstance(spec, Mapping) and {"bits"} <= set(spec) <= {"bits", "dimension"}:
@@ -97,7 +103,7 @@ def select_weights(
     chosen: dict[str, ClusteredWeight] = {}
     seen: set[str] = set()
     for (pattern, spec), names in zip(rules, taken):
-        palette = _palette_of(spec, pattern)
+        palette = palette_of(spec, pattern)
         for name in names:
             weight = sites[name].weight
             if weight is None or weight.parameter is None or weight.parameter in seen:

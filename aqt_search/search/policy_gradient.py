@@ -160,8 +160,8 @@ def _check(rule: _Rule, samples: int) -> None:
         check_samples(samples, 1, "")
         if not 0 <= momentum < 1:
             raise ValueError(f"baseline_momentum is {momentum}; expected a number in [0, 1).")
-    if not rule.temperature > 0:
-        raise ValueError(f"temperature is {rule.temperature}; expected a number above 0.")
+    if not 0 < rule.temperature < float("inf"):
+        raise ValueError(f"temperature is {rule.temperature}; expected a finite number above 0.")
     if rule.log_probability not in REDUCTIONS:
         raise ValueError(
             f"Unknown log_probability {rule.log_probability!r}: expected one of"

@@ -293,7 +293,7 @@ class _Walk:
 
 def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
     """Whether an equation is a product of data, or takes rows of a weight."""
-    name, floating = eqn.primitive.name, [_is_floating(v) for v in eqn.invars[:2]]
+    name, floating = eqn.primitive.name, [_is_inexact(v) for v in eqn.invars[:2]]
     # A product of parameters and constants alone is part of a weight: it is folded at serving.
     if name in SITE_PRIMITIVES:
         return all(floating) and any(o.data for o in inputs[:2])
@@ -304,15 +304,20 @@ def _is_product(eqn: jex_core.JaxprEqn, inputs: Sequence[Origin]) -> bool:
     return name in FOREIGN_PRODUCTS and any(o.data for o in inputs)
 
 
-def _is_floating(atom) -> bool:
-    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+def _is_inexact(atom) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
 
 
 def _no_form(eqn: jex_core.JaxprEqn) -> str | None:
     name = eqn.primitive.name
     if name == "ragged_dot_general" and ragged_groups(eqn) is None:
         return f"a {name} whose groups are not of rows of its left operand has no quantized form"
-    return f"{name} has no quantized form yet" if name in FOREIGN_PRODUCTS else None
+    if name in FOREIGN_PRODUCTS:
+        return f"{name} has no quantized form yet"
+    for dtype in (array_type(atom).dtype for atom in eqn.invars[:2]):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return f"its operand is {dtype}, and formats are of real numbers"
+    return None
 
 
 _CUSTOM_RULE = (

@@ -31,26 +31,37 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     return ", ".join(near) or "the function has no sites"
 
 
-def site_formats(site: Site, spec: FormatSpec) -> SiteFormats:
-    """How a site is quantized under `spec` (see `assign`)."""
+def parsed_formats(spec: FormatSpec) -> dict[str, Any]:
+    """What a rule says of formats, by key: of a side, a role, a gradient, and "unsigned".
+
+    Raises:
+      RuleError: unknown keys.
+      FormatError: an unknown format.
+    """
     if isinstance(spec, SiteFormats):
         spec = {key: fmt for key, fmt in spec._asdict().items() if fmt is not None} or None
     if not isinstance(spec, Mapping):
         spec = {} if spec is None else dict.fromkeys(_SIDES, spec)
     else:
         _check_keys(spec)
+    bare = [key for key, fmt in spec.items() if fmt is None or key == "unsigned"]
+    return {key: fmt if key in bare else operand_spec(fmt) for key, fmt in spec.items()}
+
+
+def site_formats(site: Site, spec: FormatSpec) -> SiteFormats:
+    """How a site is quantized under `spec` (see `assign`)."""
+    parsed = parsed_formats(spec)
 
     def of(key: str) -> NumericFormat | Quantizer | None:
-        fmt = spec.get(key)
-        fmt = None if fmt is None else operand_spec(fmt)
-        if fmt is None or spec.get("unsigned", True):
+        fmt = parsed.get(key)
+        if fmt is None or parsed.get("unsigned", True):
             return fmt
         return dataclasses.replace(quantizer(fmt), unsigned=False)
 
     def of_operand(side: str) -> NumericFormat | Quantizer | None:
         # A constant is known when the model is served, as a weight is.
         role = "activation" if getattr(site, side).role == "activation" else "weight"
-        return of(side if side in spec else role)
+        return of(side if side in parsed else role)
 
     lhs = None if site.kind == "gather" else of_operand("lhs")  # the indices of a lookup
     return SiteFormats(lhs, of_operand("rhs"), of("lhs_gradient"), of("rhs_gradient"))
@@ -61,10 +72,18 @@ def _check_keys(spec: Mapping[str, Any]) -> None:
     if not keys or not (keys <= set(_SIDES) or keys <= set(_ROLES)):
         raise RuleError(
             "Formats by operand take the keys 'lhs' and 'rhs', or 'weight' and 'activation', beside"
-            f" {', '.join(map(repr, _OPTIONS))}; got {sorted(spec)}."
+            f" {', '.join(map(repr, _OPTIONS))}; got {sorted(map(str, spec))}."
         )
     if not isinstance(spec.get("unsigned", True), bool):
         raise RuleError(f"'unsigned' is True or False; got {spec['unsigned']!r}.")
+
+
+def compiled_pattern(pattern: str) -> re.Pattern:
+    """A rule's pattern. Raises RuleError if it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise RuleError(f"Rule {pattern!r} is no regular expression: {error}.") from error
 
 
 def rule_pairs(rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -92,10 +111,8 @@ def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list
     """
     free, taken = dict.fromkeys(sites), []
     for pattern in patterns:
-        try:
-            matched = [name for name in sites if re.search(pattern, name)]
-        except re.error as error:
-            raise RuleError(f"Rule {pattern!r} is no regular expression: {error}.") from error
+        compiled = compiled_pattern(pattern)
+        matched = [name for name in sites if compiled.search(name)]
         if not matched:
             raise RuleError(
                 f"Rule {pattern!r} matches no site. Nearest names: {_nearest(pattern, sites)}."

@@ -180,7 +180,8 @@ def _contracting(eqn: jex_core.JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ..
     if eqn.primitive.name in FOREIGN_PRODUCTS:  # of [..., rows, inputs] and [..., outputs, inputs]
         return ((array_type(eqn.invars[0]).ndim - 1,), (array_type(eqn.invars[1]).ndim - 1,))
     lhs_spec, rhs_spec, _ = eqn.params["dimension_numbers"]
-    return (*lhs_spec[2:], lhs_spec[1]), (*rhs_spec[2:], rhs_spec[1])
+    images = lhs_spec[:1] if eqn.params["batch_group_count"] > 1 else ()  # a scale for them all
+    return (*images, *lhs_spec[2:], lhs_spec[1]), (*rhs_spec[2:], rhs_spec[1])
 
 
 def _macs(eqn: jex_core.JaxprEqn) -> int:

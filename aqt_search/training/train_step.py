@@ -112,7 +112,12 @@ def make_update(
       optimizer: applied to the averaged gradients.
       label_smoothing: share of the target spread over all classes, in [0, 1).
       auxiliary_loss: of `state.params` and `state.auxiliary`, added to the loss.
+
+    Raises:
+      ValueError: a label smoothing out of its range.
     """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected at least 0 and below 1.")
 
     def update(state: TrainState, assignment: Any, batch: Batch):
         learned, remembered = split_learned(state.scales)

@@ -15,6 +15,7 @@ coefficient serves tensors of all sizes. Losses of sites are summed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,8 +82,8 @@ def soft_min_max(temperature: float = 5.0) -> RangeLoss:
     Args:
       temperature: t, above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"soft_min_max takes a temperature above 0; got {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"soft_min_max takes a finite temperature above 0; got {temperature}.")
 
     def apply(u: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
         a = jnp.abs(state["temperature"])
@@ -98,6 +99,8 @@ def kurtosis(target: float = _UNIFORM_KURTOSIS) -> RangeLoss:
     Args:
       target: 1.8, that of a uniform distribution, is the paper's.
     """
+    if not math.isfinite(target):
+        raise ValueError(f"kurtosis takes a finite target; got {target}.")
 
     def apply(u: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
         centred = u - jnp.mean(u)

@@ -171,16 +171,18 @@ STEPS: Mapping[str, Step] = {
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for steps that do not exist or do not go together."""
-    options, done = config.ptq, []
+    """Raises ConfigError where there is nothing to quantize, or its steps do not go together."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose weights are quantized."
         )
-    for key in ("images", "batch_size", "adaround_steps"):
-        if options[key] < 1:
-            raise from_config.ConfigError(f"ptq.{key} is {options[key]}; expected at least 1.")
-    for name in options.steps:
+    check_steps(config.ptq.steps, config.ptq.data_free)
+
+
+def check_steps(names: Sequence[str], data_free: bool = False) -> None:
+    """Raises ConfigError for steps that do not exist or do not go together."""
+    done: list[str] = []
+    for name in names:
         if name not in STEPS:
             raise from_config.ConfigError(
                 f"Unknown step {name!r} in ptq.steps: expected {', '.join(STEPS)}."
@@ -192,7 +194,7 @@ def check_options(config: ml_collections.ConfigDict) -> None:
         odd = [other for other in step.before if other in done]
         if odd:
             raise from_config.ConfigError(f"ptq.steps: {name!r} cannot come after {odd[0]!r}.")
-        if options.data_free and step.needs_data:
+        if data_free and step.needs_data:
             raise from_config.ConfigError(
                 f"ptq.steps: {name!r} needs data, and ptq.data_free is set. Leave one of them out."
             )
