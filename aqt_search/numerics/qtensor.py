@@ -137,25 +137,35 @@ class QTensor:
 
         A row beyond the tensor is NaN. Packed data of `row_axes=0` is dequantized as a whole.
         """
-        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
-        if packed or self.granularity.block_axis == 0:
-            return jnp.take(self.dequantize(), indices, axis=0)
-        count = self.shape[0]
-        flat = jnp.where(indices < 0, indices + count, indices).reshape(-1)
+        numbers = jnp.arange(self.shape[0])
+        return self.rows(jnp.take(numbers, widened(indices), mode="fill", fill_value=-1), jnp.nan)
 
-        def rows(part):
+    def rows(self, numbers: jax.Array, fill: float) -> jax.Array:
+        """The rows of these numbers, int32 of any shape; `fill` where a number is negative."""
+        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
+        count, flat = self.shape[0], numbers.reshape(-1)
+
+        def taken(part):
             own = part is not None and part.ndim > 0 and part.shape[0] == count
             return jnp.take(part, flat, axis=0, mode="clip") if own else part
 
-        taken = dataclasses.replace(
-            self, data=rows(self.data), scale=rows(self.scale), zero_point=rows(self.zero_point),
-            shape=(flat.size, *self.shape[1:]),
-        )  # fmt: skip
-        values = taken.dequantize().reshape(*indices.shape, *self.shape[1:])
-        inside = ((indices >= -count) & (indices < count)).reshape(
-            *indices.shape, *(1,) * (self.ndim - 1)
-        )
-        return jnp.where(inside, values, jnp.nan)
+        if packed or self.granularity.block_axis == 0:
+            values = taken(self.dequantize())
+        else:
+            values = dataclasses.replace(
+                self, data=taken(self.data), scale=taken(self.scale),
+                zero_point=taken(self.zero_point), shape=(flat.size, *self.shape[1:]),
+            ).dequantize()  # fmt: skip
+        values = values.reshape(*numbers.shape, *self.shape[1:])
+        inside = numbers.reshape(*numbers.shape, *(1,) * (self.ndim - 1)) >= 0
+        return jnp.where(inside, values, jnp.asarray(fill, values.dtype))
+
+
+def widened(indices: jax.typing.ArrayLike) -> jax.Array:
+    """Indices in a dtype that holds the length of any axis, so that they may count from its end."""
+    indices = jnp.asarray(indices)
+    narrow = jnp.issubdtype(indices.dtype, jnp.signedinteger) and indices.dtype.itemsize < 4
+    return indices.astype(np.int32) if narrow else indices
 
 
 def _beside_blocks(scale: jax.Array, granularity: Granularity) -> jax.Array:

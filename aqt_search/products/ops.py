@@ -24,7 +24,7 @@ from opt_einsum import parser as einsum_parser
 from aqt_search.numerics.fake_quant import check_key, fake_quant, with_gradient_rule
 from aqt_search.numerics.formats import NumericFormat, floating_array
 from aqt_search.numerics.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
-from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.qtensor import QTensor, widened
 from aqt_search.numerics.quantized import Quantized, in_one_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, einsum_layout
@@ -263,6 +263,7 @@ def take(
     """
     if isinstance(table, QTensor):
         return table.take(indices)
+    indices = widened(indices)
     if table_format is None:
         return jnp.take(table, indices, axis=0)
     q = quantizer(table_format)
