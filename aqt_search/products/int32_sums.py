@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from aqt_search.numerics.symbolic import certainly
 from aqt_search.products.layout import Layout
 
 _LARGEST_INT32 = 2**31 - 1
@@ -44,11 +45,33 @@ def terms_of(layout: Layout, lhs_shape: Sequence[int], rhs_shape: Sequence[int])
     return [max(lhs_shape[a], rhs_shape[b]) for a, b in zip(*layout.contracting)]
 
 
+def unknown_place(
+    layout: Layout, lhs_shape: Sequence[int], rhs_shape: Sequence[int], most: int
+) -> tuple[int, int] | None:
+    """The place of a dot's contracting axis that must go into blocks, and their size.
+
+    That is a symbolic axis, where the others are known to be short; None where all is known.
+    """
+    sizes = terms_of(layout, lhs_shape, rhs_shape)
+    if layout.kind != "dot_general" or certainly(lambda: math.prod(sizes) <= most):
+        return None
+    unknown = [place for place, size in enumerate(sizes) if not isinstance(size, int)]
+    others = math.prod(size for size in sizes if isinstance(size, int))
+    return (unknown[0], most // others) if len(unknown) == 1 and others <= most else None
+
+
 def in_parts(layout: Layout, lhs: Part, rhs: Part, most: int) -> list[tuple[Part, Part]]:
     """Both operands in parts that sum over at most `most` products each, all of them together."""
     sizes = terms_of(layout, lhs.codes.shape, rhs.codes.shape)
-    if math.prod(sizes) <= most:
+    if certainly(lambda: math.prod(sizes) <= most):
         return [(lhs, rhs)]
+    if not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            f"The product sums over axes of the sizes {sizes}, which are not known to be at most"
+            f" {most:,} terms in all, so that an int32 sum of codes may wrap. Bound them, as in"
+            " jax.export.symbolic_shape('b, t', constraints=['t <= 4096']), or use another"
+            " execution than int8: 'auto' and 'emulated' take any."
+        )
     if layout.kind == "conv_general_dilated":
         return [(lhs, kernel) for kernel in _kernels(layout, rhs, sizes, most)]
     place = int(np.argmax(sizes))

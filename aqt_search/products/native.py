@@ -19,7 +19,7 @@ from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
 from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
 from aqt_search.products.carriers import Carrier, accumulator, does_not_fit, encode_carrier
-from aqt_search.products.int32_sums import Part, in_parts, most_terms
+from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
 from aqt_search.products.operands import (
     OperandValue,
@@ -319,6 +319,8 @@ def native_forward(
     lhs, rhs = (_operand(code, layout, side, any(spans)) for side, code in enumerate(encoded))
     accumulate, most = accumulator(carriers[0]), most_terms(spans)
     place = block_place(layout, operands)
+    if place is None and accumulate == np.int32:
+        place = unknown_place(layout, lhs.part.codes.shape, rhs.part.codes.shape, most)
     if place is None:
         result = _native(bind, layout, lhs, rhs, accumulate, most)
     else:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aqt_search.numerics.fake_quant import quantize_dequantize, straight_through
 from aqt_search.numerics.formats import NumericFormat
@@ -209,9 +209,9 @@ def product(
 
 def _work(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> Work:
     lhs, rhs = (abstract(o).shape for o in operands)
-    terms = int(np.prod([rhs[axis] for axis in layout.contracting[1]]))
-    rows = int(np.prod(lhs)) // max(1, int(np.prod([lhs[a] for a in layout.contracting[0]])))
-    columns = int(np.prod(rhs)) // max(1, terms)
+    terms = math.prod(rhs[axis] for axis in layout.contracting[1])
+    rows = math.prod(n for axis, n in enumerate(lhs) if axis not in layout.contracting[0])
+    columns = math.prod(n for axis, n in enumerate(rhs) if axis not in layout.contracting[1])
     groups = layout.groups + len(layout.batch[0])
     inputs = rhs[layout.contracting[1][-1]] if layout.contracting[1] else 1
     return Work(layout.kind, rows, terms, columns, groups, inputs)

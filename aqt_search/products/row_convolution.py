@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.symbolic import certainly
+
 MOST_TAPS = 49  # each is a few operations to compile
 
 
@@ -28,12 +30,12 @@ def applies(params: Mapping[str, Any], lhs_shape: Sequence[int], rhs_shape: Sequ
     ndim = len(lhs_spec)
     features_last = lhs_spec == out_spec == (0, ndim - 1, *range(1, ndim - 1))
     groups = params["feature_group_count"], params["batch_group_count"]
-    padded = all(low >= 0 and high >= 0 for low, high in params["padding"])
+    padded = certainly(lambda: all(low >= 0 and high >= 0 for low, high in params["padding"]))
     if not (ndim > 2 and features_last and groups == (1, 1) and padded):
         return False
     taps = [rhs_shape[axis] for axis in rhs_spec[2:]]
-    few = 0 < math.prod(taps) <= MOST_TAPS
-    return few and all(n > 0 for n in _counts(params, lhs_shape, taps))
+    few = certainly(lambda: 0 < math.prod(taps) <= MOST_TAPS)
+    return few and certainly(lambda: all(n > 0 for n in _counts(params, lhs_shape, taps)))
 
 
 def _counts(params: Mapping[str, Any], lhs_shape: Sequence[int], taps: Sequence[int]) -> list[int]:
