@@ -174,6 +174,17 @@ def _sum_of_products(bind_codes, zeros, lhs: Part, rhs: Part) -> jax.Array:
     return product
 
 
+def _of_equal_sizes(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Both with the same length along axes in common: an einsum's may be 1 in one of them."""
+    shapes = list(a.shape), list(b.shape)
+    for axes in (layout.contracting, layout.batch):
+        for left, right in zip(*axes):
+            one = shapes[0][left] == 1
+            size = shapes[1][right] if one else shapes[0][left]
+            shapes[0][left] = shapes[1][right] = size
+    return jnp.broadcast_to(a, shapes[0]), jnp.broadcast_to(b, shapes[1])
+
+
 def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.Array:
     """A dot as one of [batch, rows, terms] and [batch, terms, columns].
 
@@ -219,6 +230,8 @@ def _native(
     def bind_codes(a, b):
         if row_params is not None:
             return row_convolution.row_convolution(a, b, row_params, accumulate)
+        if layout.kind == "einsum":
+            a, b = _of_equal_sizes(a, b, layout)
         if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
             return _as_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
