@@ -475,6 +475,29 @@ def test_bf16_inputs_give_bf16_outputs(name):
             assert np.all(error <= 0.5 * np.max(sizes))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("name", list(OPERATIONS)[2:])
+def test_narrow_operands_are_multiplied_as_they_were_quantized(name, dtype):
+    """The result is rounded to its dtype once, and no value before: the same in every execution."""
+    operation = OPERATIONS[name]
+    lhs, rhs = (jnp.asarray(sample(*shape, seed=n), dtype)
+                for n, shape in enumerate(operation.shapes))  # fmt: skip
+    for execution in ("emulated", "int8"):
+        rest = ("absmax", "per channel", execution, "float32", "nearest_even", "max_value")
+        case = Case(name, "", *rest)
+        product = jit(function(case, ("int8", "int8")))
+        values = [
+            aqs.fake_quant(x.astype(np.float32), operand_quantizer(case, ("int8", "int8"), side))
+            for side, x in enumerate((lhs, rhs))
+        ]
+        expected, size = exact_product(name)(values, [np.abs(v) for v in values])
+        result = np.asarray(product(lhs, rhs), np.float64)
+        # Half a unit of the result, and a float32 sum as in `test_contracts`.
+        half = float(jnp.finfo(dtype).eps) / 2 * np.abs(expected)
+        error = half + (operation.terms + 8) * 2.0**-23 * size
+        np.testing.assert_array_less(np.abs(result - expected), error + 1e-30)
+
+
 def empty_products():
     """Results with their shapes: batches, contractions and outputs of size zero."""
     dimensions = (((1,), (0,)), ((), ()))

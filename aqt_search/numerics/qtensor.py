@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.explicit_axes import replicated, sharded_as
 from aqt_search.numerics.fake_quant import prepare
 from aqt_search.numerics.formats import (
     FormatError,
@@ -118,19 +119,19 @@ class QTensor:
         scale = self.scale.astype(dtype)
         return scale if self.tensor_scale is None else scale * self.tensor_scale.astype(dtype)
 
-    def dequantize(self) -> jax.Array:
-        """The represented values, of the original shape and dtype."""
-        carrier = carrier_dtype(self.dtype)
+    def dequantize(self, dtype: np.dtype | None = None) -> jax.Array:
+        """The represented values, of the original shape and dtype, or in another one."""
+        carrier, dtype = carrier_dtype(self.dtype), self.dtype if dtype is None else dtype
         values, scales = self.codes(carrier), self.scales(carrier)
         if scales is None:
-            return values.astype(self.dtype)
+            return values.astype(dtype)
         values = split_blocks(values, self.granularity)
         if self.zero_point is not None:
             values = values - _beside_blocks(self.zero_point, self.granularity)
         if self.centred:
             values = values - carrier.type(0.5 * (self.fmt.min_value + self.fmt.max_value))
         values = values * _beside_blocks(scales, self.granularity)
-        return join_blocks(values, self.granularity, self.shape).astype(self.dtype)
+        return join_blocks(values, self.granularity, self.shape).astype(dtype)
 
     def take(self, indices: jax.Array) -> jax.Array:
         """Rows `dequantize()[indices]`, of which only those taken are dequantized.
@@ -231,16 +232,22 @@ def quantize_tensor(
         raise ValueError(
             "This calibration has state: pass bounds, as calibration.read(state) gives them."
         )
+
+    def store(tensor):
+        found = codes_of_tensor(tensor, tensor.grid())
+        codes = join_blocks(found.codes, how.granularity, x.shape)
+        if fmt in _STORAGE_DTYPES:
+            data = codes.astype(_STORAGE_DTYPES[fmt])
+        else:
+            data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
+            data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
+        return data, (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
+
+    sharding = jax.typeof(x).sharding
+    whole = replicated(sharding)
+    of_data = sharding if fmt in _STORAGE_DTYPES else whole
     tensor = in_one_format(x, fmt, q.key, how, bounds)
-    found = codes_of_tensor(tensor, tensor.grid())
-    codes = join_blocks(found.codes, how.granularity, x.shape)
-    if fmt in _STORAGE_DTYPES:
-        data = codes.astype(_STORAGE_DTYPES[fmt])
-    else:
-        data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
-        data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
-    stored = (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
-    scale, tensor_scale, zero_point = stored
+    data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))
     return QTensor(
         data, scale, tensor_scale, zero_point, fmt, how.granularity, x.shape, x.dtype, row_axes,
