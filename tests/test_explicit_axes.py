@@ -118,6 +118,26 @@ def test_fake_quant_and_storage_on_explicit_axes(granularity):
         np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("calibration", [aqs.absmax(), aqs.min_max(), aqs.percentile(90.0)])
+def test_calibrations_with_state_on_explicit_axes(calibration):
+    fun, mesh = FUNCTIONS["by outputs"][0], mesh_of(AxisType.Explicit, (1, 2))
+    weight, data = operands("by outputs")
+    q = aqs.Quantizer("int8", None, aqs.moving_average(calibration))
+    spec = {"weight": "int8", "activation": q, "rhs_gradient": "e5m2"}
+    assignment = aqs.assign(aqs.find_sites(fun, {"w": weight}, data), [(".*", spec)])
+    stateful = aqs.quantize_with_state(fun, execution="int8")
+
+    def loss(params, x):
+        state = stateful.init(assignment, params, x)
+        return jnp.sum(stateful.apply(assignment, state, params, x)[0] ** 2)
+
+    expected = jax.jit(jax.grad(loss))({"w": weight}, data)["w"]
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss))(*placed("by outputs", mesh))["w"]
+    assert gradient.sharding.spec == P(None, "m")
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("execution", ["emulated", "int8", "bf16"])
 def test_automatic_axes_and_shard_map(execution):
     fun = FUNCTIONS["by outputs"][0]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.explicit_axes import replicated, sharded_as
 from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
 from aqt_search.numerics.granularity import split_blocks
 from aqt_search.numerics.outline import where
@@ -118,7 +119,11 @@ def calibrated(q: Quantized, state: Any, *, update: bool) -> tuple[Quantized, An
         return q, state
     if update:
         stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
-        bounds, state = _calibrate(stopped.blocks(), q.grid(), q.how, state)
+        run = sharded_as(
+            lambda q, state: _calibrate(q.blocks(), q.grid(), q.how, state),
+            replicated(jax.typeof(q.x).sharding),
+        )
+        bounds, state = run(stopped, state)
     else:
         bounds = q.how.calibration.read(state, q.grid())
         bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
