@@ -588,6 +588,8 @@ def draw_structure(rng, kind):
     operands = tuple(operands)
     execution = str(rng.choice(["emulated", "emulated", "auto", "native", "int8", "fp8", "bf16"]))
     traced = bool(rng.random() < 0.6)
+    if operation.long and rng.random() < 0.7:
+        execution, traced = str(rng.choice(["int8", "native"])), False
     stored = not traced and operands[1] is not None and bool(rng.random() < 0.4)
     dtype = jnp.bfloat16 if rng.random() < 0.15 else jnp.float32
     sharded = None
@@ -599,9 +601,11 @@ def draw_structure(rng, kind):
     return Structure(operation, operands, execution, traced, stored, dtype, sharded)
 
 
-def draw_name(rng, operand, execution):
+def draw_name(rng, operand, execution, long):
     if operand is None:
         return None
+    if long and not operand.name and rng.random() < 0.8:  # whose sums are the largest
+        return str(rng.choice(["int8", "uint8"]))
     if operand.name:
         return BLOCKS[operand.name][0]
     if execution == "int8" and rng.random() < 0.8:
@@ -611,9 +615,9 @@ def draw_name(rng, operand, execution):
     return str(rng.choice(INTEGERS if rng.random() < 0.5 else FLOATS))
 
 
-def draw_data(rng, shape, dtype):
+def draw_data(rng, shape, dtype, long):
     x = rng.standard_normal(shape)
-    kind = rng.integers(6)
+    kind = rng.choice([1, 5]) if long else rng.integers(6)  # of one sign: sums are large
     if kind == 1:
         x = rng.random(shape)
     elif kind == 2:  # with a power of two for a scale half of these are ties
@@ -766,10 +770,12 @@ def run_structure(kind, seed):
     for number in range(count):
         # Formats are fixed when a program is compiled for them; they change with the case else.
         if names is None or s.traced:
-            names = tuple(draw_name(rng, operand, s.execution) for operand in s.operands)
+            names = tuple(
+                draw_name(rng, operand, s.execution, s.operation.long) for operand in s.operands
+            )
         if run is None:
             run = program(s, names)
-        arrays = [draw_data(rng, shape, s.dtype) for shape in s.operation.shapes]
+        arrays = [draw_data(rng, shape, s.dtype, s.operation.long) for shape in s.operation.shapes]
         try:
             if refused(s) or (natively(s) and not s.traced and not holds(s, names)):
                 with pytest.raises(ValueError, match="Execution"):
