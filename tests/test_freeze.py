@@ -408,14 +408,16 @@ def look_up(params, indices):
     return {"/".join(key): value for key, value in found.items()}
 
 
-@pytest.mark.parametrize("rows, name", [(200, "int8"), (256, "int4")])
-def test_lookups_of_every_mode_and_dtype(rows, name):
+@pytest.mark.parametrize(
+    "rows, name, dtypes", [(200, "int8", tuple(INDICES)), (256, "int4", ("uint8", "uint32"))]
+)
+def test_lookups_of_every_mode_and_dtype(rows, name, dtypes):
     params = {"table": sample(rows, 4)}
-    indices = {dtype: jnp.asarray(np.array(i, dtype)) for dtype, i in INDICES.items()}
+    indices = {dtype: jnp.asarray(np.array(INDICES[dtype], dtype)) for dtype in dtypes}
     sites = aqs.find_sites(look_up, params, indices)
     assignment = aqs.assign(sites, [(".*", {"weight": name})])
     expected = look_up({"table": aqs.fake_quant(params["table"], name, (0,))}, indices)
-    assert len(sites) == len(expected) > 30
+    assert len(sites) == len(expected) > 15
 
     def both(params):
         frozen = aqs.freeze(look_up, assignment, params, indices)
