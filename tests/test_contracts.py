@@ -475,6 +475,29 @@ def test_bf16_inputs_give_bf16_outputs(name):
             assert np.all(error <= 0.5 * np.max(sizes))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("name", list(OPERATIONS)[2:])
+def test_narrow_operands_are_multiplied_as_they_were_quantized(name, dtype):
+    """The result is rounded to its dtype once, and no value before: the same in every execution."""
+    operation = OPERATIONS[name]
+    lhs, rhs = (jnp.asarray(sample(*shape, seed=n), dtype)
+                for n, shape in enumerate(operation.shapes))  # fmt: skip
+    for execution in ("emulated", "int8"):
+        rest = ("absmax", "per channel", execution, "float32", "nearest_even", "max_value")
+        case = Case(name, "", *rest)
+        product = jit(function(case, ("int8", "int8")))
+        values = [
+            aqs.fake_quant(x.astype(np.float32), operand_quantizer(case, ("int8", "int8"), side))
+            for side, x in enumerate((lhs, rhs))
+        ]
+        expected, size = exact_product(name)(values, [np.abs(v) for v in values])
+        result = np.asarray(product(lhs, rhs), np.float64)
+        # Half a unit of the result, and a float32 sum as in `test_contracts`.
+        half = float(jnp.finfo(dtype).eps) / 2 * np.abs(expected)
+        error = half + (operation.terms + 8) * 2.0**-23 * size
+        np.testing.assert_array_less(np.abs(result - expected), error + 1e-30)
+
+
 def empty_products():
     """Results with their shapes: batches, contractions and outputs of size zero."""
     dimensions = (((1,), (0,)), ((), ()))
@@ -487,6 +510,12 @@ def empty_products():
         formats = ("e4m3", "e2m1") if execution == "fp8" else ("int8", "uint8")
         how = {"lhs_format": formats[0], "rhs_format": formats[1], "execution": execution}
         yield convolve(**how), (0, 4, 4, 5)
+        for stride, groups in ((1, 1), (2, 1), (2, 2)):  # images smaller than the kernel
+            small = aqs.conv_general_dilated(
+                jnp.ones((1, 2, 2, 2)), jnp.ones((3, 3, 2 // groups, 2)), (stride, stride), "VALID",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, **how,
+            )  # fmt: skip
+            yield small, (1, 0, 0, 2)
         lhs = aqs.Quantizer(formats[0], calibration=calibrations[n % len(calibrations)])
         how["lhs_format"] = lhs
         yield aqs.einsum("bi,io->bo", jnp.zeros((0, 4)), jnp.zeros((4, 5)), **how), (0, 5)
@@ -623,6 +652,85 @@ def test_native_uint8_in_blocks():
     )
     stored = aqs.quantize_tensor(lhs, aqs.Quantizer("uint8", aqs.per_block(4, 1)))
     emulated_and_native(functools.partial(product, stored, rhs), rhs_format=rhs_format)
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_native_uint8_on_both_sides_in_short_blocks(size):
+    """What fills up the last block counts for nothing, not for (0 + 128)^2."""
+    lhs, rhs = np.abs(sample(3, 10)), np.abs(sample(10, 5, seed=1))
+    blocks = aqs.Quantizer("uint8", aqs.per_block(size))
+    product = functools.partial(aqs.dot_general, lhs, rhs, dimension_numbers=MATMUL)
+    emulated_and_native(product, "int8", lhs_format=blocks, rhs_format=blocks)
+
+
+# Products of more terms than int32 holds: 33,025 of two uint8, 65,793 of uint8 x int8, 131,071 of
+# two int8. Terms, shapes, call.
+def long_dot(terms, lhs, rhs, dimensions):
+    return terms, lhs, rhs, functools.partial(aqs.dot_general, dimension_numbers=dimensions)
+
+
+def long_convolution(terms, lhs, rhs, **further):
+    return terms, lhs, rhs, functools.partial(
+        aqs.conv_general_dilated, window_strides=(1,), padding="VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"), **further,
+    )  # fmt: skip
+
+
+LONG = {
+    "dot": long_dot(140_001, (2, 140_001), (140_001, 3), MATMUL),
+    "batched, two contracted": long_dot(
+        150_000, (2, 300, 3, 500), (500, 300, 2, 3), (((1, 3), (1, 0)), ((0,), (2,)))
+    ),
+    "einsum": (140_001, (1, 140_001, 3), (2, 140_001),
+               lambda a, b, **how: aqs.einsum("bij,bi->jb", a, b, **how)),
+    "features": long_convolution(140_002, (1, 3, 70_001), (2, 70_001, 3)),
+    "window": long_convolution(140_001, (1, 140_002, 1), (140_001, 1, 2)),
+    "depthwise": long_convolution(140_001, (1, 140_002, 2), (140_001, 1, 2), feature_group_count=2),
+    "batch groups": long_convolution(
+        140_001, (2, 140_001, 1), (140_001, 1, 2), batch_group_count=2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("uint8", "uint8"), ("uint8", "int8")])
+@pytest.mark.parametrize("name", LONG)
+def test_long_sums_do_not_wrap(name, formats):
+    """All at their largest: a scale of 1, and every sum a whole number."""
+    terms, *shapes, call = LONG[name]
+    largest = [float(aqs.numeric_format(f).max_value) for f in formats]
+    operands = [np.full(shape, n, np.float32) for shape, n in zip(shapes, largest)]
+    how = {"lhs_format": formats[0], "rhs_format": formats[1], "execution": "int8"}
+    found = np.asarray(jit(functools.partial(call, **how))(*operands))
+    # The parts, five at most, are exact; they are added in float32 and scaled twice.
+    np.testing.assert_allclose(found, terms * largest[0] * largest[1], rtol=8 * 2.0**-24)
+
+
+LONG_OPERANDS = {
+    "uint8": (aqs.Quantizer("uint8", aqs.PER_TENSOR), aqs.Quantizer("uint8", aqs.per_channel(1))),
+    "zero point": (
+        aqs.Quantizer("int8", aqs.PER_TENSOR, aqs.min_max()),
+        aqs.Quantizer("uint8", aqs.per_channel(1), aqs.min_max()),
+    ),
+    "blocks": tuple(aqs.Quantizer("uint8", aqs.per_block(35_000, axis)) for axis in (1, 0)),
+}
+
+
+@pytest.mark.parametrize("execution", ["auto", "int8", "bf16"])
+@pytest.mark.parametrize("name", LONG_OPERANDS)
+def test_long_sums_with_zero_points_and_blocks(name, execution):
+    """64 rows and columns, so that `auto` takes a native product where it may."""
+    operands = [
+        np.random.default_rng(side).random(shape, np.float32)
+        for side, shape in enumerate([(64, 40_500), (40_500, 64)])
+    ]
+    lhs, rhs = LONG_OPERANDS[name]
+    values = [np.asarray(aqs.fake_quant(x, q), np.float64) for x, q in zip(operands, (lhs, rhs))]
+    product = functools.partial(
+        aqs.dot_general, dimension_numbers=MATMUL, lhs_format=lhs, rhs_format=rhs,
+        execution=execution,
+    )  # fmt: skip
+    # All terms are positive: a float32 sum in blocks as XLA makes it, far below n roundings.
+    np.testing.assert_allclose(jax.jit(product)(*operands), values[0] @ values[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [{"feature_group_count": 3}, {"batch_group_count": 2}])

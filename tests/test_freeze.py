@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -385,6 +386,71 @@ def test_a_static_model_is_served_without_reductions():
         texts[case] = lowered.compile().as_text()
     assert len(re.findall(r" reduce\(", texts["dynamic"])) >= 2
     assert not re.findall(r" reduce\(", texts["static"])
+
+
+# --- Lookups --------------------------------------------------------------------------------------
+
+# In a table of 200 rows, or of 256, which uint8 indices cannot tell from 0. Those beyond it, too.
+INDICES = {
+    "uint8": [0, 3, 199, 255], "int8": [0, 3, 127, -1, -128],
+    "int16": [0, -1, -200, -201, 200, 300], "uint32": [0, 199, 2**31, 2**32 - 1],
+    "int32": [0, -1, -200, -201, 200, 2**31 - 1, -(2**31)],
+}  # fmt: skip
+LOOKUPS = {
+    "fill": lambda table, i: jnp.take(table, i, axis=0, mode="fill"),
+    "fill with 0": lambda table, i: jnp.take(table, i, axis=0, mode="fill", fill_value=0.0),
+    "fill with -7": lambda table, i: jnp.take(table, i, axis=0, mode="fill", fill_value=-7.0),
+    "clip": lambda table, i: jnp.take(table, i, axis=0, mode="clip"),
+    "wrap": lambda table, i: jnp.take(table, i.astype(jnp.int32), axis=0, mode="wrap"),
+    "in bounds": lambda table, i: table.at[jnp.clip(i, 0, 99)].get(mode="promise_in_bounds"),
+    "columns": lambda table, i: jnp.take(table.T, i, axis=1, mode="fill", fill_value=2.5),
+    "vmapped": jax.vmap(lambda table, i: jnp.take(table, i, axis=0, mode="clip"), (None, 0)),
+    "a row each": jax.vmap(lambda t, i: t.at[i].get(mode="fill", fill_value=0.5), (None, 0)),
+}
+
+
+def look_up(params, indices):
+    """Every lookup with every dtype, each a site of its own."""
+    found = {}
+    for (name, fun), (dtype, i) in itertools.product(LOOKUPS.items(), indices.items()):
+        # JAX itself counts from the end in the dtype of the indices.
+        counts = jnp.issubdtype(i.dtype, jnp.unsignedinteger) or i.dtype.itemsize > 1
+        if counts or name in ("wrap", "clip", "vmapped"):
+            found[name, dtype] = fun(params["table"], i)
+    return {"/".join(key): value for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    "rows, name, dtypes", [(200, "int8", tuple(INDICES)), (256, "int4", ("uint8", "uint32"))]
+)
+def test_lookups_of_every_mode_and_dtype(rows, name, dtypes):
+    params = {"table": sample(rows, 4)}
+    indices = {dtype: jnp.asarray(np.array(INDICES[dtype], dtype)) for dtype in dtypes}
+    sites = aqs.find_sites(look_up, params, indices)
+    assignment = aqs.assign(sites, [(".*", {"weight": name})])
+    expected = look_up({"table": aqs.fake_quant(params["table"], name, (0,))}, indices)
+    assert len(sites) == len(expected) > 15
+
+    def both(params):
+        frozen = aqs.freeze(look_up, assignment, params, indices)
+        return aqs.quantize(look_up)(assignment, params, indices), frozen
+
+    quantized, frozen = jit(both)(params)
+    assert_equal(quantized, expected)
+    assert_equal(jit(aqs.serve(look_up))(frozen, indices), expected)
+
+
+@pytest.mark.parametrize("dtype", INDICES)
+@pytest.mark.parametrize("rows", [200, 256])
+def test_take_counts_from_the_end_in_every_dtype(rows, dtype):
+    table, indices = sample(rows, 4), np.array(INDICES[dtype], dtype)
+    values = np.asarray(aqs.fake_quant(table, "int8", (0,)))
+    wide = indices.astype(np.int64)
+    inside = (wide >= -rows) & (wide < rows)
+    expected = np.where(inside[:, None], values[np.where(inside, wide, 0)], np.nan)
+    stored = aqs.quantize_tensor(table, "int8", (0,), row_axes=1)
+    np.testing.assert_array_equal(aqs.take(stored, indices), expected)
+    np.testing.assert_array_equal(aqs.take(table, indices, table_format="int8"), expected)
 
 
 # --- What is stored -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import aqt_search as aqs
 
@@ -262,6 +263,8 @@ class Operation(NamedTuple):
     kind: str
     odd: bool = False  # an einsum without a native form
     paired: tuple = ()  # contracted axes of lhs beside those of rhs
+    shardable: tuple = ()  # (side, axis) of an axis of two devices' rows that the result keeps
+    long: bool = False  # more terms than an int32 sum of codes holds
 
 
 def draw_sizes(rng, count, large=False):
@@ -271,6 +274,9 @@ def draw_sizes(rng, count, large=False):
 
 def draw_labels(rng):
     """Labels of a product of two: batch, contracted, free ones of lhs and of rhs."""
+    if rng.random() < 0.04:  # longer than int32 sums of two uint8, or of any codes
+        length = int(rng.choice([33_027, 70_000, 133_146]))
+        return [["a"], ["b", "c"], ["d"], []], {"a": 2, "b": length, "c": 1, "d": 3}
     counts = rng.integers(0, [3, 3, 3, 3])
     letters = iter("abcdefghijkl")
     groups = [[next(letters) for _ in range(n)] for n in counts]
@@ -307,7 +313,11 @@ def draw_dot(rng):
     return Operation(
         f"dot_general {dimensions}", tuple(tuple(sizes[c] for c in s) for s in (lhs, rhs)), axes[0],
         call, einsum64(text), int(np.prod([sizes[c] for c in contracted])), "dot_general",
-        paired=tuple(zip(*axes[0])),
+        paired=tuple(zip(*axes[0])), long=max(sizes.values(), default=0) > 30_000,
+        shardable=tuple(
+            (side, labels.index(c)) for side, labels in enumerate((lhs, rhs))
+            for c in (left, right)[side] if sizes[c] in (2, 4, 8) and all(sizes.values())
+        ),
     )  # fmt: skip
 
 
@@ -336,7 +346,7 @@ def draw_einsum(rng):
     return Operation(
         f"einsum {subscripts}", tuple(tuple(sizes[c] for c in s) for s in (lhs, rhs)),
         (axes, tuple(p[1] for p in pairs)), call, einsum64(text), terms, "einsum",
-        bool(alone) or twice, tuple(pairs),
+        bool(alone) or twice, tuple(pairs), long=max(sizes.values(), default=0) > 30_000,
     )  # fmt: skip
 
 
@@ -385,6 +395,9 @@ def draw_convolution(rng):
     inputs, outputs = int(rng.choice([1, 2, 3, 4])), int(rng.choice([1, 2, 3]))
     if rng.random() < 0.08:
         inputs, outputs = 33, 32
+    long = ndim == 1 and groups == batch_groups == 1 and rng.random() < 0.06
+    if long:
+        inputs = 70_000
     batch = batch_groups * int(rng.integers(1, 3))
     outputs *= max(groups, batch_groups)
     dilated = [(n - 1) * d + 1 for n, d in zip(image, lhs_dilation)]
@@ -429,7 +442,8 @@ def draw_convolution(rng):
             a, b, **arguments, preferred_element_type=jnp.float32, **more),
         lambda a, b: convolve64(a, b, specs, strides, explicit, lhs_dilation, rhs_dilation, groups,
                                 batch_groups),
-        int(np.prod(kernel)) * inputs, "conv_general_dilated",
+        int(np.prod(kernel)) * inputs, "conv_general_dilated", long=long,
+        shardable=((0, specs[0][0]),) if batch == 2 and batch_groups == 1 else (),
     )  # fmt: skip
 
 
@@ -451,7 +465,48 @@ def draw_take(rng):
     )
 
 
+def draw_lookup(rng):
+    """A lookup in a whole function, quantized or served from storage, by any indices and mode."""
+    mode, fill = str(rng.choice(["fill", "clip", "wrap"])), rng.choice([None, 0.0, -7.0, 0.5])
+    dtype = np.dtype(str(rng.choice(["int8", "uint8", "int16", "uint16", "int32", "uint32"])))
+    # JAX itself computes with indices in their dtype, which must hold the number of rows.
+    rows = int(rng.choice([1, 5, 100] + [200, 256, 300] * (dtype.itemsize > 1 or mode == "clip")))
+    rows = 256 if dtype == np.uint8 and mode == "fill" and rng.random() < 0.5 else rows
+    shape = [1 + n for n in draw_sizes(rng, int(rng.integers(1, 3)), large=True)]
+    axis = 0 if rng.random() < 0.7 else int(rng.integers(len(shape) + 1))
+    shape.insert(axis, rows)
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    near = rng.integers(max(low, -rows - 2), min(high, rows + 2), (2, 3))
+    indices = np.where(rng.random((2, 3)) < 0.2, rng.choice([low, high], (2, 3)), near)
+    frozen = rng.random() < 0.7
+
+    def look_up(params, i):
+        return jnp.take(params["table"], i, axis, mode=mode, fill_value=fill)
+
+    def call(_, table, lhs_format, rhs_format, execution):
+        params, i = {"table": table}, jnp.asarray(indices.astype(dtype))
+        assignment = {"table": aqs.SiteFormats(None, rhs_format)}
+        if frozen and not isinstance(rhs_format.fmt.bits, jax.core.Tracer):
+            stored = aqs.freeze(look_up, assignment, params, i)
+            return aqs.serve(look_up, execution=execution)(stored, i)
+        return aqs.quantize(look_up, execution=execution)(assignment, params, i)
+
+    def reference(_, values):
+        count = np.where((indices < 0) & (mode == "fill"), indices + rows, indices)
+        places = np.mod(count, rows) if mode == "wrap" else np.clip(count, 0, rows - 1)
+        inside = (count == places) | (mode != "fill")
+        inside = inside.reshape([1] * axis + [2, 3] + [1] * (len(shape) - 1 - axis))
+        return np.where(inside, np.take(values, places, axis), np.nan if fill is None else fill)
+
+    contracted = ((), tuple(a for a in range(len(shape)) if a != axis))
+    return Operation(
+        f"lookup {indices.tolist()} {dtype} {mode} {fill} {axis} {frozen}", ((), tuple(shape)),
+        contracted, call, reference, 1, "take",
+    )  # fmt: skip
+
+
 DRAWN = {"dot": draw_dot, "conv": draw_convolution, "einsum": draw_einsum, "take": draw_take}
+DRAWN["lookup"] = draw_lookup
 
 
 # --- Structures and cases -------------------------------------------------------------------------
@@ -464,6 +519,7 @@ class Structure(NamedTuple):
     traced: bool  # formats are arguments of the compiled program
     stored: bool  # rhs is a QTensor
     dtype: Any
+    sharded: tuple | None = None  # (side, axis) over an explicit mesh of two devices
 
 
 def draw_operand(rng, shape, contracted, right, kind):
@@ -515,24 +571,41 @@ def draw_operand(rng, shape, contracted, right, kind):
     )  # fmt: skip
 
 
+def few_groups(operation, operand, shape, contracted):
+    """Whether the reference, which goes from group to group, can take this operand."""
+    if not operation.long or operand is None:
+        return True
+    return operand.block is None and not set(operand.channels) & set(contracted)
+
+
 def draw_structure(rng, kind):
     operation = DRAWN[kind](rng)
-    operands = tuple(
-        draw_operand(rng, shape, contracted, bool(side), operation.kind)
-        for side, (shape, contracted) in enumerate(zip(operation.shapes, operation.contracted))
-    )
+    operands = []
+    for side, (shape, contracted) in enumerate(zip(operation.shapes, operation.contracted)):
+        drawn = (draw_operand(rng, shape, contracted, bool(side), operation.kind)
+                 for _ in itertools.count())  # fmt: skip
+        operands.append(next(o for o in drawn if few_groups(operation, o, shape, contracted)))
+    operands = tuple(operands)
     execution = str(rng.choice(["emulated", "emulated", "auto", "native", "int8", "fp8", "bf16"]))
     traced = bool(rng.random() < 0.6)
+    if operation.long and rng.random() < 0.7:
+        execution, traced = str(rng.choice(["int8", "native"])), False
     stored = not traced and operands[1] is not None and bool(rng.random() < 0.4)
     dtype = jnp.bfloat16 if rng.random() < 0.15 else jnp.float32
+    sharded = None
+    if operation.shardable and rng.random() < 0.2:
+        sharded = operation.shardable[rng.integers(len(operation.shardable))]
     if operation.kind == "take":
         operands = (None, operands[1])
-    return Structure(operation, operands, execution, traced, stored, dtype)
+    stored = stored and kind != "lookup"  # which is stored by `freeze`
+    return Structure(operation, operands, execution, traced, stored, dtype, sharded)
 
 
-def draw_name(rng, operand, execution):
+def draw_name(rng, operand, execution, long):
     if operand is None:
         return None
+    if long and not operand.name and rng.random() < 0.8:  # whose sums are the largest
+        return str(rng.choice(["int8", "uint8"]))
     if operand.name:
         return BLOCKS[operand.name][0]
     if execution == "int8" and rng.random() < 0.8:
@@ -542,9 +615,9 @@ def draw_name(rng, operand, execution):
     return str(rng.choice(INTEGERS if rng.random() < 0.5 else FLOATS))
 
 
-def draw_data(rng, shape, dtype):
+def draw_data(rng, shape, dtype, long):
     x = rng.standard_normal(shape)
-    kind = rng.integers(6)
+    kind = rng.choice([1, 5]) if long else rng.integers(6)  # of one sign: sums are large
     if kind == 1:
         x = rng.random(shape)
     elif kind == 2:  # with a power of two for a scale half of these are ties
@@ -642,7 +715,7 @@ def references(s, arrays, names):
     found = []
     for x, name, operand in zip(arrays, names, s.operands):
         r = quantized(x, name, operand)
-        if s.dtype == jnp.bfloat16 and operand is not None and not natively(s):
+        if s.dtype == jnp.bfloat16 and operand is not None and s.operation.kind == "take":
             values = f32(r.values).astype(ml_dtypes.bfloat16).astype(np.float64)
             inexact = operand.asymmetric or operand.calibration == "percentile"
             r = r._replace(values=values, error=2.0**-7 if inexact else r.error)
@@ -650,19 +723,32 @@ def references(s, arrays, names):
     return found
 
 
+def run_sharded(s, run, arrays, names):
+    """The library's result, on a mesh with explicit axes where the structure says so."""
+    inputs = [jnp.asarray(x, s.dtype) for x in arrays]
+    if s.sharded is None:
+        return run(*inputs, quantizers(s, names))
+    side, axis = s.sharded
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        specs = [[None] * x.ndim for x in inputs]
+        specs[side][axis] = "x"
+        inputs = [jax.device_put(x, PartitionSpec(*spec)) for x, spec in zip(inputs, specs)]
+        return run(*inputs, quantizers(s, names))
+
+
 def check(s, run, arrays, names):
     """Compares one case; returns False where float32 may round either way."""
     lhs, rhs = references(s, arrays, names)
     if not (lhs.clear and rhs.clear):
         return False
-    inputs = [jnp.asarray(x, s.dtype) for x in arrays]
-    actual = np.asarray(run(*inputs, quantizers(s, names)), np.float64)
+    actual = np.asarray(run_sharded(s, run, arrays, names), np.float64)
     expected = s.operation.reference(lhs.values, rhs.values)
     assert actual.shape == expected.shape
     if natively(s) and s.traced and s.execution != "native" and not holds(s, names):
         assert np.isnan(actual).all()
         return True
-    size = s.operation.reference(lhs.magnitude, rhs.magnitude)
+    size = np.abs(s.operation.reference(lhs.magnitude, rhs.magnitude))
     # Sums of float32 in any order (Higham 2002, section 3.1), roundings of the operands and of the
     # scales; then what is flushed to zero.
     terms = s.operation.terms
@@ -684,10 +770,12 @@ def run_structure(kind, seed):
     for number in range(count):
         # Formats are fixed when a program is compiled for them; they change with the case else.
         if names is None or s.traced:
-            names = tuple(draw_name(rng, operand, s.execution) for operand in s.operands)
+            names = tuple(
+                draw_name(rng, operand, s.execution, s.operation.long) for operand in s.operands
+            )
         if run is None:
             run = program(s, names)
-        arrays = [draw_data(rng, shape, s.dtype) for shape in s.operation.shapes]
+        arrays = [draw_data(rng, shape, s.dtype, s.operation.long) for shape in s.operation.shapes]
         try:
             if refused(s) or (natively(s) and not s.traced and not holds(s, names)):
                 with pytest.raises(ValueError, match="Execution"):
@@ -706,7 +794,7 @@ def run_structure(kind, seed):
 
 @pytest.mark.parametrize("kind", DRAWN)
 def test_random_cases(kind):
-    share = {"dot": 0.35, "conv": 0.3, "einsum": 0.25, "take": 0.1}[kind]
+    share = {"dot": 0.35, "conv": 0.3, "einsum": 0.2, "take": 0.05, "lookup": 0.1}[kind]
     if ONLY:
         wanted, _, seed = ONLY.partition("/")
         if wanted == kind:

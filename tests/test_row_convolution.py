@@ -28,6 +28,13 @@ NOT = {
     "channels first": ((2, 3, 8, 8), (5, 3, 3, 3), ("NCHW", "OIHW", "NCHW"), {}),
     "groups": ((2, 8, 8, 6), (3, 3, 2, 9), NHWC, {"feature_group_count": 3}),
     "batch groups": ((4, 8, 8, 3), (3, 3, 3, 6), NHWC, {"batch_group_count": 2}),
+    "many taps": ((2, 8, 8, 3), (7, 8, 3, 5), NHWC, {}),
+    "smaller than the kernel": (
+        (1, 2, 2, 1),
+        (3, 3, 1, 1),
+        NHWC,
+        {"padding": "VALID", "window_strides": (2, 2)},
+    ),
     "cut off": ((2, 8, 8, 3), (3, 3, 3, 5), NHWC, {"padding": [(-1, 2), (1, 1)]}),
 }
 
@@ -53,7 +60,7 @@ def traced(case):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_that_of_lax(case):
     lhs, rhs, convolve, params = traced(CASES[case])
-    assert applies(params)
+    assert applies(params, lhs.shape, rhs.shape)
     actual = row_convolution(jnp.asarray(lhs), jnp.asarray(rhs), params, np.int32)
     assert actual.dtype == np.int32
     np.testing.assert_array_equal(actual, convolve(lhs, rhs))
@@ -61,4 +68,5 @@ def test_equals_that_of_lax(case):
 
 @pytest.mark.parametrize("case", NOT)
 def test_leaves_the_others_to_lax(case):
-    assert not applies(traced(NOT[case])[3])
+    lhs, rhs, _, params = traced(NOT[case])
+    assert not applies(params, lhs.shape, rhs.shape)

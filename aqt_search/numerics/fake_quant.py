@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.explicit_axes import sharded_as
 from aqt_search.numerics.formats import NumericFormat, floating_array
 from aqt_search.numerics.gradient_rules import scaled_by_error
 from aqt_search.numerics.granularity import (
@@ -34,11 +35,11 @@ from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer, recipe
 # --- Quantized tensors as values ------------------------------------------------------------------
 
 
-@outline
-def quantize_dequantize(q: Quantized) -> tuple[jax.Array, jax.Array | None]:
-    """The values of `fake_quantized`, and where their gradient passes (None: everywhere)."""
+@functools.partial(outline, static_argnums=(1,))
+def quantize_dequantize(q: Quantized, dtype: np.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """The values of `fake_quantized` in `dtype`, and where their gradient passes (None: always)."""
     found = codes_of_tensor(q, q.grid())
-    values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(q.x.dtype)
+    values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(dtype)
     if found.inside is None:
         return values, None
     return values, join_blocks(found.inside, q.how.granularity, q.x.shape)
@@ -47,7 +48,7 @@ def quantize_dequantize(q: Quantized) -> tuple[jax.Array, jax.Array | None]:
 @jax.custom_jvp
 def fake_quantized(q: Quantized) -> jax.Array:
     """What the tensor's format makes of it, in its shape and dtype: see `fake_quant`."""
-    return quantize_dequantize(q)[0]
+    return quantize_dequantize(q, q.x.dtype)[0]
 
 
 @fake_quantized.defjvp
@@ -56,7 +57,8 @@ def _fake_quantized_jvp(primals, tangents):
     if q.how.calibration.covers:
         # Nothing is clipped, so the gradient is the identity and saves nothing.
         return fake_quantized(q), tangent.x
-    values, inside = quantize_dequantize(dataclasses.replace(q, x=jax.lax.stop_gradient(q.x)))
+    stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
+    values, inside = quantize_dequantize(stopped, q.x.dtype)
 
     def through(x, bounds):
         return straight_through(dataclasses.replace(q, x=x, bounds=bounds), values, inside)
@@ -220,7 +222,9 @@ def fake_quant(
             "This calibration has state: use fake_quant_with_state(x, quantizer, state), with the"
             " first state from init_state(quantizer, x.shape)."
         )
-    return fake_quantized(with_gradient_rule(in_one_format(x, q.fmt, q.key, how)))
+    tensor = in_one_format(x, q.fmt, q.key, how)
+    quantize = sharded_as(lambda q: fake_quantized(with_gradient_rule(q)), jax.typeof(x).sharding)
+    return quantize(tensor)
 
 
 def init_state(q: Quantizer, shape: tuple[int, ...], channel_axes: Sequence[int] = ()) -> Any:

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aqt_search.numerics.symbolic import certainly
+
 
 class Granularity(NamedTuple):
     """Axes along which every index has its own scale, and blocks along one further axis.
@@ -136,10 +138,11 @@ def split_blocks(x: jax.Array, granularity: Granularity) -> jax.Array:
     _, size, axis = granularity
     if size is None or axis is None:
         return x
-    short = -x.shape[axis] % size
-    if short:
+    blocks = -(-x.shape[axis] // size)
+    short = blocks * size - x.shape[axis]
+    if not certainly(lambda: short == 0):
         x = jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)])
-    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    return x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
 
 
 def join_blocks(x: jax.Array, granularity: Granularity, shape: Sequence[int]) -> jax.Array:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds
+from aqt_search.numerics.explicit_axes import replicated, sharded_as
 from aqt_search.numerics.fake_quant import prepare
 from aqt_search.numerics.formats import (
     FormatError,
@@ -146,44 +147,54 @@ class QTensor:
         scale = self.scale.astype(dtype)
         return scale if self.tensor_scale is None else scale * self.tensor_scale.astype(dtype)
 
-    def dequantize(self) -> jax.Array:
-        """The represented values, of the original shape and dtype."""
-        carrier = carrier_dtype(self.dtype)
+    def dequantize(self, dtype: np.dtype | None = None) -> jax.Array:
+        """The represented values, of the original shape and dtype, or in another one."""
+        carrier, dtype = carrier_dtype(self.dtype), self.dtype if dtype is None else dtype
         values, scales = self.codes(carrier), self.scales(carrier)
         if scales is None:
-            return values.astype(self.dtype)
+            return values.astype(dtype)
         values = split_blocks(values, self.granularity)
         if self.zero_point is not None:
             values = values - _beside_blocks(self.zero_point, self.granularity)
         if self.centred:
             values = values - carrier.type(0.5 * (self.fmt.min_value + self.fmt.max_value))
         values = values * _beside_blocks(scales, self.granularity)
-        return join_blocks(values, self.granularity, self.shape).astype(self.dtype)
+        return join_blocks(values, self.granularity, self.shape).astype(dtype)
 
     def take(self, indices: jax.Array) -> jax.Array:
         """Rows `dequantize()[indices]`, of which only those taken are dequantized.
 
         A row beyond the tensor is NaN. Packed data of `row_axes=0` is dequantized as a whole.
         """
-        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
-        if packed or self.order or self.granularity.block_axis == 0:
-            return jnp.take(self.dequantize(), indices, axis=0)
-        count = self.shape[0]
-        flat = jnp.where(indices < 0, indices + count, indices).reshape(-1)
+        numbers = jnp.arange(self.shape[0])
+        return self.rows(jnp.take(numbers, widened(indices), mode="fill", fill_value=-1), jnp.nan)
 
-        def rows(part):
+    def rows(self, numbers: jax.Array, fill: float) -> jax.Array:
+        """The rows of these numbers, int32 of any shape; `fill` where a number is negative."""
+        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
+        count, flat = self.shape[0], numbers.reshape(-1)
+
+        def taken(part):
             own = part is not None and part.ndim > 0 and part.shape[0] == count
             return jnp.take(part, flat, axis=0, mode="clip") if own else part
 
-        taken = dataclasses.replace(
-            self, data=rows(self.data), scale=rows(self.scale), zero_point=rows(self.zero_point),
-            shape=(flat.size, *self.shape[1:]),
-        )  # fmt: skip
-        values = taken.dequantize().reshape(*indices.shape, *self.shape[1:])
-        inside = ((indices >= -count) & (indices < count)).reshape(
-            *indices.shape, *(1,) * (self.ndim - 1)
-        )
-        return jnp.where(inside, values, jnp.nan)
+        if packed or self.order or self.granularity.block_axis == 0:
+            values = taken(self.dequantize())
+        else:
+            values = dataclasses.replace(
+                self, data=taken(self.data), scale=taken(self.scale),
+                zero_point=taken(self.zero_point), shape=(flat.size, *self.shape[1:]),
+            ).dequantize()  # fmt: skip
+        values = values.reshape(*numbers.shape, *self.shape[1:])
+        inside = numbers.reshape(*numbers.shape, *(1,) * (self.ndim - 1)) >= 0
+        return jnp.where(inside, values, jnp.asarray(fill, values.dtype))
+
+
+def widened(indices: jax.typing.ArrayLike) -> jax.Array:
+    """Indices in a dtype that holds the length of any axis, so that they may count from its end."""
+    indices = jnp.asarray(indices)
+    narrow = jnp.issubdtype(indices.dtype, jnp.signedinteger) and indices.dtype.itemsize < 4
+    return indices.astype(np.int32) if narrow else indices
 
 
 def _beside_blocks(scale: jax.Array, granularity: Granularity) -> jax.Array:
@@ -249,16 +260,22 @@ def quantize_tensor(
         raise ValueError(
             "This calibration has state: pass bounds, as calibration.read(state) gives them."
         )
+
+    def store(tensor):
+        found = codes_of_tensor(tensor, tensor.grid())
+        codes = join_blocks(found.codes, how.granularity, x.shape)
+        if fmt in _STORAGE_DTYPES:
+            data = codes.astype(_STORAGE_DTYPES[fmt])
+        else:
+            data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
+            data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
+        return data, (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
+
+    sharding = jax.typeof(x).sharding
+    whole = replicated(sharding)
+    of_data = sharding if fmt in _STORAGE_DTYPES else whole
     tensor = in_one_format(x, fmt, q.key, how, bounds)
-    found = codes_of_tensor(tensor, tensor.grid())
-    codes = join_blocks(found.codes, how.granularity, x.shape)
-    if fmt in _STORAGE_DTYPES:
-        data = codes.astype(_STORAGE_DTYPES[fmt])
-    else:
-        data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
-        data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
-    stored = (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
-    scale, tensor_scale, zero_point = stored
+    data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))
     return QTensor(
         data, scale, tensor_scale, zero_point, fmt, how.granularity, x.shape, x.dtype, row_axes,

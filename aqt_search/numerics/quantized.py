@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import Bounds, tells_nothing
+from aqt_search.numerics.explicit_axes import replicated, sharded_as
 from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
 from aqt_search.numerics.granularity import split_blocks
 from aqt_search.numerics.outline import where
@@ -120,20 +121,19 @@ def calibrated(
     """
     if q.how.calibration.read is None:
         return q, state
-    grid = q.grid()
-
-    def from_tensor(x):
-        stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(x))
-        return _calibrate(stopped.blocks(), grid, q.how, state)
-
+    stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
+    run = sharded_as(
+        lambda q, state: _calibrate(q.blocks(), q.grid(), q.how, state),
+        replicated(jax.typeof(q.x).sharding),
+    )
     if update:
-        bounds, state = from_tensor(q.x)
+        bounds, state = run(stopped, state)
         return dataclasses.replace(q, bounds=bounds), state
-    bounds = q.how.calibration.read(state, grid)
+    bounds = q.how.calibration.read(state, q.grid())
     bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
     if not told:
         own = tells_nothing(bounds)
-        bounds = jax.lax.cond(own, lambda x: from_tensor(x)[0], lambda x: bounds, q.x)
+        bounds = jax.lax.cond(own, lambda q: run(q, state)[0], lambda q: bounds, stopped)
     return dataclasses.replace(q, bounds=bounds), state
 
 

@@ -29,6 +29,7 @@ from aqt_search.numerics.formats import (
     is_traced,
     is_unscaled,
 )
+from aqt_search.numerics.symbolic import certainly
 
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
 
@@ -155,7 +156,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 class Work(NamedTuple):
-    """What the choice of an execution depends on."""
+    """What the choice of an execution depends on; sizes may be symbolic."""
 
     kind: str  # of the layout
     rows: int  # output positions: batch and free axes of the left operand
@@ -176,12 +177,13 @@ def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
     if jax.default_backend() != "cpu" or any(is_traced(fmt) for fmt in formats):
         return "emulated"
     if work.kind != "conv_general_dilated":
-        if work.groups > 1 or min(work.rows, work.terms, work.columns) < 64:
+        sizes = work.rows, work.terms, work.columns
+        if work.groups > 1 or not certainly(lambda: all(n >= 64 for n in sizes)):
             return "emulated"
         if _cpu_multiplies_bfloat16() and _family("bf16", formats):
             return "bf16"
         return "int8" if _family("int8", formats) else "emulated"
-    wide = work.groups == 1 and min(work.inputs, work.columns) >= 32
+    wide = work.groups == 1 and certainly(lambda: work.inputs >= 32 and work.columns >= 32)
     return "int8" if wide and _family("int8", formats) else "emulated"
 
 

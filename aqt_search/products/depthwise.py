@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.outline import outline
+from aqt_search.numerics.symbolic import certainly
 
 MOST_TAPS = 49  # each is a few operations to compile: 7 x 7 is the largest that was measured
 
@@ -62,9 +63,11 @@ def applies(params: Mapping[str, Any], lhs_shape: Sequence[int], rhs_shape: Sequ
     depthwise = 1 < params["feature_group_count"] == lhs_shape[lhs_spec[1]]
     taps = math.prod(rhs_shape[axis] for axis in rhs_spec[2:])
     plain_images = all(d == 1 for d in params["lhs_dilation"])
-    if not (depthwise and plain_images and 0 < taps <= MOST_TAPS):
+    few = certainly(lambda: 0 < taps <= MOST_TAPS)
+    if not (depthwise and plain_images and few):
         return False
-    return min(_windows(params).counts(lhs_shape, rhs_shape), default=1) > 0
+    counts = _windows(params).counts(lhs_shape, rhs_shape)
+    return certainly(lambda: all(count > 0 for count in counts))
 
 
 def shifted_products(lhs: jax.Array, rhs: jax.Array, params: Mapping[str, Any]) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
 from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
 from aqt_search.products.carriers import Carrier, accumulator, does_not_fit, encode_carrier
+from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
 from aqt_search.products.operands import (
     OperandValue,
@@ -133,6 +135,18 @@ def _block_refusal(layout: Layout, operands: Sequence[Quantized | QTensor]) -> s
     return None
 
 
+class _Operand(NamedTuple):
+    """An operand of a native product."""
+
+    part: Part
+    scale: Scale
+
+
+def _operand(encoded: Codes, layout: Layout, side: int, ones: bool) -> _Operand:
+    counting = _ones_in_place_of(encoded.codes, layout, side) if ones else None
+    return _Operand(Part(encoded.codes, counting), encoded.scale)
+
+
 def _ones_in_place_of(codes: jax.Array, layout: Layout, side: int) -> jax.Array:
     """Ones that an operand's zero point is multiplied by, one index for every free axis."""
     if side == 1 and layout.groups > 1:  # every group has features of its own
@@ -144,21 +158,31 @@ def _ones_in_place_of(codes: jax.Array, layout: Layout, side: int) -> jax.Array:
     return jnp.ones(shape, codes.dtype)
 
 
-def _without_zero_points(product, bind_codes, layout: Layout, lhs: Codes, rhs: Codes):
-    """sum (l - zl)(r - zr) = sum l r - zl sum r - zr sum l + zl zr sum 1; padding counts as 0."""
+def _sum_of_products(bind_codes, zeros, lhs: Part, rhs: Part) -> jax.Array:
+    """sum (l - zl)(r - zr) = sum l r - zl sum r - zr sum l + zl zr sum 1; padding counts as 0.
 
-    def term(zero, side):
-        return _to_result(zero, layout.out_axes[side], layout.out_ndim).astype(product.dtype)
-
-    ones = [_ones_in_place_of(o.codes, layout, side) for side, o in enumerate((lhs, rhs))]
-    left, right = lhs.scale.zero_point, rhs.scale.zero_point
+    Exact in int32 if the left side fits: what wraps on the way there comes back.
+    """
+    product = bind_codes(lhs.codes, rhs.codes)
+    left, right = (zero if zero is None else zero.astype(product.dtype) for zero in zeros)
     if left is not None:
-        product = product - term(left, 0) * bind_codes(ones[0], rhs.codes)
+        product = product - left * bind_codes(lhs.ones, rhs.codes)
     if right is not None:
-        product = product - term(right, 1) * bind_codes(lhs.codes, ones[1])
+        product = product - right * bind_codes(lhs.codes, rhs.ones)
     if left is not None and right is not None:
-        product = product + term(left, 0) * term(right, 1) * bind_codes(*ones)
+        product = product + left * right * bind_codes(lhs.ones, rhs.ones)
     return product
+
+
+def _of_equal_sizes(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Both with the same length along axes in common: an einsum's may be 1 in one of them."""
+    shapes = list(a.shape), list(b.shape)
+    for axes in (layout.contracting, layout.batch):
+        for left, right in zip(*axes):
+            one = shapes[0][left] == 1
+            size = shapes[1][right] if one else shapes[0][left]
+            shapes[0][left] = shapes[1][right] = size
+    return jnp.broadcast_to(a, shapes[0]), jnp.broadcast_to(b, shapes[1])
 
 
 def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.Array:
@@ -186,57 +210,76 @@ def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.
     return product.transpose(np.argsort(np.array(order)))
 
 
-def _row_parameters(layout: Layout, accumulate: np.dtype) -> Mapping[str, Any] | None:
+def _row_parameters(
+    layout: Layout, lhs: Part, rhs: Part, accumulate: np.dtype
+) -> Mapping[str, Any] | None:
     """The parameters of a convolution that runs over rows; None for any other product."""
     params = layout.parameters
     if params is None or accumulate != np.int32 or jax.default_backend() != "cpu":
         return None
-    return params if row_convolution.applies(params) else None
+    applies = row_convolution.applies(params, lhs.codes.shape, rhs.codes.shape)
+    return params if applies else None
 
 
-def _native(bind: Bind, layout: Layout, lhs: Codes, rhs: Codes, accumulate: np.dtype) -> jax.Array:
-    """The product of codes times the scales, in float32."""
-    row_params = _row_parameters(layout, accumulate)
+def _native(
+    bind: Bind, layout: Layout, lhs: _Operand, rhs: _Operand, accumulate: np.dtype, most: int
+) -> jax.Array:
+    """The product of codes times the scales, in float32; at most `most` terms in an int32 sum."""
+    row_params = _row_parameters(layout, lhs.part, rhs.part, accumulate)
 
     def bind_codes(a, b):
         if row_params is not None:
             return row_convolution.row_convolution(a, b, row_params, accumulate)
+        if layout.kind == "einsum":
+            a, b = _of_equal_sizes(a, b, layout)
         if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
             return _as_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
 
-    product = bind_codes(lhs.codes, rhs.codes)
-    if any(operand.scale.zero_point is not None for operand in (lhs, rhs)):
-        product = _without_zero_points(product, bind_codes, layout, lhs, rhs)
-    # The smaller scale first, so that only results beyond float32 overflow.
-    scales = [
-        _to_result(operand.scale.block, layout.out_axes[side], layout.out_ndim)
-        for side, operand in enumerate((lhs, rhs))
+    def to_result(part: jax.Array, side: int) -> jax.Array:
+        return _to_result(part, layout.out_axes[side], layout.out_ndim)
+
+    operands = (lhs, rhs)
+    zeros = [
+        None if o.scale.zero_point is None else to_result(o.scale.zero_point, side)
+        for side, o in enumerate(operands)
     ]
-    product = product.astype(np.float32) * jnp.minimum(*scales)
-    return product * jnp.maximum(*scales)
+    parts = [(lhs.part, rhs.part)]
+    if accumulate == np.int32:
+        parts = in_parts(layout, lhs.part, rhs.part, most)
+    sums = [_sum_of_products(bind_codes, zeros, *part).astype(np.float32) for part in parts]
+    product = functools.reduce(operator.add, sums)
+    # The smaller scale first, so that only results beyond float32 overflow.
+    scales = [to_result(o.scale.block, side) for side, o in enumerate(operands)]
+    return product * jnp.minimum(*scales) * jnp.maximum(*scales)
+
+
+def _in_blocks(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """An axis as the last two, [..., blocks, size]; zeros fill the last block."""
+    x = jnp.moveaxis(x, axis, -1)
+    length = x.shape[-1]
+    blocks = -(-length // size)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * size - length)])
+    return x.reshape(*x.shape[:-1], blocks, size)
 
 
 def _native_blocks(
-    layout: Layout, lhs: Codes, rhs: Codes, place: int, size: int, accumulate: np.dtype
-) -> jax.Array:
+    layout: Layout, lhs: _Operand, rhs: _Operand, place: int, size: int, accumulate: np.dtype,
+    most: int,
+) -> jax.Array:  # fmt: skip
     """The product of codes in blocks along the contracting axes at `place`: a batch axis more."""
     contracting, batch = layout.contracting, layout.batch
     split, new_contracting, new_batch = [], [], []
     for side, operand in enumerate((lhs, rhs)):
         axis = contracting[side][place]
-        codes = jnp.moveaxis(operand.codes, axis, -1)
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % size)])
-        codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // size, size)
-        scale = jax.tree.map(
-            lambda part, a=axis: jnp.moveaxis(part, a, -1)[..., None], operand.scale
-        )
-        split.append(Codes(codes, scale, None))
+        ndim = operand.part.codes.ndim
 
         def moved(a, axis=axis):
             return a - (a > axis)
 
-        ndim = operand.codes.ndim
+        part = jax.tree.map(lambda x, a=axis: _in_blocks(x, a, size), operand.part)
+        scale = jax.tree.map(lambda x, a=axis: jnp.moveaxis(x, a, -1)[..., None], operand.scale)
+        split.append(_Operand(part, scale))
         rest = [a for n, a in enumerate(contracting[side]) if n != place]
         new_contracting.append((*map(moved, rest), ndim))
         new_batch.append((*map(moved, batch[side]), ndim - 1))
@@ -246,8 +289,8 @@ def _native_blocks(
         return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulate)
 
     lhs, rhs = split
-    blocks = dot_layout(lhs.codes.ndim, rhs.codes.ndim, dimensions)
-    return jnp.sum(_native(bind, blocks, lhs, rhs, accumulate), len(batch[0]))
+    blocks = dot_layout(lhs.part.codes.ndim, rhs.part.codes.ndim, dimensions)
+    return jnp.sum(_native(bind, blocks, lhs, rhs, accumulate, most), len(batch[0]))
 
 
 def block_place(layout: Layout, operands) -> tuple[int, int] | None:
@@ -281,15 +324,20 @@ def native_forward(
     bind: Bind, layout: Layout, carriers: Sequence[Carrier], dtype: np.dtype, operands
 ) -> Forward:
     """The product of two operands on codes held in `carriers`, as `dtype`."""
-    lhs, rhs = (
+    encoded = [
         (_encode_stored if isinstance(o, QTensor) else _encode)(o, carrier)
         for o, carrier in zip(operands, carriers)
-    )
-    accumulate = accumulator(carriers[0])
+    ]
+    spans = [code.scale.zero_point is not None for code in encoded]  # those of uint8, too
+    lhs, rhs = (_operand(code, layout, side, any(spans)) for side, code in enumerate(encoded))
+    accumulate, most = accumulator(carriers[0]), most_terms(spans)
     place = block_place(layout, operands)
+    if place is None and accumulate == np.int32:
+        place = unknown_place(layout, lhs.part.codes.shape, rhs.part.codes.shape, most)
     if place is None:
-        result = _native(bind, layout, lhs, rhs, accumulate)
+        result = _native(bind, layout, lhs, rhs, accumulate, most)
     else:
-        result = _native_blocks(layout, lhs, rhs, *place, accumulate)
-    left, right = map(_encoded_values, (lhs, rhs), operands)
-    return Forward(result.astype(dtype), (left, right), (lhs.inside, rhs.inside))
+        result = _native_blocks(layout, lhs, rhs, *place, accumulate, most)
+    left, right = map(_encoded_values, encoded, operands)
+    inside = encoded[0].inside, encoded[1].inside
+    return Forward(result.astype(dtype), (left, right), inside)

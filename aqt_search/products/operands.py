@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from aqt_search.numerics.explicit_axes import type_of
 from aqt_search.numerics.fake_quant import fake_quantized
 from aqt_search.numerics.granularity import Granularity
 from aqt_search.numerics.qtensor import QTensor
@@ -46,6 +47,9 @@ def is_centred(operand: Quantized | QTensor) -> bool:
 
 
 def abstract(operand: OperandValue) -> jax.ShapeDtypeStruct:
-    """An operand's shape and dtype."""
-    x = operand.x if isinstance(operand, Quantized) else operand
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    """An operand's type, with its sharding where that is known."""
+    if not isinstance(operand, QTensor):
+        return type_of(operand.x if isinstance(operand, Quantized) else operand)
+    packed = operand.data.shape != operand.shape
+    sharding = None if packed else jax.typeof(operand.data).sharding
+    return jax.ShapeDtypeStruct(operand.shape, operand.dtype, sharding=sharding)

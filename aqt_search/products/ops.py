@@ -24,7 +24,7 @@ from opt_einsum import parser as einsum_parser
 from aqt_search.numerics.fake_quant import check_key, fake_quant, with_gradient_rule
 from aqt_search.numerics.formats import NumericFormat, floating_array
 from aqt_search.numerics.granularity import PER_CHANNEL, PER_TENSOR, Granularity, resolve
-from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.qtensor import QTensor, widened
 from aqt_search.numerics.quantized import Quantized, in_one_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, einsum_layout
@@ -168,7 +168,8 @@ def conv_general_dilated(
 
     One scale per output feature of the kernel and one for the images, unless a `Quantizer` says
     otherwise; blocks run along the input features. A transposed convolution is one with an
-    `lhs_dilation`.
+    `lhs_dilation`. `PER_CHANNEL` gives the images a scale for each, and with a `batch_group_count`,
+    where an image's place in the result depends on its group, one for all.
 
     Args:
       lhs ... preferred_element_type, lax_arguments: as in lax.
@@ -263,6 +264,7 @@ def take(
     """
     if isinstance(table, QTensor):
         return table.take(indices)
+    indices = widened(indices)
     if table_format is None:
         return jnp.take(table, indices, axis=0)
     q = quantizer(table_format)

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.explicit_axes import sharded_as
 from aqt_search.numerics.fake_quant import quantize_dequantize, straight_through
 from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.qtensor import QTensor
-from aqt_search.numerics.quantized import Quantized
+from aqt_search.numerics.quantized import Quantized, carrier_dtype
 from aqt_search.products import depthwise
-from aqt_search.products.carriers import Work, carriers_of, check_execution, fastest
+from aqt_search.products.carriers import Carrier, Work, carriers_of, check_execution, fastest
 from aqt_search.products.layout import Layout
 from aqt_search.products.native import Bind, Forward, block_place, native_forward, refusal
-from aqt_search.products.operands import OperandValue, abstract, values_of
+from aqt_search.products.operands import OperandValue, abstract, dtype_of, values_of
 
 # Quantizers of the gradient in the products that give the gradients of lhs and of rhs: `Quantized`
 # without a tensor; None leaves it in floating point.
@@ -121,15 +123,34 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
     return run
 
 
-def _value_and_inside(operand: OperandValue) -> tuple[jax.Array, jax.Array | None]:
+def _value_and_inside(operand: OperandValue, dtype: np.dtype) -> tuple[jax.Array, jax.Array | None]:
     if isinstance(operand, Quantized):
-        return quantize_dequantize(operand)
-    return values_of(operand), None
+        return quantize_dequantize(operand, dtype)
+    return operand.dequantize(dtype) if isinstance(operand, QTensor) else operand.astype(
+        dtype
+    ), None
 
 
-def _emulated_forward(bind: Bind, operands: tuple[OperandValue, OperandValue]) -> Forward:
-    (lhs, lhs_inside), (rhs, rhs_inside) = map(_value_and_inside, operands)
-    return Forward(bind(lhs, rhs, None), (lhs, rhs), (lhs_inside, rhs_inside))
+def _emulated_forward(
+    bind: Bind, dtype: np.dtype, operands: tuple[OperandValue, OperandValue]
+) -> Forward:
+    """The product of values as they were before they were rounded to the operands' dtype.
+
+    A step times a scale has more bits than bfloat16: rounded to it, values lie up to a quarter of a
+    step off the grid. What is kept for gradients is in the operands' dtype.
+    """
+    wide = [carrier_dtype(dtype_of(operand)) for operand in operands]
+    found = [_value_and_inside(operand, w) for operand, w in zip(operands, wide)]
+    (lhs, lhs_inside), (rhs, rhs_inside) = found
+    values = lhs.astype(dtype_of(operands[0])), rhs.astype(dtype_of(operands[1]))
+    accumulate = np.float32 if _is_narrow(operands) else None
+    result = bind(lhs, rhs, accumulate).astype(dtype)
+    return Forward(result, values, (lhs_inside, rhs_inside))
+
+
+def _is_narrow(operands: tuple[OperandValue, OperandValue]) -> bool:
+    """Whether values are rounded in a wider dtype than an operand has."""
+    return any(carrier_dtype(dtype_of(o)) != dtype_of(o) for o in operands)
 
 
 def _choose(layout: Layout, operands, execution: str, formats) -> str:
@@ -190,18 +211,32 @@ def product(
       ValueError: unknown execution, or one that this product has no form for.
     """
     execution = _choose(layout, operands, execution, formats)
+    known = [fmt for fmt in formats if fmt is not None]  # both, where neither was refused
+    carriers = None
+    if execution != "emulated":
+        carriers = carriers_of(execution, known, alike=layout.kind == "conv_general_dilated")
+    if not known and gradients == (None, None):
+        lhs, rhs = map(values_of, operands)
+        return bind(lhs, rhs, None)  # the one of lax
+    result = jax.eval_shape(lambda a, b: bind(a, b, None), *map(abstract, operands))
+    run = functools.partial(_run, bind, layout, carriers, result.dtype)
+    return sharded_as(run, result.sharding)(operands, gradients)
+
+
+def _run(
+    bind: Bind, layout: Layout, carriers: Sequence[Carrier] | None, dtype: np.dtype,
+    operands: tuple[OperandValue, OperandValue], gradients: Gradients,
+) -> jax.Array:  # fmt: skip
+    """The product on codes in `carriers`, or in floating point without."""
     quantized_gradients = gradients != (None, None)
     of_values = _of_values(bind, layout, operands, gradients)
-    if execution == "emulated":
-        if not quantized_gradients:
-            lhs, rhs = map(values_of, operands)
-            return of_values(lhs, rhs, None)
-        forward = functools.partial(_emulated_forward, of_values)
-    else:
-        dtype = jax.eval_shape(lambda a, b: bind(a, b, None), *map(abstract, operands)).dtype
-        known = [fmt for fmt in formats if fmt is not None]  # both: neither operand was refused
-        carriers = carriers_of(execution, known, alike=layout.kind == "conv_general_dilated")
+    if carriers is not None:
         forward = functools.partial(native_forward, bind, layout, carriers, dtype)
+    elif quantized_gradients or _is_narrow(operands):
+        forward = functools.partial(_emulated_forward, of_values, dtype)
+    else:
+        lhs, rhs = map(values_of, operands)
+        return of_values(lhs, rhs, None)
     if quantized_gradients:
         return _with_quantized_gradients(forward, of_values)(*operands, gradients)
     return _with_forward_derivative(forward, of_values)(*operands)
@@ -209,9 +244,9 @@ def product(
 
 def _work(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> Work:
     lhs, rhs = (abstract(o).shape for o in operands)
-    terms = int(np.prod([rhs[axis] for axis in layout.contracting[1]]))
-    rows = int(np.prod(lhs)) // max(1, int(np.prod([lhs[a] for a in layout.contracting[0]])))
-    columns = int(np.prod(rhs)) // max(1, terms)
+    terms = math.prod(rhs[axis] for axis in layout.contracting[1])
+    rows = math.prod(n for axis, n in enumerate(lhs) if axis not in layout.contracting[0])
+    columns = math.prod(n for axis, n in enumerate(rhs) if axis not in layout.contracting[1])
     groups = layout.groups + len(layout.batch[0])
     inputs = rhs[layout.contracting[1][-1]] if layout.contracting[1] else 1
     return Work(layout.kind, rows, terms, columns, groups, inputs)

@@ -12,22 +12,46 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.symbolic import certainly
 
-def applies(params: Mapping[str, Any]) -> bool:
+MOST_TAPS = 49  # each is a few operations to compile
+
+
+def applies(params: Mapping[str, Any], lhs_shape: Sequence[int], rhs_shape: Sequence[int]) -> bool:
     """Whether a convolution with these parameters of its primitive has a form over rows."""
-    lhs_spec, _, out_spec = params["dimension_numbers"]
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     ndim = len(lhs_spec)
     features_last = lhs_spec == out_spec == (0, ndim - 1, *range(1, ndim - 1))
     groups = params["feature_group_count"], params["batch_group_count"]
-    padded = all(low >= 0 and high >= 0 for low, high in params["padding"])
-    return ndim > 2 and features_last and groups == (1, 1) and padded
+    padded = certainly(lambda: all(low >= 0 and high >= 0 for low, high in params["padding"]))
+    if not (ndim > 2 and features_last and groups == (1, 1) and padded):
+        return False
+    taps = [rhs_shape[axis] for axis in rhs_spec[2:]]
+    few = certainly(lambda: 0 < math.prod(taps) <= MOST_TAPS)
+    return few and certainly(lambda: all(n > 0 for n in _counts(params, lhs_shape, taps)))
+
+
+def _counts(params: Mapping[str, Any], lhs_shape: Sequence[int], taps: Sequence[int]) -> list[int]:
+    """Positions of the kernel along each spatial axis."""
+    padded = [
+        max((n - 1) * dilation + 1, 0) + low + high
+        for n, dilation, (low, high) in zip(
+            lhs_shape[1:-1], params["lhs_dilation"], params["padding"]
+        )
+    ]
+    return [
+        (n - (k - 1) * dilation - 1) // stride + 1
+        for n, k, dilation, stride in zip(
+            padded, taps, params["rhs_dilation"], params["window_strides"]
+        )
+    ]
 
 
 def row_convolution(
@@ -51,10 +75,7 @@ def row_convolution(
     interior = [d - 1 for d in params["lhs_dilation"]]
     config = [(0, 0, 0), *((*p, i) for p, i in zip(params["padding"], interior)), (0, 0, 0)]
     padded = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
-    counts = [
-        (n - (k - 1) * d - 1) // s + 1
-        for n, k, d, s in zip(padded.shape[1:-1], kernel.shape[:-2], dilation, strides)
-    ]
+    counts = _counts(params, lhs.shape, kernel.shape[:-2])
 
     def rows(x, axis, tap):
         start, stride = tap * dilation[axis], strides[axis]

@@ -105,7 +105,7 @@ class PlannedSites:
         key = (name, "rhs")
         if key in held.weights:
             if _takes_leading_rows(eqn):
-                return _rows_of(held.weights[key], eqn, indices[..., 0])
+                return _rows_of(held.weights[key], eqn, indices)
             table = held.weights[key].dequantize()
         elif key in self._plans:
             table = fake_quantized(self._quantized(key, table))
@@ -136,9 +136,14 @@ def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:
 
 
 def _rows_of(table: QTensor, eqn: jex_core.JaxprEqn, indices: jax.Array) -> jax.Array:
-    """The rows a lookup takes, dequantized after they are taken."""
-    count = table.shape[0]
-    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        return table.take(jnp.clip(indices, 0, count - 1))
-    # Indices from the end were made positive before the lookup: what is negative is outside.
-    return table.take(jnp.where(indices < 0, count, indices))
+    """The rows a lookup takes, dequantized after they are taken.
+
+    The same lookup in a table of the rows' numbers tells which they are, whatever its mode and the
+    dtype of its indices, and where there is none.
+    """
+    numbers = jax.lax.gather(
+        jnp.arange(table.shape[0]), indices, jax.lax.GatherDimensionNumbers((), (0,), (0,)), (1,),
+        mode=eqn.params["mode"], fill_value=-1,
+    )  # fmt: skip
+    fill = eqn.params["fill_value"]
+    return table.rows(numbers, jnp.nan if fill is None else fill)
