@@ -60,8 +60,9 @@ from aqt_search.numerics.qtensor import QTensor, quantize_tensor
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, take
 from aqt_search.tracing.assignment_file import AssignmentError, from_json, to_json
-from aqt_search.tracing.freeze import Frozen, NotCalibrated, freeze, serve
+from aqt_search.tracing.freeze import Frozen, NotCalibrated, freeze
 from aqt_search.tracing.rules import RuleError, assign
+from aqt_search.tracing.serve import serve
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 from aqt_search.tracing.transform import (
     StatefulFunction,

@@ -1,4 +1,4 @@
-"""Freezing: a quantized function's weights in real low-precision storage, and serving from them.
+"""Freezing: a quantized function's weights in real low-precision storage.
 
 frozen = freeze(apply, assignment, params, x, state=state)    # codes, scales; no float copy
 logits = serve(apply)(frozen, x)                              # through the same function
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex_core
@@ -22,17 +22,14 @@ from aqt_search.numerics.formats import as_grid
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
-from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.liveness import scan_liveness
-from aqt_search.tracing.matching import for_sites, matched_sites
-from aqt_search.tracing.planned_sites import run_planned
+from aqt_search.tracing.matching import for_sites
 from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by, stacks_of
 from aqt_search.tracing.shared_weights import Shared, shared_weights
-from aqt_search.tracing.signature import named_after
-from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
-from aqt_search.tracing.static_leaves import unwrapped, wrapped
+from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.static_leaves import wrapped
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
@@ -310,93 +307,3 @@ def _needed_operands(eqn, used: Sequence[bool], here: Path, cut: Mapping) -> Seq
         flags = _needed_inputs(body.jaxpr, results, body.under(here), cut)
         needed.update(place for place, flag in zip(called_on, flags) if flag)
     return [place in needed for place in places]
-
-
-def serve(fun: Callable, *, execution: str = "auto") -> Callable:
-    """Returns `served(frozen, *args, **kwargs)`: `fun` on stored weights, for evaluation.
-
-    It computes what `quantize_with_state(fun).evaluate` (or `quantize(fun)`, where activations have
-    no static scales) computes from the float parameters: the same bits in "emulated" execution, up
-    to the order of summation otherwise.
-
-    Args:
-      fun: the function that was frozen, or another of the same parameters, as its encoder alone.
-      execution: as in `ops.dot_general`.
-    """
-    check_execution(execution)
-
-    def abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Dropped) else leaf
-
-    @named_after(fun, "frozen")
-    def served(frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
-        params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
-        params = unwrapped(params)
-        trace = trace_function(fun, params, args, kwargs, {})
-        own = _renamed(frozen, matched_sites(frozen.assignment, trace, frozen.lookups))
-        check_assignment(own.formats, trace.sites)
-        plans = make_plans(trace, own.for_serving(), None)
-        inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
-        held = Held(flat_state(own.state), own.stored, stacks_of(trace.sites, own.formats))
-        outputs, _ = run_planned(
-            trace._replace(inputs=inputs), plans, held, execution=execution, update=False,
-            told=frozen.told,
-        )  # fmt: skip
-        if any(x is MISSING for x in outputs):
-            raise SiteError(
-                "The function reads a parameter that was stored in codes only, at a site that the"
-                f" frozen function has not: {', '.join(_bare(trace, own.formats)) or 'none named'}."
-                " Freeze the function that is served, or one that reads as much."
-            )
-        return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
-
-    return served
-
-
-class _Own(NamedTuple):
-    """What is frozen, by the names of the function that is served."""
-
-    formats: dict[str, SiteFormats]
-    stored: dict[Key, QTensor]
-    state: CalibrationState
-    keys: dict[str, dict[str, jax.Array]]
-
-    def for_serving(self) -> dict[str, SiteFormats]:
-        """The formats; stored operands need no calibration any more, others get their keys."""
-        found = {}
-        for name, formats in self.formats.items():
-            keyed = {
-                side: dataclasses.replace(getattr(formats, side), key=key)
-                for side, key in self.keys.get(name, {}).items()
-            }
-            plain = {
-                side: Quantizer(self.stored[name, side].fmt, unsigned=False)
-                for side in SIDES
-                if (name, side) in self.stored
-            }
-            found[name] = formats._replace(**keyed, **plain)
-        return found
-
-
-def _renamed(frozen: Frozen, sources: Mapping[str, str]) -> _Own:
-    """What is frozen of the sites on the right, by the names on the left."""
-    stored = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
-    for key, (name, field), order in frozen.shared:
-        weight = frozen.weights[name][field]
-        stored[key] = weight.transposed(order) if order else weight
-
-    def own(by_name: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: by_name[source] for name, source in sources.items() if source in by_name}
-
-    sides = ((name, source, side) for name, source in sources.items() for side in SIDES)
-    return _Own(
-        own(frozen.assignment),
-        {(name, side): stored[s, side] for name, s, side in sides if (s, side) in stored},
-        own(frozen.state),
-        own(frozen.keys),
-    )
-
-
-def _bare(trace: Trace, formats: Mapping[str, SiteFormats]) -> list[str]:
-    """The sites with a weight that nothing frozen is about."""
-    return [name for name, site in trace.sites.items() if site.weight and name not in formats]
