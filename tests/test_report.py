@@ -819,7 +819,7 @@ def test_files_are_whole_or_untouched(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WorkdirError, match="no space"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [

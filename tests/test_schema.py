@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -231,8 +232,9 @@ def test_a_sweep_refuses_before_anything_runs(values, words, tmp_path):
 
 @pytest.fixture
 def idle(monkeypatch):
-    """A sweep whose points do nothing."""
-    monkeypatch.setattr(sweep, "image_loader", lambda: lambda point: None)
+    """A sweep whose points do nothing, on images of which no more is known than which they are."""
+    images = types.SimpleNamespace(splits=types.SimpleNamespace(fingerprint="of no images"))
+    monkeypatch.setattr(sweep, "image_loader", lambda: lambda point: images)
     monkeypatch.setattr(sweep, "run_points", lambda *_: iter(()))
     monkeypatch.setattr(sweep, "measure_sensitivity", lambda *_: None)
     monkeypatch.setattr(sweep, "write_report", lambda workdir: workdir / "report.html")

@@ -63,7 +63,8 @@ class Frozen:
     # Operands that are stored for another site.
     shared: tuple[Shared, ...] = dataclasses.field(default=(), metadata={"static": True})
     lookups: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})  # sites
-    # Whether calibration has told all bounds; else what has none takes a scale of each batch.
+    # Whether calibration is known to have told all bounds; else each is asked, and what has none
+    # takes a scale of each batch.
     told: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
@@ -97,7 +98,7 @@ def freeze(
         formats must be concrete. Data may be abstract.
       state: of `quantize_with_state(fun)`: activations then have static scales, from it alone. One
         that no calibration has told anything of takes a scale of each batch, under the warning
-        `NotCalibrated`; where the state is traced, its results are NaN.
+        `NotCalibrated`. Freeze outside of jit: else that is not known, and is asked at each call.
 
     Raises:
       SiteError: the assignment is not of this function; a calibration has state and none is given;
@@ -133,7 +134,7 @@ def freeze(
         name: {f: s for f, s in fields.items() if (name, f) not in stored}
         for name, fields in (state or {}).items()
     }
-    activations, told = _told(trace, plans, activations)
+    told = _told(trace, plans, activations)
     keys: dict[str, dict[str, jax.Array]] = {}
     for (name, field), plan in plans.items():
         if plan.quantizer.key is not None and (name, field) not in stored:
@@ -205,25 +206,18 @@ class NotCalibrated(UserWarning):
     """An operand that calibration has told nothing of takes a scale of each batch."""
 
 
-def _told(
-    trace: Trace, plans: Mapping[Key, Plan], states: CalibrationState
-) -> tuple[CalibrationState, bool]:
-    """The states of activations, and whether calibration has told something of all.
-
-    While the program is traced that is not known, and they are taken to be told: NaN, where not.
-    """
-    checked: CalibrationState = {}
-    silent = []
-    for name, fields in states.items():
-        checked[name] = {}
-        for field, state in fields.items():
-            check = functools.partial(_checked_state, plans[name, field])
-            for _ in trace.sites[name].layers:
-                check = jax.vmap(check)
-            nothing, checked[name][field] = check(state)
-            if not isinstance(nothing, jax.core.Tracer) and np.any(nothing):
-                silent.append(f"{name} ({field})")
-                checked[name][field] = state
+def _told(trace: Trace, plans: Mapping[Key, Plan], states: CalibrationState) -> bool:
+    """Whether calibration is known to have told something of all these activations."""
+    silent, traced = [], False
+    for (name, field), state in flat_state(states).items():
+        nothing = functools.partial(_tells_nothing, plans[name, field])
+        for _ in trace.sites[name].layers:
+            nothing = jax.vmap(nothing)
+        found = nothing(state)
+        if isinstance(found, jax.core.Tracer):
+            traced = True
+        elif np.any(found):
+            silent.append(f"{name} ({field})")
     if silent:
         warnings.warn(
             f"Calibration has told nothing of {', '.join(silent[:4])}: served with a scale of each"
@@ -231,20 +225,13 @@ def _told(
             NotCalibrated,
             stacklevel=3,
         )
-    return checked, not silent
+    return not silent and not traced
 
 
-def _checked_state(plan: Plan, state: Any) -> tuple[jax.Array, Any]:
-    """Whether a state tells nothing; the state, NaN if so."""
+def _tells_nothing(plan: Plan, state: Any) -> jax.Array:
     grid, read = as_grid(plan.quantizer.fmt, np.dtype(np.float32)), plan.how.calibration.read
     assert read is not None  # else it has no state
-    nothing = tells_nothing(read(state, grid))
-
-    def marked(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.where(nothing, jnp.nan, leaf) if floating else leaf
-
-    return nothing, jax.tree.map(marked, state)
+    return tells_nothing(read(state, grid))
 
 
 def _map_formats(fun: Callable, formats: SiteFormats) -> SiteFormats:
