@@ -801,6 +801,28 @@ def test_products_in_groups_of_rows_are_those_of_their_experts():
     np.testing.assert_allclose(gradient, np.stack(sums)[..., None] * np.ones(6), rtol=1e-5)
 
 
+def test_a_scale_for_each_channel_is_one_for_all_groups_of_a_batch():
+    """With batch groups each result is of several images, so they share what the product sums over:
+    quantize and the operation of its own have one rule."""
+    x, p = sample(4, 5, 5, 3), {"a": sample(2, 2, 3, 6, seed=1)}
+    how = {
+        "window_strides": (1, 1), "padding": "VALID", "batch_group_count": 2,
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    }  # fmt: skip
+    q = aqs.Quantizer("int4", aqs.PER_CHANNEL)
+
+    def fun(p, x):
+        return jax.lax.conv_general_dilated(x, p["a"], **how)
+
+    assignment = {"a": SiteFormats(q, q)}
+    own = aqs.conv_general_dilated(x, p["a"], **how, lhs_format=q, rhs_format=q)
+    np.testing.assert_allclose(aqs.quantize(fun)(assignment, p, x), own, rtol=1e-6, atol=1e-6)
+    expected = fun(
+        {"a": aqs.fake_quant(p["a"], "int4", channel_axes=(3,))}, aqs.fake_quant(x, "int4")
+    )
+    np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "custom_vjp": (lambda p, x: product_with_vjp(x, p["a"]), "custom derivative rule"),
     "custom_jvp": (lambda p, x: product_with_jvp(x, p["a"]), "custom derivative rule"),

@@ -275,10 +275,11 @@ def _fold(train: ImageSource, test: ImageSource, folds: int, fold: int) -> tuple
 def _hold_out(size: int, held_out: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of what stays in train and of what is held out, each in ascending order."""
     is_share = isinstance(held_out, float) and 0 < held_out < 1
-    is_count = not isinstance(held_out, bool) and held_out == int(held_out) and held_out >= 0
-    if not is_share and not is_count:
+    whole = not isinstance(held_out, bool) and held_out >= 0 and held_out % 1 == 0
+    if not is_share and (not whole or (isinstance(held_out, float) and held_out == 1)):
         raise DataError(
-            f"held_out is {held_out!r}, expected a share in (0, 1) or a number of images >= 0."
+            f"held_out is {held_out!r}; expected a share in (0, 1) or a number of images >= 0 (of"
+            " one image 1: 1.0 would be a share of all)."
         )
     count = round(size * held_out) if is_share else int(held_out)
     if count >= size or (is_share and count == 0):
