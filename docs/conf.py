@@ -49,8 +49,8 @@ _FOREIGN = [
 ]  # fmt: skip
 # Types of ours that only fields have: read their source.
 _INTERNAL = [
-    "Axes", "Block", "Consumer", "OperandValue", "Records", "SiteFacts", "SiteWeight", "Stage",
-    "Tail", "Value", "WeightRow",
+    "Axes", "Block", "Consumer", "Loop", "OperandValue", "Records", "Shared", "SiteFacts",
+    "SiteWeight", "Stage", "Tail", "Value", "WeightRow",
 ]  # fmt: skip
 nitpick_ignore = [("py:class", name) for name in _FOREIGN + _INTERNAL]
 nitpick_ignore_regex = [("py:(class|obj)", r"(jax|np|numpy|collections|typing|os)\..*")]
