@@ -126,9 +126,8 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
 def _value_and_inside(operand: OperandValue, dtype: np.dtype) -> tuple[jax.Array, jax.Array | None]:
     if isinstance(operand, Quantized):
         return quantize_dequantize(operand, dtype)
-    return operand.dequantize(dtype) if isinstance(operand, QTensor) else operand.astype(
-        dtype
-    ), None
+    value = operand.dequantize(dtype) if isinstance(operand, QTensor) else operand.astype(dtype)
+    return value, None
 
 
 def _emulated_forward(

@@ -125,8 +125,8 @@ def freeze(
     elsewhere = {one.key for one in shared}
     found = find(trace.inputs[:counted], held)
     weights: dict[str, dict[str, QTensor]] = {}
-    for (name, field), stored in found.items():
-        weights.setdefault(name, {})[field] = stored
+    for (name, field), weight in found.items():
+        weights.setdefault(name, {})[field] = weight
     stored = {*found, *elsewhere}
     needed = iter(_needed_leaves(trace, stored))
     kept = [leaf if not is_array(leaf) or next(needed) else _dropped(leaf) for leaf in leaves]
@@ -155,7 +155,7 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
             key = (name, side)
             if key not in plans or getattr(site, side).role == "activation":
                 continue
-            if any(key == other for other, _ in held.stacks):
+            if held.is_stacked(key):
                 continue  # it is found inside of the scan
             if x is MISSING:
                 found[key] = MISSING

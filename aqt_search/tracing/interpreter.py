@@ -59,6 +59,10 @@ class Held:
         """What is stacked by a scan, or else what is not."""
         return self.where(lambda key: ((key, scan) in self.stacks) == yes)
 
+    def is_stacked(self, key: Key) -> bool:
+        """Whether an operand has an entry for each iteration of a scan that is not yet entered."""
+        return any(key == stacked for stacked, _ in self.stacks)
+
     def inside(self, scan: Path) -> Held:
         """The same, seen by an iteration of a scan."""
         stacks = frozenset(pair for pair in self.stacks if pair[1] != scan)

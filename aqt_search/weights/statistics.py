@@ -184,8 +184,7 @@ def _operands(
     def at_site(name, eqn, operands, held):
         sides = zip(trace.sites[name].equation_sides, operands)
         entered = {(name, side): x for side, x in sides if (name, side) in keys}
-        still = {key for key, _ in held.stacks}
-        found = {key: x for key, x in entered.items() if key not in still}
+        found = {key: x for key, x in entered.items() if not held.is_stacked(key)}
         return [MISSING] * len(eqn.outvars), found
 
     names = {name for name, _ in keys}
