@@ -61,6 +61,7 @@ from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, take
 from aqt_search.tracing.assignment_file import AssignmentError, from_json, to_json
 from aqt_search.tracing.freeze import Frozen, NotCalibrated, freeze
+from aqt_search.tracing.layers import layer_sites
 from aqt_search.tracing.rules import RuleError, assign
 from aqt_search.tracing.serve import serve
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
@@ -117,6 +118,7 @@ __all__ = [
     "from_json",
     "frozen_after",
     "init_state",
+    "layer_sites",
     "lsq",
     "mean_deviation",
     "merge_learned",

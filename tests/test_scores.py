@@ -94,7 +94,10 @@ class Scanned(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
-def test_layers_in_a_loop_are_told_together(setting):
+RULES = [(".*", {"weight": OPTIONS, "activation": "int8"})]
+
+
+def test_layers_in_a_loop_are_told_together_or_one_by_one(setting):
     _, batch = setting
     model = Scanned()
     params = model.init(jax.random.key(0), batch["x"])
@@ -112,13 +115,19 @@ def test_layers_in_a_loop_are_told_together(setting):
     found = []
     for function in (apply, unrolled):
         sites = aqs.find_sites(function, params, batch)
-        space = make_space(sites, [(".*", {"weight": OPTIONS, "activation": "int8"})])
+        space = make_space(sites, RULES, decide="stack")
         values = score(function, loss, params, [batch, batch], space)
         found.append({d.sites[0]: row for d, row in zip(space.decisions, values)})
     scanned, plain = found
     loop = sum(row for name, row in plain.items() if "layers" in name)
     (name,) = (name for name in scanned if "layers" in name)
     np.testing.assert_allclose(scanned[name], loop, rtol=1e-4)
+    stacked = make_space(aqs.find_sites(apply, params, batch), RULES)
+    values = score(apply, loss, params, [batch, batch], stacked)
+    own = {d.sites[0]: row for d, row in zip(stacked.decisions, values)}
+    layers = sorted(name for name in plain if "layers" in name)
+    for i, name in enumerate(layers):
+        np.testing.assert_allclose(own[f"layers/kernel[{i}]"], plain[name], rtol=1e-4)
 
 
 def test_fewer_options_and_no_batches(setting):

@@ -160,10 +160,12 @@ def test_sites_in_scans_lookups_and_sites_that_are_refused():
     }
     sites = aqs.find_sites(model, variables, batch["image"])
     found = sensitivity(model, variables, sites, ("int4",), [batch], operands="weight")
-    assert found.sites == ("table", "layers")
+    assert found.sites == ("table", "layers[0]", "layers[1]", "layers[2]")
     assert math.isnan(found.sqnr_db[0, 0])
     # A slice of the layers is one iteration's weight, with scales of its own.
-    assert found.sqnr_db[1, 0] == pytest.approx(decibels(noise(layers, 7, 1)), abs=0.01)
+    for i in range(3):
+        expected = decibels(noise(layers[i], 7, 0))
+        assert found.sqnr_db[1 + i, 0] == pytest.approx(expected, abs=0.01)
     assert (found.loss != found.reference_loss).all()
 
 

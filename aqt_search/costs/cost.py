@@ -7,7 +7,7 @@ jitted and vmapped in the assignment. With concrete formats the sums are exact i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from aqt_search.numerics.calibration import is_asymmetric
 from aqt_search.numerics.formats import is_unscaled
 from aqt_search.numerics.granularity import per_channel, resolve, scale_shape
 from aqt_search.numerics.quantizer import SCALE_FORMATS, Quantizer, quantizer
+from aqt_search.tracing.layers import apart
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 
 
@@ -78,6 +79,7 @@ def gbops(
       SiteError: a site's number of executions is not known.
     """
     total = 0.0
+    sites, assignment = apart(sites, assignment)
     for name, site in sites.items():
         formats = assignment.get(name, SiteFormats())
         bits = 1.0 * _bits(site.lhs, formats.lhs) * _bits(site.rhs, formats.rhs)
@@ -104,7 +106,8 @@ def weight_bytes(
       A float, or a float32 scalar if the formats are traced.
     """
     total = 0.0
-    stored: dict[int | str | None, list] = {}
+    sites, assignment = apart(sites, assignment)
+    stored: dict[Hashable, list] = {}
     for name, site in sites.items():
         formats = assignment.get(name, SiteFormats())
         for operand, fmt in ((site.lhs, formats.lhs), (site.rhs, formats.rhs)):

@@ -23,6 +23,7 @@ import numpy as np
 from aqt_search.costs import cost
 from aqt_search.numerics.formats import NumericFormat, is_integer, is_traced, numeric_format
 from aqt_search.numerics.quantizer import quantizer
+from aqt_search.tracing.layers import apart
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 
 
@@ -192,6 +193,7 @@ def latency_ms(
       ValueError: unknown name of a chip.
     """
     chip = _chip(chip) if isinstance(chip, str) else chip
+    sites, assignment = apart(sites, assignment)
     work = np.array([_work(site) for site in sites.values()], np.float64).reshape(-1, 4)
     operations, lhs_size, rhs_size, result_bits = work.T
     formats = []

@@ -135,7 +135,9 @@ def site_values(apply: Callable, names: Sequence[str]) -> Callable:
             found = SiteValues(entering["lhs"], entering["rhs"], outputs[0], (lhs, rhs))
             return outputs, {(name, "values"): found}
 
-        _, found = Interpreter(trace, {*names, *sites.names}, at_site, run_flow).run(held)
+        _, found = Interpreter(trace, {*names, *sites.names}, at_site, run_flow).run(
+            sites.with_numbers(held)
+        )
         return {name: found[name, "values"] for name in names}
 
     return values

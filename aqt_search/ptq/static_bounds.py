@@ -26,6 +26,7 @@ from aqt_search.numerics.quantizer import quantizer
 from aqt_search.ptq.captures import reachable_sites, site_values
 from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.tracing import static_leaves
+from aqt_search.tracing.layers import split_layer, stack_of
 from aqt_search.tracing.sites import SIDES, Site, SiteFormats
 from aqt_search.tracing.transform import (
     Assignment,
@@ -66,7 +67,7 @@ def static_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> dict
     assignment = with_static_activations(assignment, sites)
 
     def of(name: str, side: str, spec):
-        if spec is None or sites[name].kind == "gather":
+        if spec is None or stack_of(name, sites).kind == "gather":
             return spec
         q = quantizer(spec)
         if q.calibration.read is not None:
@@ -112,7 +113,8 @@ def calibrate(
     silent = list(_uninformed(sites, static, jax.device_get(state), len(batches)))
     if silent:
         _check_finite(apply, variables, batches, {name for name, _, _ in silent})
-    return _without_silent(assignment, static, state, [s for s in silent if s[2]])
+    never = [s for s in silent if s[2]]
+    return _without_silent(sites, assignment, static, state, never)
 
 
 # The program is kept by the function: formats are data, and so one serves all that look alike.
@@ -162,12 +164,15 @@ def _check_finite(apply: Callable, variables: Any, batches: Sequence[Any], names
 
 
 def _without_silent(
-    assignment: Assignment, static: Assignment, state: CalibrationState, silent: Sequence
-) -> tuple[dict[str, SiteFormats], CalibrationState]:
+    sites: Mapping[str, Site], assignment: Assignment, static: Assignment,
+    state: CalibrationState, silent: Sequence,
+) -> tuple[dict[str, SiteFormats], CalibrationState]:  # fmt: skip
     """Gives operands that were zero throughout the calibration back that they came with."""
     static, state = dict(static), {name: dict(fields) for name, fields in state.items()}
     for name, side, _ in silent:
-        own = quantizer(getattr(assignment[name], side))
+        layers = [n for n in static if split_layer(n, sites)[0] == name]
+        given = [n for n in layers if getattr(assignment[n], side) is not None]
+        own = quantizer(getattr(assignment[given[0]], side))
         reason = f"Site {name!r}: its {side} is zero in all of the calibration data"
         if own.calibration.read is not None:
             raise PTQError(
@@ -178,6 +183,8 @@ def _without_silent(
             SkippedSite,
             stacklevel=3,
         )
-        static[name] = static[name]._replace(**{side: own})
+        for layer in given:
+            spec = quantizer(getattr(assignment[layer], side))
+            static[layer] = static[layer]._replace(**{side: spec})
         del state[name][side]
     return static, {name: fields for name, fields in state.items() if fields}

@@ -21,10 +21,12 @@ import numpy as np
 from aqt_search.numerics.fake_quant import fake_quantized
 from aqt_search.search.space import Space, searched_operands
 from aqt_search.tracing import static_leaves
-from aqt_search.tracing.interpreter import Interpreter, run_flow
+from aqt_search.tracing.control_flow import Path
+from aqt_search.tracing.interpreter import EMPTY, Held, Interpreter, run_flow
+from aqt_search.tracing.layers import by_layer, layer_indices, layer_name
 from aqt_search.tracing.planned_sites import PlannedSites
-from aqt_search.tracing.plans import make_plans, quantized_by
-from aqt_search.tracing.sites import Key, SiteFormats
+from aqt_search.tracing.plans import layer_number, make_plans, quantized_by
+from aqt_search.tracing.sites import SIDES, Key, Site, SiteFormats
 from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import check_assignment
 
@@ -84,34 +86,64 @@ def _scores(apply, loss, space: Space, reference, params, batch) -> jax.Array:
         trace, make_plans(trace, reference, None), execution="emulated", update=False
     )
     offered, decision_of = _offered(trace, space), searched_operands(space)
+    rows, numbers = _rows(trace.sites, decision_of)
 
     def loss_of(squares: dict[Key, jax.Array]) -> jax.Array:
         def at_site(name, eqn, operands, held):
-            sides = trace.sites[name].equation_sides
-            marked = [
-                _marked(x, squares[name, side], *offered((name, side), x))
-                if (name, side) in squares
-                else x
-                for side, x in zip(sides, operands)
-            ]
+            def of_operand(side, x):
+                key = name, side
+                if key not in squares:
+                    return x
+                apart = len(squares[key]) > 1
+                row = layer_number(trace.sites[name], held.numbers) if apart else 0
+                return _marked(x, squares[key][row], *offered(key, x, held))
+
+            marked = [of_operand(s, x) for s, x in zip(trace.sites[name].equation_sides, operands)]
             if name in sites.names:
                 return sites.at_site(name, eqn, marked, held)
             return [eqn.primitive.bind(*marked, *operands[2:], **eqn.params)], {}
 
         names = {name for name, _ in squares} | sites.names
-        outputs, _ = Interpreter(trace, names, at_site, run_flow).run()
+        held = sites.with_numbers(dataclasses.replace(EMPTY, numbers=numbers))
+        outputs, _ = Interpreter(trace, names, at_site, run_flow).run(held)
         return loss(jax.tree_util.tree_unflatten(trace.out_tree, outputs), batch)
 
-    squares = jax.grad(loss_of)({key: jnp.zeros(space.max_options) for key in decision_of})
-    values = jnp.zeros(space.mask.shape)
-    for key, number in decision_of.items():
-        values = values.at[number].add(squares[key])
+    zeros = {key: jnp.zeros((len(found), space.max_options)) for key, found in rows.items()}
+    squares = jax.grad(loss_of)(zeros)
+    values = jnp.zeros((len(space.decisions) + 1, space.max_options))
+    for key, numbers_of_decisions in rows.items():
+        values = values.at[np.array(numbers_of_decisions)].add(squares[key])
+    values = values[:-1]
     examples = jax.tree.leaves(batch)[0].shape[0]
     return jnp.where(space.mask, -examples / 2 * values, 0.0)
 
 
-def _offered(trace: Trace, space: Space) -> Callable[[Key, jax.Array], tuple[Any, jax.Array]]:
-    """Returns `offered(key, x)`: how x is quantized, and its options' grids [max_options, n, 7]."""
+def _rows(
+    sites: Mapping[str, Site], decision_of: Mapping[Key, int]
+) -> tuple[dict[Key, list[int]], dict[Path, jax.Array]]:
+    """The decision about each layer of an operand (-1: none), and the iterations' numbers.
+
+    One decision where it is about the whole stack.
+    """
+    by_side = {side: {n: d for (n, s), d in decision_of.items() if s == side} for side in SIDES}
+    rows: dict[Key, list[int]] = {}
+    loops = set()
+    for side, decisions in by_side.items():
+        for name, own in by_layer(decisions, sites).items():
+            if set(own) == {""}:
+                rows[name, side] = [own[""]]
+                continue
+            labels = [layer_name("", index) for index in layer_indices(sites[name])]
+            rows[name, side] = [own.get(label, -1) for label in labels]
+            loops |= set(sites[name].layers)
+    return rows, {path: jnp.arange(length, dtype=np.int32) for path, length in sorted(loops)}
+
+
+def _offered(trace: Trace, space: Space) -> Callable[..., tuple[Any, jax.Array]]:
+    """Returns `offered(key, x, held)`: how x is quantized, and its options' grids.
+
+    These are [max_options, n, 7].
+    """
     counts = np.array([len(decision.options) for decision in space.decisions])
     options = [
         quantized_by(
@@ -120,8 +152,8 @@ def _offered(trace: Trace, space: Space) -> Callable[[Key, jax.Array], tuple[Any
         for option in range(space.max_options)
     ]
 
-    def offered(key: Key, x: jax.Array) -> tuple[Any, jax.Array]:
-        found = [quantized(key, x) for quantized in options]
+    def offered(key: Key, x: jax.Array, held: Held) -> tuple[Any, jax.Array]:
+        found = [quantized(key, x, held.numbers) for quantized in options]
         how: Any = found[0]
         # Without the tensor, which stands for itself, and with the grids of all options apart.
         how = dataclasses.replace(how, x=None, grids=None)

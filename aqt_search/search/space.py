@@ -17,12 +17,20 @@ from aqt_search.numerics.outline import outline
 from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import Choice, SpaceError, option_label, parsed_rule
-from aqt_search.tracing.rules import FormatSpec, assign, match_rules, rule_pairs, site_formats
+from aqt_search.tracing.layers import layer_sites
+from aqt_search.tracing.rules import (
+    FormatSpec,
+    assign,
+    match_rules,
+    rule_pairs,
+    site_formats,
+    with_named_layers,
+)
 from aqt_search.tracing.sites import Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
 
-DECIDE = ("site", "block", "rule", "model")
+DECIDE = ("site", "block", "stack", "rule", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +217,9 @@ def make_space(
       decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
         the network (the same first part of the name, where names begin alike the first that
         differs; inside of a part that holds numbered layers of several sites, each layer is one),
-        "rule" all sites of a rule, "model" all sites, whose rules offer the same.
+        "stack" the layers of a scan that are one site, "rule" all sites of a rule, "model" all
+        sites, whose rules offer the same. For "site" and "block" a layer of a scan is a site of its
+        own (`layer_sites`), so that a model has the decisions of its unrolled twin.
 
     Raises:
       RuleError: rules that are no pairs; one that matches no site or is never reached.
@@ -225,7 +235,10 @@ def make_space(
     searched = {i: spec for i, (_, spec) in enumerate(rules) if isinstance(spec, Choice)}
     if not searched:
         raise SpaceError("The space has nothing to choose: give a rule a list of formats.")
-    taken = match_rules(sites, [pattern for pattern, _ in rules])
+    patterns = [pattern for pattern, _ in rules]
+    apart = decide in ("site", "block")
+    sites = layer_sites(sites) if apart else with_named_layers(sites, patterns)
+    taken = match_rules(sites, patterns)
     formats: dict[str, SiteFormats] = {}
     for column in range(
         max(len(o) for choice in searched.values() for o in choice.options.values())
@@ -263,30 +276,60 @@ def _groups(sites, rules, taken, searched, decide) -> list[tuple[str, list[str],
         if decide == "rule":
             groups.append((rules[number][0], taken[number], number))
             continue
-        names = taken[number] if decide == "site" else _blocks(sites, taken[number])
+        names = _blocks(sites, taken[number]) if decide == "block" else taken[number]
         for key in dict.fromkeys(names):
             groups.append((key, [s for s, n in zip(taken[number], names) if n == key], number))
     repeated = {key for key, _, _ in groups if sum(key == other for other, _, _ in groups) > 1}
     return [(f"{k} ({rules[i][0]})" if k in repeated else k, s, i) for k, s, i in groups]
 
 
-def _blocks(sites: Iterable[str], members: Iterable[str]) -> list[str]:
+def _blocks(sites: Mapping[str, Site], members: Iterable[str]) -> list[str]:
     """The block of every member: its layer if there are layers, else the first part that differs.
 
     Layers are parts of the network with several sites each, whose names differ in a number only.
     """
-    parts = [name.split("/") for name in sites]
-    depth = 0
-    while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
-        depth += 1
+    parts_of = _parts(sites)
+    parts = list(parts_of.values())
+    depth = _common(parts)
     layers = _layers(parts)
 
     def block(name: str) -> str:
-        own = name.split("/")
+        own = parts_of[name]
         ends = (end for end in range(depth + 1, len(own)) if tuple(own[:end]) in layers)
         return "/".join(own[: next(ends, depth + 1)])
 
     return [block(name) for name in members]
+
+
+def _common(parts: Sequence[Sequence[str]]) -> int:
+    """How many first parts all names share, their last ones left out."""
+    depth = 0
+    while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    return depth
+
+
+def _parts(sites: Mapping[str, Site]) -> dict[str, list[str]]:
+    """The parts of names; a layer's number stands where its scan's sites part: `blocks[3]/mlp`."""
+    parts = {name: site.stack.split("/") for name, site in sites.items()}
+    scans: dict[Any, list[str]] = {}
+    for name, site in sites.items():
+        for depth in range(1, len(site.layer) + 1):
+            scans.setdefault(site.layers[:depth], []).append(name)
+    ends = {scan: _common([parts[name] for name in names]) for scan, names in scans.items()}
+    return {
+        name: _numbered(
+            parts[name], [ends[site.layers[: d + 1]] for d in range(len(site.layer))], site
+        )
+        for name, site in sites.items()
+    }
+
+
+def _numbered(parts: Sequence[str], ends: Sequence[int], site: Site) -> list[str]:
+    found = list(parts)
+    for end, number in zip(ends, site.layer):
+        found[max(end - 1, 0)] += f"[{number}]"
+    return found
 
 
 def _layers(parts: Iterable[Sequence[str]]) -> set[tuple[str, ...]]:
@@ -294,7 +337,7 @@ def _layers(parts: Iterable[Sequence[str]]) -> set[tuple[str, ...]]:
     counts = collections.Counter(tuple(p[:end]) for p in parts for end in range(1, len(p)))
     alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for prefix, count in counts.items():
-        stem = re.sub(r"\d+$", "", prefix[-1])
+        stem = re.sub(r"\d+\]?$", "", prefix[-1])
         if count > 1 and stem != prefix[-1]:
             alike.setdefault((*prefix[:-1], stem), []).append(prefix)
     return {prefix for family in alike.values() if len(family) > 1 for prefix in family}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -18,17 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import tells_nothing
-from aqt_search.numerics.formats import as_grid
+from aqt_search.numerics.formats import NumericFormat, as_grid, stack_formats
+from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
+from aqt_search.tracing.layers import equal_specs, layer_indices, split_layer
 from aqt_search.tracing.liveness import scan_liveness
 from aqt_search.tracing.matching import for_sites
 from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by, stacks_of
 from aqt_search.tracing.shared_weights import Shared, shared_weights
-from aqt_search.tracing.sites import Key, SiteError, SiteFormats
+from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
 from aqt_search.tracing.static_leaves import wrapped
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
@@ -55,8 +58,9 @@ class Frozen:
 
     # Those that are not quantized, `Dropped` in place of the others; what is no array is `Static`.
     params: Any
-    # By site and operand; a stack of them where each iteration of a scan has its own.
-    weights: dict[str, dict[str, QTensor]]
+    # By site and operand; a stack of them where each iteration of a scan has its own, by formats
+    # where these differ.
+    weights: dict[str, dict[str, QTensor | MixedStack]]
     state: CalibrationState  # bounds of activations; {} where each batch has its own scales
     keys: dict[str, dict[str, jax.Array]]  # of activations that are rounded stochastically
     formats: tuple[tuple[str, SiteFormats], ...] = dataclasses.field(metadata={"static": True})
@@ -120,11 +124,11 @@ def freeze(
     def find(known, held):
         inputs = [*known, *[MISSING] * (len(trace.inputs) - counted)]
         own = {key: plan for key, plan in plans.items() if key not in elsewhere}
-        return _stored_weights(trace._replace(inputs=inputs), own, Held(held, {}, stacks))
+        return _stored_in_groups(trace._replace(inputs=inputs), own, Held(held, {}, stacks))
 
     elsewhere = {one.key for one in shared}
     found = find(trace.inputs[:counted], held)
-    weights: dict[str, dict[str, QTensor]] = {}
+    weights: dict[str, dict[str, QTensor | MixedStack]] = {}
     for (name, field), weight in found.items():
         weights.setdefault(name, {})[field] = weight
     stored = {*found, *elsewhere}
@@ -136,13 +140,70 @@ def freeze(
     }
     told = _told(trace, plans, activations)
     keys: dict[str, dict[str, jax.Array]] = {}
-    for (name, field), plan in plans.items():
-        if plan.quantizer.key is not None and (name, field) not in stored:
-            keys.setdefault(name, {})[field] = plan.quantizer.key
+    for name, formats in assignment.items():
+        stack, _ = split_layer(name, trace.sites)
+        for field in SIDES:
+            spec = getattr(formats, field)
+            if spec is not None and spec.key is not None and (stack, field) not in stored:
+                keys.setdefault(name, {})[field] = spec.key
     static = tuple((name, _map_formats(_without_key, f)) for name, f in assignment.items())
     params = wrapped(jax.tree.unflatten(tree, kept))
-    lookups = tuple(name for name in assignment if trace.sites[name].kind == "gather")
+    stacks_named = dict.fromkeys(split_layer(name, trace.sites)[0] for name in assignment)
+    lookups = tuple(name for name in stacks_named if trace.sites[name].kind == "gather")
     return Frozen(params, weights, activations, keys, static, shared, lookups, told)
+
+
+def _stored_in_groups(
+    trace: Trace, plans: Mapping[Key, Plan], held: Held
+) -> dict[Key, QTensor | MixedStack]:
+    """The weights of sites in storage; layers of a stack by the formats that they have."""
+    ways = {key: _distinct(plan) for key, plan in plans.items()}
+    found: dict[Key, QTensor | MixedStack] = {}
+    groups: dict[Key, list[QTensor]] = {}
+    for number in range(max((len(kinds) for kinds, _ in ways.values()), default=0)):
+        # The whole stack in one of its formats: of it, the layers that have this one are kept.
+        alike = {key: kinds[number] for key, (kinds, _) in ways.items() if number < len(kinds)}
+        for key, weight in _stored_weights(trace, alike, held).items():
+            groups.setdefault(key, []).append(weight)
+    for key, stacks in groups.items():
+        kinds, kind_of = ways[key]
+        found[key] = stacks[0] if len(kinds) == 1 else _mixed(trace, held, key, stacks, kind_of)
+    return found
+
+
+def _distinct(plan: Plan) -> tuple[list[Plan], list[int]]:
+    """The plans that the layers of a stack have, without repetition, and which each layer has."""
+    kinds: list[Plan] = []
+    kind_of = []
+    for own in plan.each:
+        known = (n for n, kind in enumerate(kinds) if equal_specs(kind.quantizer, own.quantizer))
+        number = next(known, len(kinds))
+        if number == len(kinds):
+            kinds.append(own)
+        kind_of.append(number)
+    return kinds, kind_of
+
+
+def _mixed(
+    trace: Trace, held: Held, key: Key, stacks: Sequence[QTensor], kind_of: Sequence[int]
+) -> MixedStack:
+    """Of stacks in one format each what the layers of a site take."""
+    site = trace.sites[key[0]]
+    # Layers that differ in a scan that the weight is not sliced by take the same of it.
+    sliced = [(key, path) in held.stacks for path, _ in site.layers]
+    lengths = [length for (_, length), is_own in zip(site.layers, sliced) if is_own]
+    members: list[dict[int, int]] = [{} for _ in stacks]
+    places = []
+    for index, kind in zip(layer_indices(site), kind_of):
+        own = [i for i, is_own in zip(index, sliced) if is_own]
+        row = int(np.ravel_multi_index(own, lengths)) if own else 0
+        places.append(members[kind].setdefault(row, len(members[kind])))
+
+    def taken(leaf: jax.Array, rows: Mapping[int, int]) -> jax.Array:
+        return leaf.reshape(-1, *leaf.shape[len(lengths) :])[np.array(list(rows))]
+
+    groups = (jax.tree.map(lambda leaf, m=m: taken(leaf, m), s) for s, m in zip(stacks, members))
+    return MixedStack(tuple(groups), tuple(kind_of), tuple(places))
 
 
 def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict[Key, QTensor]:
@@ -162,7 +223,7 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
                 continue
             x = _one_of(x, getattr(site, side).uniform)
             state = held.states.get(key, ())
-            bounds = calibrated(quantized(key, x), state, update=False)[0].bounds
+            bounds = calibrated(quantized(key, x, {}), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
             found[key] = quantize_tensor(x, plans[key].quantizer, bounds=bounds, row_axes=rows)
         return [MISSING] * len(eqn.outvars), found
@@ -210,10 +271,16 @@ def _told(trace: Trace, plans: Mapping[Key, Plan], states: CalibrationState) -> 
     """Whether calibration is known to have told something of all these activations."""
     silent, traced = [], False
     for (name, field), state in flat_state(states).items():
-        nothing = functools.partial(_tells_nothing, plans[name, field])
-        for _ in trace.sites[name].layers:
+        layers, plan = trace.sites[name].layers, plans[name, field]
+        lengths = [length for _, length in layers]
+        fmt = stack_formats([plan.quantizer.fmt for plan in plan.each])
+        fmt = jax.tree.map(
+            lambda column, n=lengths: np.broadcast_to(column, math.prod(n)).reshape(n), fmt
+        )
+        nothing = functools.partial(_tells_nothing, plan)
+        for _ in layers:
             nothing = jax.vmap(nothing)
-        found = nothing(state)
+        found = nothing(fmt, state)
         if isinstance(found, jax.core.Tracer):
             traced = True
         elif np.any(found):
@@ -228,8 +295,8 @@ def _told(trace: Trace, plans: Mapping[Key, Plan], states: CalibrationState) -> 
     return not silent and not traced
 
 
-def _tells_nothing(plan: Plan, state: Any) -> jax.Array:
-    grid, read = as_grid(plan.quantizer.fmt, np.dtype(np.float32)), plan.how.calibration.read
+def _tells_nothing(plan: Plan, fmt: NumericFormat, state: Any) -> jax.Array:
+    grid, read = as_grid(fmt, np.dtype(np.float32)), plan.how.calibration.read
     assert read is not None  # else it has no state
     return tells_nothing(read(state, grid))
 

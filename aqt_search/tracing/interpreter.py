@@ -17,6 +17,7 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 
+from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.tracing.control_flow import (
     Body,
@@ -43,9 +44,11 @@ class Held:
     """What sites hold beside their operands; inside a scan, one slice of what is stacked by it."""
 
     states: dict[Key, Any]  # of calibrations
-    weights: dict[Key, QTensor]  # operands in storage
+    weights: dict[Key, QTensor | MixedStack]  # operands in storage
     # Of what is held, and of what sites tell: by the scans that are not yet entered.
     stacks: Stacks = dataclasses.field(metadata={"static": True})
+    # Of scans whose sites ask for it: the numbers of all iterations, inside of one its own.
+    numbers: dict[Path, jax.Array] = dataclasses.field(default_factory=dict)
 
     def where(self, wanted: Callable[[Key], bool]) -> Held:
         """A part of it, by site and operand."""
@@ -53,11 +56,14 @@ class Held:
             {key: value for key, value in part.items() if wanted(key)}
             for part in (self.states, self.weights)
         )
-        return Held(states, weights, frozenset(pair for pair in self.stacks if wanted(pair[0])))
+        stacks = frozenset(pair for pair in self.stacks if wanted(pair[0]))
+        return Held(states, weights, stacks, self.numbers)
 
     def stacked(self, scan: Path, yes: bool = True) -> Held:
         """What is stacked by a scan, or else what is not."""
-        return self.where(lambda key: ((key, scan) in self.stacks) == yes)
+        part = self.where(lambda key: ((key, scan) in self.stacks) == yes)
+        numbers = {path: n for path, n in self.numbers.items() if (path == scan) == yes}
+        return dataclasses.replace(part, numbers=numbers)
 
     def is_stacked(self, key: Key) -> bool:
         """Whether an operand has an entry for each iteration of a scan that is not yet entered."""
@@ -75,7 +81,8 @@ class Held:
     def beside(self, other: Held) -> Held:
         """Both."""
         states, weights = self.states | other.states, self.weights | other.weights
-        return Held(states, weights, self.stacks | other.stacks)
+        numbers = self.numbers | other.numbers
+        return Held(states, weights, self.stacks | other.stacks, numbers)
 
 
 EMPTY = Held({}, {}, frozenset())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
+from aqt_search.tracing.layers import by_layer, equal_specs
 from aqt_search.tracing.origins import SITE_PRIMITIVES
 from aqt_search.tracing.sites import SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace
@@ -30,28 +30,31 @@ def matched_sites(
     Names of parameters that the function does not read are passed over.
 
     Args:
-      assignment: formats by site.
+      assignment: formats by site. Layers that are named are part of the site that is their stack.
       trace: the function.
       lookups: the names in the assignment that are lookups; None: that is not known.
+
+    Returns:
+      {the name of a site: its name in the assignment}, both without layers.
 
     Raises:
       SiteError: a name is of no site and no parameter that is left unread; sites of one parameter
         disagree, so that no one of them says what another takes.
     """
-    sites = trace.sites
+    sites, layers = trace.sites, by_layer(assignment, trace.sites)
     unknown: dict[str, list[str]] = {}
-    for name in assignment:
+    for name in layers:
         if name not in sites:
             unknown.setdefault(parameter_of(name), []).append(name)
-    found = {name: name for name in assignment if name in sites}
+    found = {name: name for name in layers if name in sites}
     for parameter, names in unknown.items():
-        wanting = [n for n in sites if parameter_of(n) == parameter and n not in assignment]
+        wanting = [n for n in sites if parameter_of(n) == parameter and n not in layers]
         if not wanting and not _is_left_unread(parameter, trace.parameters):
             raise unknown_site(names[0], sites)
         for name in wanting:
             is_lookup = sites[name].kind == "gather"
             alike = [n for n in names if lookups is None or (n in lookups) == is_lookup] or names
-            if not all(_agree(assignment[alike[0]], assignment[n], is_lookup) for n in alike):
+            if not all(_agree(layers[alike[0]], layers[n], is_lookup) for n in alike):
                 raise SiteError(
                     f"Site {name!r} is none of {', '.join(alike)}, whose formats differ (or are"
                     f" traced, and cannot be compared): assign {name!r} itself."
@@ -62,11 +65,13 @@ def matched_sites(
 
 def for_sites(assignment: Mapping[str, SiteFormats], trace: Trace) -> dict[str, SiteFormats]:
     """An assignment by the names that sites have in this function; see `matched_sites`."""
-    if all(name in trace.sites for name in assignment):
+    layers = by_layer(assignment, trace.sites)
+    if all(name in trace.sites for name in layers):
         return dict(assignment)
     return {
-        name: _for_kind(assignment[source], trace.sites[name].kind)
+        name + layer: _for_kind(formats, trace.sites[name].kind)
         for name, source in matched_sites(assignment, trace).items()
+        for layer, formats in layers[source].items()
     }
 
 
@@ -74,16 +79,16 @@ def _for_kind(formats: SiteFormats, kind: str) -> SiteFormats:
     return SiteFormats(rhs=formats.rhs) if kind == "gather" else formats
 
 
-def _agree(one: SiteFormats, other: SiteFormats, is_lookup: bool) -> bool:
-    fields = [(one.rhs, other.rhs)] if is_lookup else list(zip(one, other))
-    return all(a is b or _equal(a, b) for a, b in fields)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        return bool(a == b)
-    except (TypeError, ValueError):  # formats that are traced cannot be compared
-        return False
+def _agree(
+    one: Mapping[str, SiteFormats], other: Mapping[str, SiteFormats], is_lookup: bool
+) -> bool:
+    """Whether what is said of two sites, by layer, is the same."""
+    fields = ("rhs",) if is_lookup else SiteFormats._fields
+    return one.keys() == other.keys() and all(
+        equal_specs(getattr(one[layer], field), getattr(other[layer], field))
+        for layer in one
+        for field in fields
+    )
 
 
 def _is_left_unread(name: str, parameters: Mapping[str, bool]) -> bool:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
+import numpy as np
 
 from aqt_search.numerics.fake_quant import fake_quantized, with_gradient_rule
 from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 from aqt_search.tracing.interpreter import EMPTY, MISSING, Held, Interpreter, Outcome, run_flow
 from aqt_search.tracing.origins import array_type
-from aqt_search.tracing.plans import Plan, quantized_by, site_layout
+from aqt_search.tracing.plans import (
+    Plan,
+    layer_number,
+    numbers_of,
+    quantized_by,
+    site_layout,
+)
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Operand, SiteError
 from aqt_search.tracing.trace import Trace
 
@@ -36,7 +45,7 @@ def run_planned(
     """
     sites = PlannedSites(trace, plans, execution=execution, update=update, told=told)
     # Only sites with formats change anything: the rest of the program runs as it is.
-    return Interpreter(trace, sites.names, sites.at_site, run_flow).run(held)
+    return Interpreter(trace, sites.names, sites.at_site, run_flow).run(sites.with_numbers(held))
 
 
 class PlannedSites:
@@ -53,6 +62,11 @@ class PlannedSites:
         self._update = update
         self._told = told
         self._quantized = quantized_by(trace, plans)
+        self._numbers = numbers_of(trace, plans)
+
+    def with_numbers(self, held: Held) -> Held:
+        """With what the sites need to know of the iterations that they are in."""
+        return dataclasses.replace(held, numbers=held.numbers | self._numbers)
 
     def at_site(self, name: str, eqn: jex_core.JaxprEqn, operands: Sequence, held: Held) -> Outcome:
         """The result of a site, and the next states of its calibrations."""
@@ -68,14 +82,17 @@ class PlannedSites:
             values.append(value)
             states |= state
             plan = self._plans.get((name, side))
-            formats.append(None if plan is None else _known_format(plan))
+            mixed = isinstance(held.weights.get((name, side)), MixedStack)
+            formats.append(None if plan is None or mixed else _known_format(plan))
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
             return eqn.primitive.bind(lhs, rhs, *operands[2:], **(eqn.params | more))
 
         keys = ((name, field) for field in GRADIENTS)
-        of_lhs, of_rhs = (self._quantized(k, None) if k in self._plans else None for k in keys)
+        of_lhs, of_rhs = (
+            self._quantized(k, None, held.numbers) if k in self._plans else None for k in keys
+        )
         (lhs, rhs), (lhs_format, rhs_format) = values, formats
         result = product(
             bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution,
@@ -86,7 +103,7 @@ class PlannedSites:
     def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
         """An operand as its site takes it, and the next state of its calibration, if it has one."""
         if key in held.weights:
-            return _in_shape(held.weights[key], getattr(self._sites[key[0]], key[1])), {}
+            return _in_shape(self._stored(key, held), getattr(self._sites[key[0]], key[1])), {}
         if x is MISSING:
             raise SiteError(
                 f"The function reads a parameter that was stored in codes only, at a site that the"
@@ -96,34 +113,59 @@ class PlannedSites:
         if key not in self._plans:
             return x, {}
         state = held.states.get(key, ())
-        tensor = self._quantized(key, x)
+        tensor = self._quantized(key, x, held.numbers)
         tensor, state = calibrated(tensor, state, update=self._update, told=self._told)
         return with_gradient_rule(tensor), {key: state} if key in held.states else {}
+
+    def _stored(self, key: Key, held: Held) -> QTensor | jax.Array:
+        """A stored weight; where each layer of a stack has its format, the values of this one's."""
+        weight = held.weights[key]
+        if isinstance(weight, MixedStack):
+            return weight.dequantize(layer_number(self._sites[key[0]], held.numbers))
+        return weight
 
     def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:
         table, indices = operands
         key = (name, "rhs")
         if key in held.weights:
-            if _takes_leading_rows(eqn):
-                return _rows_of(held.weights[key], eqn, indices)
-            table = held.weights[key].dequantize()
+            table = self._stored(key, held)
+            if isinstance(table, QTensor):
+                if _takes_leading_rows(eqn):
+                    return _rows_of(table, eqn, indices)
+                table = table.dequantize()
         elif key in self._plans:
-            table = fake_quantized(self._quantized(key, table))
+            table = fake_quantized(self._quantized(key, table, held.numbers))
         return eqn.primitive.bind(table, indices, **eqn.params)
 
 
-def _in_shape(weight: QTensor, operand: Operand) -> OperandValue:
+def _in_shape(weight: QTensor | jax.Array, operand: Operand) -> OperandValue:
     """A stored weight as its site takes it: where the batch repeats it, its values are repeated."""
     if weight.shape == operand.shape:
         return weight
-    return jnp.broadcast_to(weight.dequantize().reshape(operand.stored_shape), operand.shape)
+    values = weight.dequantize() if isinstance(weight, QTensor) else weight
+    return jnp.broadcast_to(values.reshape(operand.stored_shape), operand.shape)
 
 
 def _known_format(plan: Plan) -> NumericFormat:
     """What is known of an operand's format before the program runs."""
-    fmt = plan.quantizer.fmt
     # A twin that is traced is not yet taken, but known not to be negative.
-    return fmt._replace(min_value=0.0) if plan.twin else fmt
+    formats = [
+        p.quantizer.fmt._replace(min_value=0.0) if p.twin else p.quantizer.fmt for p in plan.each
+    ]
+    return _covering(formats) if plan.layers else formats[0]
+
+
+def _covering(formats: Sequence[NumericFormat]) -> NumericFormat:
+    """A format whose grid has every number of these; numbers that are traced stay so."""
+
+    def of(choose, numbers):
+        traced = [n for n in numbers if isinstance(n, jax.core.Tracer)]
+        return traced[0] if traced else choose(np.asarray(numbers)).item()
+
+    mantissas, exponents, lows, highs, bits = zip(*formats)
+    most = of(np.max, mantissas)
+    finest = of(np.min, [e - m for e, m in zip(exponents, mantissas)])  # spacing, as an exponent
+    return NumericFormat(most, finest + most, of(np.min, lows), of(np.max, highs), of(np.max, bits))
 
 
 def _takes_leading_rows(eqn: jex_core.JaxprEqn) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, qua
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, ragged_layout
 from aqt_search.tracing.control_flow import Path, equations_along
 from aqt_search.tracing.interpreter import Stacks
+from aqt_search.tracing.layers import by_stack, filled, layer_indices, layer_name
 from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace
@@ -33,6 +35,13 @@ class Plan(NamedTuple):
     quantizer: Quantizer
     how: Recipe
     twin: bool = False  # whether the twin of the format, which is traced, is still to be taken
+    # Of the layers of a stack, where they differ; what is static is the same in all.
+    layers: tuple[Plan, ...] = ()
+
+    @property
+    def each(self) -> tuple[Plan, ...]:
+        """Those of all layers, or the one that there is."""
+        return self.layers or (self,)
 
 
 def site_layout(eqn: jex_core.JaxprEqn) -> Layout:
@@ -60,17 +69,36 @@ def make_plans(
 ) -> dict[Key, Plan]:
     """The plan of every tensor that the assignment quantizes."""
     equations = site_equations(trace.closed.jaxpr, trace.site_paths)
-    return {
-        (name, field): _plan(trace.sites[name], equations[name], field, spec, axis_name)
-        for name, formats in assignment.items()
-        for field, spec in zip(SiteFormats._fields, formats)
-        if spec is not None
-    }
+    plans = {}
+    for name, layers in by_stack(assignment, trace.sites).items():
+        site, eqn = trace.sites[name], equations[name]
+        for field in SiteFormats._fields:
+            specs = [getattr(formats, field) for formats in layers]
+            if any(spec is not None for spec in specs):
+                dtype = _OF_GRADIENTS if field in GRADIENTS else getattr(site, field).dtype
+                found = [_plan(site, eqn, field, q, axis_name) for q in filled(specs, dtype)]
+                plans[name, field] = _of_stack(site, field, found)
+    return plans
 
 
-def _plan(site: Site, eqn, field: str, spec: Any, axis_name: Hashable | None) -> Plan:
-    q = quantizer(spec)
+def _of_stack(site: Site, field: str, layers: Sequence[Plan]) -> Plan:
+    """The plan of a tensor that has one in each layer of a stack, or in all of them."""
+    first = layers[0]
+    for index, plan in zip(layer_indices(site), layers):
+        ways = zip(Recipe._fields, first.how, plan.how)
+        differing = [what for what, one, other in ways if one != other]
+        if differing:
+            raise SiteError(
+                f"Site {layer_name(site.name, index)!r}: the {differing[0]} of {field} is not that"
+                f" of {layer_name(site.name, layer_indices(site)[0])!r}. The layers of a scan are"
+                " one program: their quantizers may differ in their formats alone."
+            )
+    return first._replace(layers=tuple(layers)) if len(layers) > 1 else first
+
+
+def _plan(site: Site, eqn, field: str, q: Quantizer, axis_name: Hashable | None) -> Plan:
     check_key(q)
+    _check_one(site, field, q.fmt)
     if site.kind == "gather":
         return _lookup_plan(site, field, q)
     layout = site_layout(eqn)
@@ -95,6 +123,18 @@ def _resolved(
 ) -> Plan:
     own = dataclasses.replace(q, fmt=fmt, granularity=granularity)
     return Plan(own, recipe(own, granularity, axis_name))
+
+
+def _check_one(site: Site, field: str, fmt: NumericFormat) -> None:
+    shape = max((np.shape(number) for number in fmt), key=len)
+    if shape:
+        named = layer_name(site.name, layer_indices(site)[0]) if any(site.layers) else ""
+        hint = f" The layers of this stack have a format each by name: {named!r}." if named else ""
+        raise SiteError(
+            f"Site {site.name!r}: the format of {field} is a table, its fields have shape {shape};"
+            " expected one format. Take one of them, or vmap the quantized function over the"
+            f" assignment.{hint}"
+        )
 
 
 def _lookup_plan(site: Site, field: str, q: Quantizer) -> Plan:
@@ -125,11 +165,12 @@ def stacks_of(sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]) 
     weight is stacked if each iteration takes a slice of its own, or has bounds of its own for it.
     """
     found = set()
-    for name, formats in assignment.items():
+    for name, layers in by_stack(assignment, sites).items():
         for side in SIDES:
-            spec = getattr(formats, side)
-            if spec is not None:
-                stateful = quantizer(spec).calibration.read is not None
+            specs = [getattr(formats, side) for formats in layers]
+            given = [quantizer(spec) for spec in specs if spec is not None]
+            if given:
+                stateful = given[0].calibration.read is not None
                 loops = sites[name].layers if stateful else getattr(sites[name], side).sliced_by
                 found |= {((name, side), path) for path, _ in loops}
     return frozenset(found)
@@ -160,23 +201,44 @@ def init_states(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Key, Any]:
     return states
 
 
-def quantized_by(
-    trace: Trace, plans: Mapping[Key, Plan]
-) -> Callable[[Key, jax.Array | None], Quantized]:
-    """Returns `quantized(key, x)`: a tensor under its plan, x None for the gradient of a site.
+def numbers_of(trace: Trace, plans: Mapping[Key, Plan]) -> dict[Path, jax.Array]:
+    """The numbers of iterations (`Held.numbers`) by which layers find their own formats."""
+    apart = {name for (name, _), plan in plans.items() if plan.layers}
+    loops = {loop for name in apart for loop in trace.sites[name].layers}
+    return {path: jnp.arange(length, dtype=np.int32) for path, length in sorted(loops)}
 
-    The formats of all plans are packed into one array: one for each tensor would cost a kernel.
+
+def layer_number(site: Site, numbers: Mapping[Path, jax.Array]) -> jax.Array:
+    """Which layer of its stack an iteration is: [], int32."""
+    number = jnp.int32(0)
+    for path, length in site.layers:
+        number = number * length + numbers[path]
+    return number
+
+
+def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quantized]:
+    """Returns `quantized(key, x, numbers)`: a tensor under its plan, or that of its layer.
+
+    x is None for the gradient of a site; numbers are those of `Held`. The formats of all plans are
+    packed into one array: one for each tensor would cost a kernel.
     """
-    formats = [plan.quantizer.fmt for plan in plans.values()]
-    twins = [plan.twin for plan in plans.values()]
+    each = [layer for plan in plans.values() for layer in plan.each]
+    formats, twins = [plan.quantizer.fmt for plan in each], [plan.twin for plan in each]
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
     dtypes = {carrier_dtype(o.dtype) for o in operands} | {_OF_GRADIENTS}
     grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes if plans}
-    rows = {key: np.int32(row) for row, key in enumerate(plans)}
+    starts = itertools.accumulate((len(plan.each) for plan in plans.values()), initial=0)
+    rows = dict(zip(plans, map(np.int32, starts)))
 
-    def quantized(key: Key, x: Any) -> Quantized:
+    def quantized(key: Key, x: Any, numbers: Mapping[Path, jax.Array]) -> Quantized:
         plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
-        return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
+        row, random_key = rows[key], plan.quantizer.key
+        if plan.layers:
+            number = layer_number(trace.sites[key[0]], numbers)
+            row = row + number
+            if random_key is not None:
+                random_key = jnp.stack([p.quantizer.key for p in plan.layers])[number]
+        return Quantized(x, grids[dtype], row, None, random_key, plan.how)
 
     return quantized

@@ -10,6 +10,7 @@ from typing import Any
 
 from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.quantizer import Quantizer, operand_spec, quantizer
+from aqt_search.tracing.layers import layer_sites
 from aqt_search.tracing.sites import Site, SiteError, SiteFormats, is_unquantized
 
 # One format (or quantizer) for both operands, None for no quantization, or formats by operand.
@@ -102,6 +103,33 @@ def rule_pairs(rules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def matches(pattern: re.Pattern, site: Site) -> bool:
+    """Whether a rule is about a site: its name has a match.
+
+    Of a layer that is a site of its own, a match in the name of its stack is enough; one that takes
+    in a number of the layer has to take it in from bracket to bracket.
+    """
+    end = len(site.stack)
+    if pattern.search(site.stack):
+        return True
+    return any(
+        match.start() <= end and site.name[: match.end()].endswith("]") and match.end() > end
+        for match in pattern.finditer(site.name)
+    )
+
+
+def with_named_layers(sites: Mapping[str, Site], patterns: Iterable[str]) -> dict[str, Site]:
+    """The sites, and in place of stacks of which a pattern is about single layers these."""
+    layers = layer_sites(sites)
+    named = {
+        site.stack
+        for pattern in map(compiled_pattern, patterns)
+        for site in layers.values()
+        if site.name not in sites and matches(pattern, site) and not pattern.search(site.stack)
+    }
+    return layer_sites(sites, named)
+
+
 def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list[str]]:
     """The sites that each of the ordered patterns takes: a site goes to the first that matches it.
 
@@ -112,7 +140,7 @@ def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list
     free, taken = dict.fromkeys(sites), []
     for pattern in patterns:
         compiled = compiled_pattern(pattern)
-        matched = [name for name in sites if compiled.search(name)]
+        matched = [name for name, site in sites.items() if matches(compiled, site)]
         if not matched:
             raise RuleError(
                 f"Rule {pattern!r} matches no site. Nearest names: {_nearest(pattern, sites)}."
@@ -131,7 +159,7 @@ def match_rules(sites: Mapping[str, Site], patterns: Iterable[str]) -> list[list
 def assign(
     sites: Mapping[str, Site], rules: Iterable[tuple[str, FormatSpec]]
 ) -> dict[str, SiteFormats]:
-    """Builds an assignment: every site takes the formats of the first rule that matches its name.
+    r"""Builds an assignment: every site takes the formats of the first rule that matches its name.
 
     A pattern is a regular expression that is searched for in the site's name (`head` matches
     anywhere, `^head/kernel$` that name alone). Its formats are a name, `NumericFormat` or
@@ -143,12 +171,21 @@ def assign(
 
         assign(sites, [("stem|head", "int8"), (".*", {"weight": "int4", "activation": "e4m3"})])
 
+    A stack of layers (a product inside of `nn.scan` or `jax.lax.scan` over slices of weights) is
+    one site, which a rule gives one format. A pattern that spells out a layer's number is about
+    that layer alone, and the assignment then names the layers of this stack one by one:
+
+        assign(sites, [(r"blocks/.*kernel\[[0-3]\]", "int8"), (".*", "int4")])
+
+    In a stack of stacks layers are called `kernel[2][0]`, and `kernel\[2\]` is all of `kernel[2]`.
+
     Args:
       sites: as `find_sites` returns them.
       rules: ordered pairs of pattern and formats.
 
     Returns:
-      `SiteFormats` for every site, in the order of `sites`.
+      `SiteFormats` for every site, in the order of `sites`; of a stack with rules for single
+      layers one for each layer.
 
     Raises:
       RuleError: rules that are no pairs; a rule matches no site, or only sites that earlier rules
@@ -158,6 +195,7 @@ def assign(
       SiteError: a rule quantizes a site that cannot be.
     """
     rules = rule_pairs(rules)
+    sites = with_named_layers(sites, [pattern for pattern, _ in rules])
     assignment = {name: SiteFormats() for name in sites}
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     for (pattern, spec), names in zip(rules, taken):

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 
+from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantizer import Quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.freeze import Dropped, Frozen
-from aqt_search.tracing.interpreter import MISSING, Held
+from aqt_search.tracing.interpreter import MISSING, Held, Stacks
+from aqt_search.tracing.layers import by_layer, layer_indices, layer_name, split_layer
 from aqt_search.tracing.matching import matched_sites
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import make_plans, stacks_of
 from aqt_search.tracing.signature import named_after
-from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
+from aqt_search.tracing.sites import SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.static_leaves import unwrapped
 from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import CalibrationState, check_assignment, flat_state
@@ -44,11 +47,12 @@ def serve(fun: Callable, *, execution: str = "auto") -> Callable:
         params = jax.tree.map(abstract, frozen.params, is_leaf=lambda x: isinstance(x, Dropped))
         params = unwrapped(params)
         trace = trace_function(fun, params, args, kwargs, {})
-        own = _renamed(frozen, matched_sites(frozen.assignment, trace, frozen.lookups))
+        sources = matched_sites(frozen.assignment, trace, frozen.lookups)
+        own = _renamed(frozen, sources, trace.sites)
         check_assignment(own.formats, trace.sites)
-        plans = make_plans(trace, own.for_serving(), None)
+        plans = make_plans(trace, own.for_serving(trace.sites), None)
         inputs = [MISSING if isinstance(x, jax.ShapeDtypeStruct) else x for x in trace.inputs]
-        held = Held(flat_state(own.state), own.stored, stacks_of(trace.sites, own.formats))
+        held = Held(flat_state(own.state), own.stored, own.stacks(trace))
         outputs, _ = run_planned(
             trace._replace(inputs=inputs), plans, held, execution=execution, update=False,
             told=frozen.told,
@@ -68,28 +72,44 @@ class _Own(NamedTuple):
     """What is frozen, by the names of the function that is served."""
 
     formats: dict[str, SiteFormats]
-    stored: dict[Key, QTensor]
+    stored: dict[Key, QTensor | MixedStack]
     state: CalibrationState
     keys: dict[str, dict[str, jax.Array]]
 
-    def for_serving(self) -> dict[str, SiteFormats]:
+    def stacks(self, trace: Trace) -> Stacks:
+        """What iterations of scans take a slice of; layers in formats of their own stay whole."""
+        mixed = {key for key, weight in self.stored.items() if isinstance(weight, MixedStack)}
+        stacks = stacks_of(trace.sites, self.formats)
+        return frozenset(pair for pair in stacks if pair[0] not in mixed)
+
+    def for_serving(self, sites: Mapping[str, Site]) -> dict[str, SiteFormats]:
         """The formats; stored operands need no calibration any more, others get their keys."""
         found = {}
         for name, formats in self.formats.items():
+            stack, layer = split_layer(name, sites)
             keyed = {
                 side: dataclasses.replace(getattr(formats, side), key=key)
                 for side, key in self.keys.get(name, {}).items()
             }
             plain = {
-                side: Quantizer(self.stored[name, side].fmt, unsigned=False)
+                side: Quantizer(
+                    _stored_format(sites[stack], layer, self.stored[stack, side]), unsigned=False
+                )
                 for side in SIDES
-                if (name, side) in self.stored
+                if (stack, side) in self.stored
             }
             found[name] = formats._replace(**keyed, **plain)
         return found
 
 
-def _renamed(frozen: Frozen, sources: Mapping[str, str]) -> _Own:
+def _stored_format(site: Site, layer: str, stored: QTensor | MixedStack) -> NumericFormat:
+    if isinstance(stored, QTensor):
+        return stored.fmt
+    labels = [layer_name("", index) for index in layer_indices(site)]
+    return stored.formats[labels.index(layer) if layer else 0]
+
+
+def _renamed(frozen: Frozen, sources: Mapping[str, str], sites: Mapping[str, Site]) -> _Own:
     """What is frozen of the sites on the right, by the names on the left."""
     stored = {(n, f): q for n, fields in frozen.weights.items() for f, q in fields.items()}
     for key, (name, field), order in frozen.shared:
@@ -99,15 +119,24 @@ def _renamed(frozen: Frozen, sources: Mapping[str, str]) -> _Own:
     def own(by_name: Mapping[str, Any]) -> dict[str, Any]:
         return {name: by_name[source] for name, source in sources.items() if source in by_name}
 
+    def own_layers(by_name: Mapping[str, Any]) -> dict[str, Any]:
+        layers = by_layer(by_name, sites)
+        return {
+            name + layer: value
+            for name, source in sources.items()
+            for layer, value in layers.get(source, {}).items()
+        }
+
     sides = ((name, source, side) for name, source in sources.items() for side in SIDES)
     return _Own(
-        own(frozen.assignment),
+        own_layers(frozen.assignment),
         {(name, side): stored[s, side] for name, s, side in sides if (s, side) in stored},
         own(frozen.state),
-        own(frozen.keys),
+        own_layers(frozen.keys),
     )
 
 
 def _bare(trace: Trace, formats: Mapping[str, SiteFormats]) -> list[str]:
     """The sites with a weight that nothing frozen is about."""
-    return [name for name, site in trace.sites.items() if site.weight and name not in formats]
+    named = by_layer(formats, trace.sites)
+    return [name for name, site in trace.sites.items() if site.weight and name not in named]

@@ -34,7 +34,10 @@ def shared_weights(
     groups: dict[Hashable, list[Key]] = {}
     for key, plan in plans.items():
         operand = getattr(sites[key[0]], key[1], None)  # None: it is of a gradient
-        own = plan.quantizer.calibration.read is not None or plan.quantizer.key is not None
+        own = any(
+            p.quantizer.calibration.read is not None or p.quantizer.key is not None
+            for p in plan.each
+        )
         if operand is not None and operand.array is not None and not own:
             groups.setdefault(_identity(operand, plan, key, stacks), []).append(key)
     found = []
@@ -61,4 +64,5 @@ def _identity(operand: Operand, plan: Plan, key: Key, stacks: Stacks) -> Hashabl
     granularity = Granularity(axes, size, None if block is None else order[block])
     lengths = tuple(length for path, length in operand.sliced_by if (key, path) in stacks)
     ways = how._replace(granularity=granularity, axis_name=None)
-    return operand.array, tuple(plan.quantizer.fmt), ways, lengths
+    formats = tuple(tuple(p.quantizer.fmt) for p in plan.each)
+    return operand.array, formats, ways, lengths

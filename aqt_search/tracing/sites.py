@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ class Operand:
     contracting: tuple[int, ...] = ()  # axes the product sums over; blocks run along the last
     # Of a weight: equal numbers are the same array, whose axes `order` has in this operand's order
     # (() as they are).
-    array: int | None = dataclasses.field(default=None, repr=False, compare=False)
+    array: Hashable = dataclasses.field(default=None, repr=False, compare=False)
     order: tuple[int, ...] = dataclasses.field(default=(), repr=False, compare=False)
     # The scans that give it a slice in each iteration, outer first.
     sliced_by: tuple[Loop, ...] = dataclasses.field(default=(), repr=False, compare=False)
@@ -123,6 +123,12 @@ class Site:
     out_shape: tuple[int, ...] = ()  # of its result
     # The scans around it that go through layers, each with weights of its own; outer first.
     layers: tuple[Loop, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    layer: tuple[int, ...] = ()  # of a layer that is a site of its own: its place in the stack
+
+    @property
+    def stack(self) -> str:
+        """The name of the stack that it is a layer of; its own where it is none."""
+        return self.name.removesuffix("".join(f"[{i}]" for i in self.layer))
 
     @property
     def lhs_shape(self) -> tuple[int, ...]:

@@ -22,6 +22,13 @@ from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.interpreter import Held
+from aqt_search.tracing.layers import (
+    layer_indices,
+    layer_name,
+    layer_sites,
+    split_layer,
+    stack_of,
+)
 from aqt_search.tracing.matching import for_sites, unknown_site
 from aqt_search.tracing.planned_sites import run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
@@ -186,7 +193,7 @@ def with_static_activations(
     """
 
     def of(name: str, side: str, spec):
-        if spec is None or getattr(sites[name], side).role != "activation":
+        if spec is None or getattr(stack_of(name, sites), side).role != "activation":
             return spec
         q = quantizer(spec)
         if q.calibration.read is not None:
@@ -257,15 +264,19 @@ def _are_formats(value: Any) -> bool:
 def check_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> None:
     """Raises SiteError for an assignment that is not of these sites."""
     for name, formats in assignment.items():
-        if name not in sites:
+        stack, layer = split_layer(name, sites)
+        if stack not in sites:
             raise unknown_site(name, sites)
+        site = sites[stack]
+        if layer and layer not in [layer_name("", index) for index in layer_indices(site)]:
+            raise unknown_site(name, layer_sites(sites))
         if not _are_formats(formats):
             raise SiteError(
                 f"Site {name!r} is assigned {formats!r}; expected SiteFormats(lhs, rhs) of a"
                 " NumericFormat, a Quantizer or None each. Use aqt_search.assign to build one."
             )
-        if sites[name].refused and not is_unquantized(formats):
+        if site.refused and not is_unquantized(formats):
             raise SiteError(
-                f"Site {name!r} cannot be quantized: {sites[name].refused}. Assign it None, or move"
+                f"Site {name!r} cannot be quantized: {site.refused}. Assign it None, or move"
                 " the product out of there."
             )

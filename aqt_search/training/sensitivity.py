@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -158,7 +159,9 @@ class _Power(NamedTuple):
     noise: jax.Array  # [formats], float32: sum (x - fake_quant(x))^2
 
 
-def _meter(formats: Sequence[NumericFormat]) -> Calibration:
+# One object for equal formats: the layers of a stack have one calibration.
+@functools.cache
+def _meter(formats: tuple[NumericFormat, ...]) -> Calibration:
     """absmax(), and in its state how much each of the formats would lose of the tensor."""
     table = stack_formats(formats)
 
@@ -180,7 +183,7 @@ def _meter(formats: Sequence[NumericFormat]) -> Calibration:
 
 def _metered(operand: Operand, reference: Any, formats: Sequence[str]) -> Quantizer:
     """The reference's quantizer of an operand, with a meter for `formats`."""
-    measured = [operand_format(quantizer(name), operand.nonnegative) for name in formats]
+    measured = tuple(operand_format(quantizer(name), operand.nonnegative) for name in formats)
     spec = quantizer("fp32" if reference is None else reference)  # float32 rounds to itself
     return dataclasses.replace(spec, calibration=_meter(measured))
 
@@ -222,8 +225,10 @@ def operand_sqnr(
     powers = jax.device_get(measured(variables, images))
     ratios = np.full((len(space.decisions), len(formats)), np.nan)
     for row, decision in zip(ratios, space.decisions):
-        if of_site := powers.get(decision.sites[0]):
-            row[:] = sum(_noise_to_signal(power) for power in of_site.values())
+        site = space.sites[decision.sites[0]]
+        if of_site := powers.get(site.stack):
+            of_layer = jax.tree.map(lambda leaf, layer=site.layer: leaf[layer], of_site)
+            row[:] = sum(_noise_to_signal(power) for power in of_layer.values())
     return sqnr_db(ratios)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,11 @@ from aqt_search.numerics.quantized import (
 )
 from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
 from aqt_search.numerics.signal_to_noise import noise_to_signal, sqnr_db
+from aqt_search.tracing.control_flow import Path
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Stacks, visit_bodies
+from aqt_search.tracing.layers import by_stack, layer_indices, layer_name
 from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
-from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
+from aqt_search.tracing.sites import SIDES, Key, Site, SiteError, SiteFormats
 from aqt_search.tracing.trace import Trace, is_array, trace_function
 from aqt_search.tracing.transform import (
     Assignment,
@@ -100,7 +102,8 @@ def weight_statistics(
         these, q of `params`. None: both are of `params`.
 
     Returns:
-      Statistics by site, in network order; inside of scans by "site[iteration]".
+      Statistics by site, in network order; inside of scans by "site[iteration]", of a scan in a
+      scan "site[outer][inner]".
 
     Raises:
       SiteError: the assignment is not of this function; a weight's calibration has state, and none
@@ -111,54 +114,79 @@ def weight_statistics(
     trace = trace_function(fun, params, args, kwargs, {})
     check_assignment(assignment, trace.sites)
     quantizers = _weight_quantizers(trace, assignment)
-    plans = _plans(trace, quantizers)
+    concrete = _as_assignment(trace, quantizers)
+    plans = make_plans(trace, concrete, None)
     states = _weight_states(trace, plans, state or {})
-    stacks = stacks_of(trace.sites, _as_assignment(quantizers))
+    stacks = stacks_of(trace.sites, concrete)
     weights = before = _operands(trace, plans, stacks, params)
     if float_params is not None:
         _check_alike(float_params, params)
         before = _operands(trace, plans, stacks, float_params)
     found = {}
     for key in (key for key in quantizers if key in weights):
-        loops, plan, quantized = sum(key == other for other, _ in stacks), plans[key], None
-        if quantizers[key] is not None:
-            fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
-            tensors = weights[key], states.get(key, ())
-            quantized = _served(*tensors, fmt, random_key, plan.how, loops)
-        for label, weight, served in _slices(key[0], before[key], quantized, loops):
-            found[label] = _statistics(key, weight, served, plan.quantizer.fmt)
+        scans = [path for other, path in sorted(stacks, key=lambda pair: pair[1]) if other == key]
+        tensors = before[key], (weights[key], states.get(key, ()))
+        if plans[key].layers:
+            parts = _layers(trace.sites[key[0]], scans, tensors)
+            each = list(zip(plans[key].layers, quantizers[key]))
+        else:
+            parts, each = [(key[0], tensors, len(scans))], [(plans[key], quantizers[key][0])]
+        for (name, (weight, tensors), loops), (plan, spec) in zip(parts, each):
+            quantized = None
+            if spec is not None:
+                fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
+                quantized = _served(*tensors, fmt, random_key, plan.how, loops)
+            for label, w, served in _slices(name, weight, quantized, loops):
+                found[label] = _statistics(key, w, served, plan.quantizer.fmt)
+    return found
+
+
+def _layers(site: Site, scans: Sequence[Path], tensors: Any) -> list[tuple[str, Any, int]]:
+    """(name, what a layer takes of tensors stacked by scans, 0) of each layer."""
+    found = []
+    for index in layer_indices(site):
+        of_scans = dict(zip((path for path, _ in site.layers), index))
+        place = tuple(of_scans[path] for path in scans)
+        own = jax.tree.map(lambda leaf, p=place: leaf[p], tensors)
+        found.append((layer_name(site.name, index), own, 0))
     return found
 
 
 # --- Finding the weights --------------------------------------------------------------------------
 
 
-def _weight_quantizers(trace: Trace, assignment: Assignment) -> dict[Key, Quantizer | None]:
-    """How every weight is quantized; None where it is not."""
-    chosen: dict[Key, Quantizer | None] = {}
+# By site and operand: one for all, or one for each layer of a stack; None where it is not quantized.
+Quantizers = dict[Key, tuple[Quantizer | None, ...]]
+
+
+def _weight_quantizers(trace: Trace, assignment: Assignment) -> Quantizers:
+    """How every weight is quantized."""
+    assigned, chosen = by_stack(assignment, trace.sites), Quantizers()
     for name, site in trace.sites.items():
         if site.weight is None or site.weight.size == 0 or site.refused:
             continue
         side = next(s for s in reversed(SIDES) if getattr(site, s) is site.weight)
-        spec = getattr(assignment.get(name, SiteFormats()), side)
-        if spec is not None:
-            spec = quantizer(spec)
-            fmt = concrete_format(spec.fmt, "weight_statistics")
-            spec = dataclasses.replace(spec, fmt=fmt)
-        chosen[name, side] = spec
+        specs = [getattr(formats, side) for formats in assigned.get(name, (SiteFormats(),))]
+        chosen[name, side] = tuple(spec if spec is None else _concrete(spec) for spec in specs)
     return chosen
 
 
-def _plans(trace: Trace, quantizers: Mapping[Key, Quantizer | None]) -> dict[Key, Plan]:
-    """A plan for each weight: only those with one are found, also where none is followed."""
-    return make_plans(trace, _as_assignment(quantizers), None)
+def _concrete(spec: Any) -> Quantizer:
+    q = quantizer(spec)
+    return dataclasses.replace(q, fmt=concrete_format(q.fmt, "weight_statistics"))
 
 
-def _as_assignment(quantizers: Mapping[Key, Quantizer | None]) -> dict[str, SiteFormats]:
-    return {
-        name: SiteFormats(**{side: numeric_format("fp32") if q is None else q})
-        for (name, side), q in quantizers.items()
-    }
+def _as_assignment(trace: Trace, quantizers: Quantizers) -> dict[str, SiteFormats]:
+    """A format for each weight: only those with one are found, also where none is followed."""
+    found = {}
+    for (name, side), specs in quantizers.items():
+        indices = layer_indices(trace.sites[name]) if len(specs) > 1 else [()]
+        given = any(spec is not None for spec in specs)
+        for index, q in zip(indices, specs):
+            # A layer without one takes what the others' quantizers make of it.
+            spec = q if given else numeric_format("fp32")
+            found[layer_name(name, index)] = SiteFormats(**{side: spec})
+    return found
 
 
 def _weight_states(
@@ -249,8 +277,8 @@ def _slices(
 ) -> Iterator[tuple[str, np.ndarray, _Served | None]]:
     """(label, weight, quantized weight) of a site, or of its every iteration."""
     weight, quantized = jax.device_get((weight, quantized))
-    for number, place in enumerate(np.ndindex(*weight.shape[:loops])):
-        label = f"{site}[{number}]" if loops else site
+    for place in np.ndindex(*weight.shape[:loops]):
+        label = layer_name(site, place)
         w, q = jax.tree.map(lambda leaf, place=place: leaf[place], (weight, quantized))
         yield label, w, q
 

@@ -1,0 +1,587 @@
+"""Layers of a scan in formats of their own, against the same layers written one after another."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aqt_search as aqs
+from aqt_search import ptq
+from aqt_search.search.scores import score
+from aqt_search.search.space import make_space
+from aqt_search.tracing.layers import layer_sites
+
+LAYERS, WIDTH = 4, 8
+FORMATS = ("int4", "e4m3", "int8", "int3")
+
+
+def block(p, x):
+    """Attention and an MLP: x [batch, tokens, width]."""
+    q, k, v = (x @ p[name] for name in ("q", "k", "v"))
+    with jax.named_scope("attention"):
+        mixed = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k)) @ v
+    x = x + mixed @ p["out"]
+    return x + nn.relu(x @ p["up"]) @ p["down"]
+
+
+def scanned(params, x):
+    def layer(x, p):
+        with jax.named_scope("blocks"):
+            return block(p, x), None
+
+    return jax.lax.scan(layer, x, params["blocks"])[0] @ params["head"]
+
+
+def unrolled(params, x):
+    for i in range(LAYERS):
+        with jax.named_scope(f"blocks_{i}"):
+            x = block(params[f"blocks_{i}"], x)
+    return x @ params["head"]
+
+
+def nested(params, x):
+    """Two stacks of two layers, and a weight of each stack, which its layers share."""
+
+    def stack(x, p):
+        def layer(x, w):
+            return jnp.tanh(x @ w + x @ p["shared"]), None
+
+        return jax.lax.scan(layer, x, p["inner"])[0] @ p["own"], None
+
+    return jax.lax.scan(stack, x, params["outer"])[0]
+
+
+def nested_unrolled(params, x):
+    for i in range(2):
+        for j in range(2):
+            x = jnp.tanh(
+                x @ params[f"outer_{i}"][f"inner_{j}"] + x @ params[f"outer_{i}"]["shared"]
+            )
+        x = x @ params[f"outer_{i}"]["own"]
+    return x
+
+
+def weights(*shape, seed):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(np.float32)
+
+
+X = np.random.default_rng(0).normal(size=(3, 5, WIDTH)).astype(np.float32)
+
+
+def attention_model():
+    names = {"q": 8, "k": 8, "v": 8, "out": 8, "up": 16, "down": 16}
+    stacks = {
+        name: weights(LAYERS, 16 if name == "down" else 8, 8 if name == "down" else n, seed=s)
+        for s, (name, n) in enumerate(names.items())
+    }
+    head = weights(8, 3, seed=9)
+    apart = {f"blocks_{i}": {n: w[i] for n, w in stacks.items()} for i in range(LAYERS)}
+    return scanned, unrolled, {"blocks": stacks, "head": head}, {**apart, "head": head}
+
+
+def nested_model():
+    inner, shared, own = (weights(*s, 8, 8, seed=n) for n, s in enumerate([(2, 2), (2,), (2,)]))
+    apart = {
+        f"outer_{i}": {"inner_0": inner[i, 0], "inner_1": inner[i, 1], "shared": shared[i],
+                       "own": own[i]}
+        for i in range(2)
+    }  # fmt: skip
+    params = {"outer": {"inner": inner, "shared": shared, "own": own}}
+    return nested, nested_unrolled, params, apart
+
+
+MODELS = {"attention": attention_model, "nested": nested_model}
+
+
+def twin_name(name):
+    """The name in the unrolled model of a layer's site: "blocks/q[1]" is "blocks_1/q" there."""
+    name = re.sub(r"^blocks/(.*)\[(\d)\]$", r"blocks_\2/\1", name)
+    name = re.sub(r"^outer/inner\[(\d)\]\[(\d)\]$", r"outer_\1/inner_\2", name)
+    # The layers of an inner scan are calls of their own, numbered from one.
+    name = re.sub(
+        r"^outer/shared\[(\d)\]\[(\d)\]$",
+        lambda m: f"outer_{m[1]}/shared#{int(m[2]) + 1}", name,
+    )  # fmt: skip
+    return re.sub(r"^outer/own\[(\d)\]$", r"outer_\1/own", name)
+
+
+def pair(name):
+    """(scanned, its sites by layer, params), (unrolled, sites, params)."""
+    one, other, params, apart = MODELS[name]()
+    sites = layer_sites(aqs.find_sites(one, params, X))
+    return (one, sites, params), (other, aqs.find_sites(other, apart, X), apart)
+
+
+def mixed(sites, adapt=lambda q: q):
+    """Formats that differ from layer to layer, of both operands."""
+    found = {}
+    for name in sites:
+        number = sum(ord(c) for c in name)
+        specs = FORMATS[number % 4], FORMATS[(number // 4 + 1) % 4]
+        found[name] = aqs.SiteFormats(*(adapt(aqs.quantizer(spec)) for spec in specs))
+    return found
+
+
+def for_twin(assignment):
+    return {twin_name(name): formats for name, formats in assignment.items()}
+
+
+def loss(y):
+    return jnp.sum(jnp.sin(3 * y))
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def twins(request):
+    return pair(request.param)
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def test_layers_are_the_sites_of_the_unrolled_model(twins):
+    (_, layers, _), (_, sites, _) = twins
+    assert {twin_name(name) for name in layers} == set(sites)
+    for name, layer in layers.items():
+        site = sites[twin_name(name)]
+        for field in ("kind", "macs", "repeats", "lhs", "rhs", "out_shape"):
+            ours, theirs = getattr(layer, field), getattr(site, field)
+            if field in ("lhs", "rhs"):
+                ours, theirs = (dataclasses.replace(o, parameter=None) for o in (ours, theirs))
+            assert ours == theirs, (name, field)
+    assert aqs.cost.total_macs(layers) == aqs.cost.total_macs(sites)
+
+
+def test_layers_come_one_after_another():
+    (_, layers, _), (_, sites, _) = pair("attention")
+    assert [twin_name(name) for name in layers] == list(sites)
+
+
+def test_a_rule_is_about_a_stack_or_about_single_layers():
+    fun, _, params, _ = attention_model()
+    sites = aqs.find_sites(fun, params, X)
+    whole = aqs.assign(sites, [("blocks", "int4"), (".*", "int8")])
+    assert set(whole) == set(sites)  # as ever
+    rules = [(r"blocks/q\[[13]\]", "e4m3"), ("q|head", "int8"), (r"\d|/k", "int4"), ("b", None)]
+    found = {name: formats.rhs for name, formats in aqs.assign(sites, rules).items()}
+    assert [found[f"blocks/q[{i}]"] for i in range(4)] == [
+        aqs.numeric_format(n) for n in ("int8", "e4m3", "int8", "e4m3")
+    ]
+    assert found["blocks/k"] == aqs.numeric_format("int4")  # whole: no rule names its layers
+    assert found["blocks/v"] is None  # "\d" is no name of a layer
+    inner = aqs.assign(aqs.find_sites(nested, nested_model()[2], X), [(r"\[1\]", "int4")])
+    assert {n for n, f in inner.items() if f.rhs is not None} == {
+        "outer/inner[1][0]", "outer/inner[1][1]", "outer/own[1]", "outer/shared[1][0]",
+        "outer/shared[1][1]",
+    }  # fmt: skip
+
+
+def test_rules_for_layers_that_do_not_exist():
+    fun, _, params, _ = attention_model()
+    sites = aqs.find_sites(fun, params, X)
+    with pytest.raises(aqs.RuleError, match="matches no site"):
+        aqs.assign(sites, [(r"q\[4\]", "int4")])
+    with pytest.raises(aqs.SiteError, match=r"'blocks/q\[4\]'.*Nearest: .*blocks/q\[3\]"):
+        aqs.quantize(fun)({"blocks/q[4]": aqs.SiteFormats()}, params, X)
+
+
+# --- Outputs and gradients ------------------------------------------------------------------------
+
+
+def test_outputs_and_gradients_are_those_of_the_unrolled_model(twins):
+    (one, layers, params), (other, _, apart) = twins
+    assignment = mixed(layers)
+    theirs = for_twin(assignment)
+    y = jax.jit(aqs.quantize(one))(assignment, params, X)
+    z = jax.jit(aqs.quantize(other))(theirs, apart, X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(aqs.quantize(one)(assignment, params, X), y, rtol=1e-5, atol=1e-5)
+    assert np.abs(y - one(params, X)).max() > 0.01
+    dx, dz = (
+        jax.grad(lambda x, f=f, a=a, p=p: loss(aqs.quantize(f)(a, p, x)))(X)
+        for f, a, p in ((one, assignment, params), (other, theirs, apart))
+    )
+    np.testing.assert_allclose(dx, dz, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_weights():
+    (one, layers, params), (other, _, apart) = pair("attention")
+    assignment = mixed(layers)
+    ours = jax.grad(lambda p: loss(aqs.quantize(one)(assignment, p, X)))(params)
+    theirs = jax.grad(lambda p: loss(aqs.quantize(other)(for_twin(assignment), p, X)))(apart)
+    for name, stack in ours["blocks"].items():
+        for i in range(LAYERS):
+            np.testing.assert_allclose(stack[i], theirs[f"blocks_{i}"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_formats_of_gradients_by_layer():
+    (one, layers, params), (other, _, apart) = pair("attention")
+    e5m2, e4m3 = map(aqs.numeric_format, ("e5m2", "e4m3"))
+    assignment = {
+        name: f._replace(lhs_gradient=e5m2 if i % 2 else None, rhs_gradient=e4m3 if i % 3 else e5m2)
+        for i, (name, f) in enumerate(mixed(layers).items())
+    }
+    ours, theirs = (
+        jax.grad(lambda x, f=f, a=a, p=p: loss(aqs.quantize(f)(a, p, x)))(X)
+        for f, a, p in ((one, assignment, params), (other, for_twin(assignment), apart))
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_may_stay_as_it_is(twins):
+    (one, layers, params), (other, _, apart) = twins
+    names = list(layers)
+    assignment = {n: f for n, f in mixed(layers).items() if names.index(n) % 3}
+    y = aqs.quantize(one)(assignment, params, X)
+    z = aqs.quantize(other)(for_twin(assignment), apart, X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_goes_before_its_stack():
+    fun, _, params, _ = attention_model()
+    int4, int8 = (aqs.SiteFormats(*[aqs.numeric_format(n)] * 2) for n in ("int4", "int8"))
+    short = {"blocks/q": int4, "blocks/q[2]": int8}
+    full = {f"blocks/q[{i}]": int8 if i == 2 else int4 for i in range(4)}
+    outputs = [aqs.quantize(fun)(a, params, X) for a in (short, full)]
+    np.testing.assert_array_equal(*outputs)
+    sites = aqs.find_sites(fun, params, X)
+    for cost in (aqs.cost.gbops, aqs.cost.weight_bytes):
+        assert cost(sites, short) == cost(sites, full)
+
+
+def test_layers_alike_are_the_stack(twins):
+    """An assignment of the whole means what it did, and equal layers are the same program."""
+    (one, layers, params), _ = twins
+    formats = aqs.SiteFormats(aqs.numeric_format("int8"), aqs.numeric_format("int4"))
+    whole = {site.stack: formats for site in layers.values()}
+    each = dict.fromkeys(layers, formats)
+    np.testing.assert_array_equal(
+        aqs.quantize(one)(whole, params, X), aqs.quantize(one)(each, params, X)
+    )
+    frozen = [aqs.freeze(one, a, params, X) for a in (whole, each)]
+    assert jax.tree.structure(frozen[0].weights) == jax.tree.structure(frozen[1].weights)
+
+
+def test_vmap_over_assignments_and_traced_formats():
+    (one, layers, params), _ = pair("attention")
+    assignments = [
+        mixed(layers),
+        for_stack(mixed(layers), "e4m3"),
+        for_stack(mixed(layers), "int8"),
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *assignments)
+    calls = []
+
+    def counted(assignment, x):
+        calls.append(None)
+        return aqs.quantize(one)(assignment, params, x)
+
+    together = jax.jit(jax.vmap(counted, (0, None)))(stacked, X)
+    one_by_one = jax.jit(counted)
+    for assignment, y in zip(assignments, together):
+        np.testing.assert_allclose(one_by_one(assignment, X), y, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2  # formats are data: compiled once
+
+
+def for_stack(assignment, name):
+    fmt = aqs.numeric_format(name)
+    return {n: f._replace(rhs=dataclasses.replace(f.rhs, fmt=fmt)) for n, f in assignment.items()}
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"calibration": aqs.mse()}, "calibration"),
+        ({"granularity": aqs.PER_TENSOR}, "granularity"),
+        ({"scale_format": "e8m0"}, "scale_format"),
+    ],
+)
+def test_layers_may_differ_in_their_format_alone(change, word):
+    fun, _, params, _ = attention_model()
+    spec = dataclasses.replace(aqs.quantizer("int4"), **change)
+    assignment = {"blocks/q": aqs.SiteFormats(rhs=aqs.quantizer("int8")),
+                  "blocks/q[2]": aqs.SiteFormats(rhs=spec)}  # fmt: skip
+    with pytest.raises(aqs.SiteError, match=rf"'blocks/q\[2\]': the {word} of rhs is not that of"):
+        aqs.quantize(fun)(assignment, params, X)
+
+
+@pytest.mark.parametrize("site", ["blocks/q", "head"])
+def test_a_table_of_formats_is_no_format(site):
+    """Also where it has as many as there are layers: those have names."""
+    fun, _, params, _ = attention_model()
+    table = aqs.stack_formats(FORMATS)
+    with pytest.raises(aqs.SiteError, match=rf"'{site}': the format of rhs is a table.*\(4,\)"):
+        aqs.quantize(fun)({site: aqs.SiteFormats(rhs=table)}, params, X)
+
+
+def test_keys_of_stochastic_rounding_by_layer():
+    (one, layers, params), (other, _, apart) = pair("nested")
+    stochastic = functools.partial(dataclasses.replace, rounding="stochastic")
+    assignment = aqs.with_keys(mixed(layers, stochastic), jax.random.key(3))
+    y = aqs.quantize(one)(assignment, params, X)
+    z = aqs.quantize(other)(for_twin(assignment), apart, X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+    frozen = aqs.freeze(one, assignment, params, X)
+    np.testing.assert_allclose(aqs.serve(one)(frozen, X), y, rtol=1e-5, atol=1e-5)
+
+
+# --- Costs, spaces and scores ---------------------------------------------------------------------
+
+
+COSTS = {
+    "gbops": aqs.cost.gbops,
+    "weight_bytes": aqs.cost.weight_bytes,
+    "latency": functools.partial(aqs.roofline.latency_ms, chip="h100"),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_costs_are_those_of_the_unrolled_model(twins, cost):
+    (one, layers, params), (_, sites, _) = twins
+    assignment = mixed(layers)
+    stacks = aqs.find_sites(one, params, X)
+    for ours in (layers, stacks):  # a cost takes the stacks apart that an assignment does
+        found = COSTS[cost](ours, assignment)
+        assert found == pytest.approx(COSTS[cost](sites, for_twin(assignment)), rel=1e-12)
+    traced = jax.jit(lambda a: COSTS[cost](stacks, a))(assignment)
+    assert float(traced) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize("decide", ["site", "block", "stack", "rule", "model"])
+def test_a_space_offers_what_it_offers_of_the_unrolled_model(decide):
+    (one, _, params), (other, sites, apart) = pair("attention")
+    rules = [("head", "int8"), (".*", ("int3", "int4", "int8"))]
+    ours, theirs = (
+        make_space(s, rules, decide=decide) for s in (aqs.find_sites(one, params, X), sites)
+    )
+    assert ours.max_options == theirs.max_options
+    count = {"site": 8 * LAYERS, "block": LAYERS, "stack": 8, "rule": 1, "model": 1}[decide]
+    assert len(ours.decisions) == count
+    if decide == "stack":
+        return  # the unrolled model has none
+    if decide in ("rule", "model"):
+        assert set(ours.decisions[0].sites) == set(aqs.find_sites(one, params, X)) - {"head"}
+    else:
+        assert {tuple(sorted(twin_name(s) for s in d.sites)) for d in ours.decisions} == {
+            tuple(sorted(d.sites)) for d in theirs.decisions
+        }
+    choices = np.random.default_rng(1).integers(0, 3, count)
+    formats = ours.assignment(choices), theirs.assignment(choices)
+    y, z = (aqs.quantize(f)(a, p, X) for f, a, p in zip((one, other), formats, (params, apart)))
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+    for cost in COSTS.values():
+        tables = ours.cost_table(cost), theirs.cost_table(cost)
+        np.testing.assert_allclose(*(float(t.of(choices)) for t in tables), rtol=1e-5)
+        np.testing.assert_allclose(*(t.range for t in tables), rtol=1e-9)
+    concrete = ours.concrete_assignment(choices)
+    np.testing.assert_allclose(
+        aqs.quantize(one)(concrete, params, X), y, rtol=1e-5, atol=1e-5
+    )  # fmt: skip
+
+
+def test_a_space_of_single_layers():
+    fun, _, params, _ = attention_model()
+    sites = aqs.find_sites(fun, params, X)
+    space = make_space(sites, [(r"\[0\]", "int8"), ("blocks", ("int4", "int8")), ("head", None)])
+    assert len(space.decisions) == 8 * (LAYERS - 1)
+    fixed = space.concrete_assignment([0] * len(space.decisions))
+    assert fixed["blocks/q[0]"].rhs == aqs.numeric_format("int8")
+    assert fixed["blocks/q[1]"].rhs == aqs.numeric_format("int4")
+    rule = make_space(sites, [(r"\[0\]", "int8"), ("blocks", ("int4", "int8"))], decide="rule")
+    assert [len(d.sites) for d in rule.decisions] == [8 * (LAYERS - 1)]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_scores_are_those_of_the_unrolled_model(reference):
+    (one, layers, params), (other, sites, apart) = pair("attention")
+    rules = [(".*", {"weight": ("int3", "int4", "int8"), "activation": ("int8", "e4m3")})]
+
+    def objective(y, batch):
+        return jnp.mean(jnp.square(y - 1))
+
+    formats = mixed(layers) if reference else {}
+    found = []
+    stacks = aqs.find_sites(one, params, X)
+    for f, s, p, r in ((one, stacks, params, formats), (other, sites, apart, for_twin(formats))):
+        space = make_space(s, rules)
+        values = score(f, objective, p, [X, 2 * X], space, r)
+        found.append({d.name: row for d, row in zip(space.decisions, values)})
+    ours, theirs = found
+    assert len(ours) == len(theirs)
+    for name, row in ours.items():
+        site, _, role = name.partition(":")
+        np.testing.assert_allclose(row, theirs[f"{twin_name(site)}:{role}"], rtol=2e-3, atol=1e-9)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def test_an_assignment_by_layer_in_a_file():
+    fun, _, params, _ = attention_model()
+    sites = aqs.find_sites(fun, params, X)
+    assignment = aqs.assign(sites, [(r"q\[0\]", "int4"), (r"q\[1\]", None), (".*", "e4m3")])
+    text = json.dumps(aqs.to_json(assignment))
+    read = aqs.from_json(json.loads(text))
+    assert read == assignment
+    np.testing.assert_array_equal(
+        *(aqs.quantize(fun)(a, params, X) for a in (assignment, read))
+    )  # fmt: skip
+
+
+# --- Storage --------------------------------------------------------------------------------------
+
+
+def stored_bytes(frozen):
+    return sum(w.nbytes for sides in frozen.weights.values() for w in sides.values())
+
+
+def test_stored_in_the_bytes_of_the_unrolled_model(twins):
+    (one, layers, params), (other, _, apart) = twins
+    assignment = mixed(layers)
+    frozen = aqs.freeze(one, assignment, params, X)
+    theirs = aqs.freeze(other, for_twin(assignment), apart, X)
+    assert stored_bytes(frozen) == stored_bytes(theirs)
+    assert stored_bytes(frozen) == aqs.cost.weight_bytes(aqs.find_sites(one, params, X), assignment)
+    assert frozen.nbytes == theirs.nbytes
+    y = aqs.serve(one)(frozen, X)
+    np.testing.assert_allclose(y, aqs.quantize(one)(assignment, params, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(aqs.serve(one))(frozen, X), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["asymmetric", "blocks", "wide", "partly float"])
+def test_stored_layers_of_other_kinds(spec):
+    (one, layers, params), _ = pair("attention")
+    formats, change = {
+        "asymmetric": (("uint4", "uint8"), {"calibration": aqs.min_max()}),
+        "blocks": (("int4", "int3"), {"granularity": aqs.per_block(4), "scale_format": "e8m0"}),
+    }.get(spec, (("int4", "bf16"), {}))
+    assignment = {}
+    for number, name in enumerate(layers):
+        fmt = aqs.numeric_format(formats[number % 2])
+        rhs = dataclasses.replace(aqs.quantizer(fmt), **change)
+        if spec != "partly float" or number % 3:
+            assignment[name] = aqs.SiteFormats(rhs=rhs if layers[name].weight else None)
+    frozen = aqs.freeze(one, assignment, params, X)
+    y = aqs.quantize(one)(assignment, params, X)
+    np.testing.assert_allclose(aqs.serve(one)(frozen, X), y, rtol=1e-5, atol=1e-5)
+    weights = {n: s for n, s in layers.items() if s.weight and s.stack in frozen.weights}
+    of_them = {n: f for n, f in assignment.items() if n in weights}
+    assert stored_bytes(frozen) == aqs.cost.weight_bytes(weights, of_them)
+
+
+def test_static_bounds_by_layer(twins):
+    (one, layers, params), (other, _, apart) = twins
+    assignment = aqs.with_static_activations(mixed(layers), layers)
+    qfun, theirs = aqs.quantize_with_state(one), aqs.quantize_with_state(other)
+    state = qfun.init(assignment, params, X)
+    _, state = qfun.apply(assignment, state, params, X)
+    other_state = theirs.init(for_twin(assignment), apart, X)
+    _, other_state = theirs.apply(for_twin(assignment), other_state, apart, X)
+    y = qfun.evaluate(assignment, state, params, 2 * X)
+    z = theirs.evaluate(for_twin(assignment), other_state, apart, 2 * X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+    frozen = aqs.freeze(one, assignment, params, X, state=state)
+    np.testing.assert_allclose(aqs.serve(one)(frozen, 2 * X), y, rtol=1e-5, atol=1e-5)
+    static, state = ptq.calibrate(one, mixed(layers), params, [X, 2 * X])
+    apart_static, other_state = ptq.calibrate(other, for_twin(mixed(layers)), apart, [X, 2 * X])
+    y = qfun.evaluate(static, state, params, X)
+    z = theirs.evaluate(apart_static, other_state, apart, X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-5)
+    frozen = aqs.freeze(one, static, params, X, state=state)
+    np.testing.assert_allclose(aqs.serve(one)(frozen, X), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["auto", "native", "int8", "bf16"])
+def test_executions(execution):
+    """Whatever the formats of the layers are, one program multiplies codes that hold them all."""
+    (one, layers, params), _ = pair("attention")
+    formats = in_turn(layers, ("int4", "int8"))
+    y = aqs.quantize(one)(formats, params, X)
+    z = aqs.quantize(one, execution=execution)(formats, params, X)
+    np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
+
+
+def in_turn(layers, names):
+    return {
+        name: aqs.SiteFormats(aqs.numeric_format("int8"), aqs.numeric_format(names[i % len(names)]))
+        for i, name in enumerate(layers)
+    }
+
+
+def test_an_embedding_in_a_stack():
+    """A lookup inside of a scan, whose table is a slice of a stack."""
+
+    def one(params, ids):
+        def layer(x, table):
+            return x + table[ids], None
+
+        return jax.lax.scan(layer, jnp.zeros((5, 4)), params["tables"])[0]
+
+    def other(params, ids):
+        x = jnp.zeros((5, 4))
+        for i in range(3):
+            x = x + params[f"tables_{i}"][ids]
+        return x
+
+    stack, ids = weights(3, 7, 4, seed=5), np.array([0, 3, 6, 3, 1])
+    params, apart = {"tables": stack}, {f"tables_{i}": stack[i] for i in range(3)}
+    formats = {i: aqs.SiteFormats(rhs=aqs.numeric_format(n)) for i, n in enumerate(FORMATS[:3])}
+    assignment = {f"tables[{i}]": f for i, f in formats.items()}
+    theirs = {f"tables_{i}": f for i, f in formats.items()}
+    y, z = aqs.quantize(one)(assignment, params, ids), aqs.quantize(other)(theirs, apart, ids)
+    np.testing.assert_allclose(y, z, rtol=1e-6, atol=1e-6)
+    frozen = aqs.freeze(one, assignment, params, ids)
+    assert stored_bytes(frozen) == stored_bytes(aqs.freeze(other, theirs, apart, ids))
+    np.testing.assert_allclose(aqs.serve(one)(frozen, ids), y, rtol=1e-6, atol=1e-6)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="down")(nn.relu(nn.Dense(16, name="up")(x))), None
+
+
+class Stack(nn.Module):
+    """As Flax users write it: remat inside of nn.scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True},
+                       length=3)  # fmt: skip
+        x, _ = scan(name="blocks")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+def test_linen_scan_with_remat():
+    variables = Stack().init(jax.random.key(0), X)
+    sites = aqs.find_sites(Stack().apply, variables, X)
+    assignment = aqs.assign(
+        sites, [(r"up/kernel\[0\]", "int8"), (r"up/kernel\[1\]", "e4m3"), (".*", "int4")]
+    )
+    assert [n for n in assignment if "up" in n] == [f"blocks/up/kernel[{i}]" for i in range(3)]
+
+    def by_hand(variables, x):
+        params = variables["params"]
+        for i, spec in enumerate(("int8", "e4m3", "int4")):
+            p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+            hidden = nn.relu(product(x, p["up"], spec))
+            x = x + product(hidden, p["down"], "int4", "uint4")
+        return product(x, params["head"], "int4")
+
+    def product(x, dense, spec, of_x=None):
+        w = aqs.fake_quant(dense["kernel"], spec, channel_axes=(-1,))
+        return aqs.fake_quant(x, of_x or spec) @ w + dense["bias"][None, None]
+
+    y = aqs.quantize(Stack().apply)(assignment, variables, X)
+    np.testing.assert_allclose(y, by_hand(variables, X), rtol=1e-5, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda v, f=f: loss(f(v, X)))(variables)
+        for f in (lambda v, x: aqs.quantize(Stack().apply)(assignment, v, x), by_hand)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
