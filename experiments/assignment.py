@@ -28,13 +28,15 @@ def _configured_formats(
     if config.formats:
         raise ConfigError("Give formats or a policy file, not both.")
     policy = read_policy(Path(config.policy))
-    odd = sorted(set(policy) ^ set(sites))
+    layers = {**sites, **aqs.layer_sites(sites)}
+    named = {layers[name].stack if name in layers else name for name in policy}
+    odd = sorted(named ^ set(sites))
     if odd:
         raise ConfigError(
             f"The policy {config.policy} is not of this model: only one of them has the sites"
             f" {', '.join(odd[:3])}. Take one from a run with the same config.model and data."
         )
-    return {name: policy[name] for name in sites}
+    return {name: policy[name] for name in layers if name in policy}
 
 
 def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:

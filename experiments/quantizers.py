@@ -69,6 +69,7 @@ class Quantizers:
         self, sites: Mapping[str, aqs.Site], assignment: Mapping[str, aqs.SiteFormats]
     ) -> dict[str, aqs.SiteFormats]:
         """The same for all sites."""
+        sites = {**aqs.layer_sites(sites), **sites}  # an assignment may name either
         return {name: self.of_site(sites[name], formats) for name, formats in assignment.items()}
 
 

@@ -18,6 +18,7 @@ import aqt_search as aqs
 from aqt_search.numerics.by_name import named_granularity
 from aqt_search.numerics.granularity import Granularity
 from aqt_search.numerics.quantizer import NAMED_QUANTIZERS
+from aqt_search.tracing.layers import apart
 from aqt_search.training.evaluation import (
     StaticEvaluation,
     evaluate,
@@ -171,7 +172,7 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     judged = ended.judged or estimated(config, parts, assignment, variables)
     result = _result(ended, judged) | dict(facts)
     check_lock(workdir)
-    write_json(workdir / SITES_FILE, sites_json(parts.sites))
+    write_json(workdir / SITES_FILE, sites_json(apart(parts.sites, assignment)[0]))
     granularity = named_granularity(config.quantizers.weight_granularity)
     write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
     statistics = weights_json(

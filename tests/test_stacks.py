@@ -585,3 +585,155 @@ def test_linen_scan_with_remat():
         for f in (lambda v, x: aqs.quantize(Stack().apply)(assignment, v, x), by_hand)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+# --- Quantization after training ------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """LayerNorm and two layers that add to what they get."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm(name="norm")(x)
+        return x + nn.Dense(8, name="down")(nn.relu(nn.Dense(16, name="up")(y))), None
+
+
+class NormedStack(nn.Module):
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scanned:
+            scan = nn.scan(
+                nn.remat(Normed),
+                variable_axes={"params": 0}, split_rngs={"params": True}, length=3,
+            )  # fmt: skip
+            x, _ = scan(name="blocks")(x, None)
+        else:
+            for i in range(3):
+                x, _ = Normed(name=f"blocks_{i}")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+def restacked(apart):
+    """The parameters of the scanned model, given those of the unrolled one."""
+    apart = apart["params"]
+    blocks = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(apart[f"blocks_{i}"] for i in range(3))
+    )
+    return {"params": {"blocks": blocks, "head": apart["head"]}}
+
+
+METHODS = {
+    "gptq": ptq.gptq,
+    "adaround": functools.partial(ptq.adaround, steps=40),
+    "correct_bias": ptq.correct_bias,
+    "smooth": lambda apply, assignment, state, v, batches: ptq.smooth(apply, v, batches),
+    "equalize": lambda apply, assignment, state, v, batches: ptq.equalize(apply, v, batches[0]),
+}
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """(apply, formats and state, variables) of the unrolled model and of the scanned one."""
+    one, other = NormedStack(True).apply, NormedStack(False).apply
+    apart = NormedStack(False).init(jax.random.key(0), X)
+    rng = np.random.default_rng(4)  # biases and gains that are not all alike
+    apart = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype("f4"), apart)
+    whole = restacked(apart)
+    formats = {"down": "int3", "head": "int8"}
+    sites = layer_sites(aqs.find_sites(one, whole, X))
+    rules = [(rf"up/kernel\[{i}\]", {"weight": f, "activation": "int8"})
+             for i, f in enumerate(("int3", "e2m1", "int4"))]  # fmt: skip
+    rules += [(name, {"weight": f, "activation": "int8"}) for name, f in formats.items()]
+    assignment = aqs.assign(sites, rules)
+    batches, found = [X, 2 * X[::-1]], []
+    for apply, a, v in ((other, for_linen_twin(assignment), apart), (one, assignment, whole)):
+        found.append((apply, *ptq.calibrate(apply, a, v, batches), v))
+    return found, batches
+
+
+def for_linen_twin(assignment):
+    pattern = re.compile(r"^blocks/(.*)\[(\d)\]$")
+    return {pattern.sub(r"blocks_\2/\1", name): f for name, f in assignment.items()}
+
+
+@pytest.mark.filterwarnings("ignore::aqt_search.ptq.errors.SkippedSite")
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_serve_each_layer_as_those_of_the_unrolled_model(normed, method):
+    (theirs, ours), batches = normed
+    expected = restacked(METHODS[method](*theirs, batches))
+    found = METHODS[method](*ours, batches)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+    before = ours[-1]
+    changed = jax.tree.map(
+        lambda a, b: [bool(np.any(x != y)) for x, y in zip(a, b)],
+        found["params"]["blocks"], before["params"]["blocks"],
+    )  # fmt: skip
+    leaves = [layer for leaf in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, list))
+              for layer in leaf]  # fmt: skip
+    assert any(leaves)
+    assert jax.tree.structure(found) == jax.tree.structure(before)
+
+
+@pytest.mark.filterwarnings("ignore::aqt_search.ptq.errors.SkippedSite")
+def test_names_of_layers_to_round(normed):
+    (_, (apply, assignment, state, variables)), batches = normed
+    names = ["blocks/up/kernel[1]", "blocks/down/kernel"]
+    found = ptq.gptq(apply, assignment, state, variables, batches, names=names)["params"]
+    before = variables["params"]
+    up, down = (
+        found["blocks"][n]["kernel"] != before["blocks"][n]["kernel"] for n in ("up", "down")
+    )
+    assert [bool(layer.any()) for layer in up] == [False, True, False]
+    assert all(layer.any() for layer in down)
+    np.testing.assert_array_equal(found["head"]["kernel"], before["head"]["kernel"])
+    with pytest.raises(ptq.PTQError, match=r"no site 'blocks/up/kernel\[3\]'. Nearest: blocks/up"):
+        ptq.gptq(apply, assignment, state, variables, batches, names=["blocks/up/kernel[3]"])
+
+
+def test_a_stack_that_is_cast_outside_of_its_scan_is_skipped():
+    """No leaf of a layer is a weight then."""
+
+    def apply(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jax.lax.scan(layer, x, jnp.tanh(params["w"]))[0]
+
+    params = {"w": weights(3, 8, 8, seed=2)}
+    assignment = aqs.assign(aqs.find_sites(apply, params, X), [("w", "int4")])
+    static, state = ptq.calibrate(apply, assignment, params, [X])
+    with pytest.warns(ptq.SkippedSite, match="'w' is left as it is: it is inside a scan"):
+        found = ptq.gptq(apply, static, state, params, [X])
+    np.testing.assert_array_equal(found["w"], params["w"])
+
+
+def test_a_reversed_scan():
+    """Layer i is the i-th slice, whichever runs first."""
+
+    def one(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"], reverse=True)[0]
+
+    def other(params, x):
+        for i in reversed(range(3)):
+            x = jnp.tanh(x @ params[f"w_{i}"])
+        return x
+
+    stack = weights(3, 8, 8, seed=2)
+    params, apart = {"w": stack}, {f"w_{i}": stack[i] for i in range(3)}
+    formats = [aqs.SiteFormats(*[aqs.numeric_format(n)] * 2) for n in FORMATS[:3]]
+    ours, theirs = (
+        {pattern.format(i): f for i, f in enumerate(formats)} for pattern in ("w[{}]", "w_{}")
+    )
+    y, z = aqs.quantize(one)(ours, params, X), aqs.quantize(other)(theirs, apart, X)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-6)
+    frozen = aqs.freeze(one, ours, params, X)
+    np.testing.assert_allclose(aqs.serve(one)(frozen, X), y, rtol=1e-5, atol=1e-6)
+    found = ptq.gptq(one, *ptq.calibrate(one, ours, params, [X]), params, [X])
+    expected = ptq.gptq(other, *ptq.calibrate(other, theirs, apart, [X]), apart, [X])
+    for i in range(3):
+        np.testing.assert_allclose(found["w"][i], expected[f"w_{i}"], rtol=1e-4, atol=1e-5)

@@ -56,7 +56,8 @@ def adaround(
 
     Args:
       apply, assignment, state, variables, batches: as `calibrate` took and returned them.
-      names: the sites to round; None for all whose weight has a format.
+      names: the sites to round, or layers of them (`kernel[3]`); None for all whose weight has a
+        format.
       steps: of Adam at each site.
       learning_rate: of Adam.
       regularizer: its weight; 0.2 to 1 serve equally well.
@@ -67,7 +68,8 @@ def adaround(
       `variables` with the weights of these sites on the grid of their static bounds, at most a step
       from where they were. Values on the grid stay. No output channel has a larger error than under
       nearest rounding. Sites that cannot be served stay as they are, under the warning
-      `SkippedSite`: lookups, loops, weights that no leaf holds alone, all-zero weights.
+      `SkippedSite`: lookups, loops (but not the layers of a scan, which are sites of their own),
+      weights that no leaf holds alone, all-zero weights.
 
     Raises:
       PTQError: no data, unknown names, a weight without static bounds, values that are not finite,

@@ -17,6 +17,7 @@ from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.flat_graph import FlatGraph, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import SiteWeight
+from aqt_search.ptq.unrolling import unroll
 
 
 def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
@@ -31,6 +32,7 @@ def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
 
     What cannot be folded stays, with a `SkippedSite` warning: a BatchNorm that does not follow a
     product, one whose parameters something else reads, weights that are computed from their leaf.
+    The layers of a scan are served one by one.
 
     Args:
       apply: a function of variables and data, in evaluation mode.
@@ -43,6 +45,9 @@ def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
     Raises:
       PTQError: parameters are not finite, or a variance + eps is not above 0.
     """
+    model = unroll(apply, variables, *args)
+    if model is not None:
+        apply, variables = model.apply, model.variables
     graph = trace_graph(apply, variables, *args)
     rewriting, tails = Rewriting(variables), set()
     for name, flow in site_flows(graph).items():
@@ -55,7 +60,8 @@ def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:
         else:
             _fold(rewriting, name, *weight_and_tail(flow))
     _warn_of_others(graph, tails)
-    return rewriting.variables()
+    found = rewriting.variables()
+    return found if model is None else model.restacked(found)
 
 
 def _fold(rewriting: Rewriting, site: str, weight: SiteWeight, tail: Tail) -> None:

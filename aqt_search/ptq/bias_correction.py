@@ -17,6 +17,7 @@ from aqt_search.ptq.dataflow import SiteFlow, Tail, dataflow, why_not_changeable
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import check_batches
+from aqt_search.ptq.unrolling import unroll
 from aqt_search.tracing import static_leaves
 from aqt_search.tracing.sites import is_unquantized
 from aqt_search.tracing.transform import Assignment, CalibrationState
@@ -40,6 +41,8 @@ def correct_bias(
     parameter behind the product: its bias, or BatchNorm's mean, with a minus. A site without one
     stays, with a `SkippedSite` warning.
 
+    The layers of a scan are sites of their own.
+
     The whole model runs over the batches once for every site, in one compiled function.
 
     Args:
@@ -56,9 +59,13 @@ def correct_bias(
       SiteError: the assignment or the state is not of this function.
     """
     check_batches(batches)
+    given, model = variables, unroll(apply, variables, batches[0])
+    if model is not None:
+        apply, variables = model.apply, model.variables
+        assignment, state = model.assignment(assignment), model.state(state)
     served = _served(dataflow(apply, variables, batches[0]), assignment)
     if not served:
-        return variables
+        return given
     means = _channel_means(apply, {name: tail.product_axis for name, tail in served.items()})
     target = _average(static_leaves.jit(lambda v, x: means({}, {}, v, x)), variables, batches)
     quantized = static_leaves.jit(lambda v, x: means(assignment, state, v, x))
@@ -69,7 +76,7 @@ def correct_bias(
         rewriting = Rewriting(variables)
         rewriting.add_to_product(tail, delta)
         variables = rewriting.variables()
-    return variables
+    return variables if model is None else model.restacked(variables)
 
 
 def _served(flows: Mapping[str, SiteFlow], assignment: Assignment) -> dict[str, Tail]:

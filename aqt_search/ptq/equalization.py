@@ -26,6 +26,7 @@ from aqt_search.ptq.dataflow import (
 from aqt_search.ptq.errors import PTQError
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import SiteWeight
+from aqt_search.ptq.unrolling import unroll
 
 _FOLDED = 1e-3  # how far from 1 a folded BatchNorm may be
 _CONVERGED = 1e-3  # of log s
@@ -52,7 +53,7 @@ def equalize(apply: Callable, variables: Any, *args: Any, iterations: int = 40) 
     Between the two sites may stand biases, folded BatchNorm, activations for which f(s x) = s f(x),
     s > 0 (identity, relu, leaky relu; not relu6, swish, gelu), pooling and flattening. A site that
     anything else follows stays, with a `SkippedSite` warning; so does one whose BatchNorm is not
-    folded: use `fold_batch_norm` before.
+    folded: use `fold_batch_norm` before. The layers of a scan are served one by one.
 
     Args:
       apply: a function of variables and data, in evaluation mode.
@@ -66,6 +67,9 @@ def equalize(apply: Callable, variables: Any, *args: Any, iterations: int = 40) 
     Raises:
       PTQError: weights are not finite; `iterations` is below 1.
     """
+    model = unroll(apply, variables, *args)
+    if model is not None:
+        apply, variables = model.apply, model.variables
     pairs = _pairs(apply, variables, args)
     rewriting = Rewriting(variables)
     scales = _scales(rewriting, pairs, iterations)
@@ -76,7 +80,8 @@ def equalize(apply: Callable, variables: Any, *args: Any, iterations: int = 40) 
             rewriting.multiply(shift.leaf, 1 / s)
         scaled = second.scaled(rewriting.read(second.leaf), inputs=s[pair.elements])
         rewriting.write(second.leaf, scaled)
-    return rewriting.variables()
+    found = rewriting.variables()
+    return found if model is None else model.restacked(found)
 
 
 def equalization_scales(
@@ -84,8 +89,12 @@ def equalization_scales(
 ) -> dict[str, np.ndarray]:
     """The s of `equalize`, by first site: float64, shape [output channels].
 
-    The results of a site, statistics of them included, are divided by it.
+    The results of a site, statistics of them included, are divided by it. Layers of a scan are
+    sites of their own, `kernel[3]`.
     """
+    model = unroll(apply, variables, *args)
+    if model is not None:
+        apply, variables = model.apply, model.variables
     return _scales(Rewriting(variables), _pairs(apply, variables, args), iterations)
 
 

@@ -42,7 +42,8 @@ def gptq(
 
     Args:
       apply, assignment, state, variables, batches: as `calibrate` took and returned them.
-      names: the sites to round; None for all whose weight has a format.
+      names: the sites to round, or layers of them (`kernel[3]`); None for all whose weight has a
+        format.
       damping: share of the mean diagonal that is added to it; above 0.
       by_energy: round elements in order of falling E[x_k^2] ("act order" of the authors' code).
       asymmetric: whether the output to keep is that of the float model, so that a site makes up for

@@ -37,6 +37,7 @@ from aqt_search.ptq.captures import (
 from aqt_search.ptq.errors import PTQError, SkippedSite
 from aqt_search.ptq.product_matrix import NoMatrix, ProductMatrix, product_matrix
 from aqt_search.ptq.static_bounds import check_batches
+from aqt_search.ptq.unrolling import unroll
 from aqt_search.ptq.weight_leaves import NoLeaf, WeightLeaf, weight_leaf
 from aqt_search.tracing import static_leaves
 from aqt_search.tracing.plans import Plan, make_plans
@@ -137,12 +138,14 @@ def reconstruct(
 ) -> Any:
     """Variables whose weights at the sites are rounded by `solve`, one site after another.
 
+    The layers of a scan are sites, too, each with the inputs that it has under those before it.
+
     Args:
       apply, assignment, state, variables, batches: as `calibrate` took and returned them; batches
         of one shape are compiled once for each site, and their moments added up.
       solve: a jitted function. Of what it returns an output channel is taken where its error is
         below that of the nearest grid values, which stand otherwise.
-      names: of sites; None for all whose weight has a format.
+      names: of sites, or of layers of stacks; None for all whose weight has a format.
       asymmetric: whether y is of the float model (else y = W x, errors before the site are not
         made up for).
 
@@ -155,6 +158,14 @@ def reconstruct(
     check_assignment(assignment, trace.sites)
     plans = make_plans(trace, assignment, None)
     held = checked_state(state, trace, plans)
+    model = unroll(apply, variables, batches[0])
+    if model is not None:  # each layer of a stack is a site of its own, after those before it
+        check_site_names(model.names(names) or (), model.sources)
+        apply, variables, names = model.apply, model.variables, model.names(names)
+        assignment, state = model.assignment(assignment), model.state(state)
+        trace = trace_function(apply, variables, (batches[0],), {}, {})
+        plans = make_plans(trace, assignment, None)
+        held = checked_state(state, trace, plans)
     rounded = variables
     for layer in _layers(trace, assignment, names):
         key = (layer.name, SIDES[layer.side])
@@ -178,7 +189,7 @@ def reconstruct(
             )
         found = _round(solve, layer.matrix, plans[key], held[key], weight, total)
         rounded = layer.leaf.write(rounded, found)
-    return rounded
+    return rounded if model is None else model.restacked(rounded)
 
 
 def _layers(trace: Trace, assignment: Assignment, names: Sequence[str] | None) -> Iterator[Layer]:

@@ -21,6 +21,7 @@ from aqt_search.ptq.flat_graph import trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import Axes, SiteWeight, known_axis
 from aqt_search.ptq.static_bounds import check_batches
+from aqt_search.ptq.unrolling import unroll
 from aqt_search.tracing import static_leaves
 
 
@@ -35,6 +36,7 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     with the maxima over all batches and over those sites. A channel that is zero on either side
     keeps s = 1. Any affine operation by parameters that an activation comes from is served as
     LayerNorm is; an elementwise function in between has to have f(s x) = s f(x) for s > 0.
+    The layers of a scan are served one by one.
     A site whose activation comes from elsewhere stays, with a `SkippedSite` warning; so do all
     sites of a LayerNorm that something else reads, too, or a kernel whose input or output channels
     are several axes, as those of Flax's own attention.
@@ -54,6 +56,9 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     check_batches(batches)
     if not 0 <= strength <= 1:
         raise PTQError(f"The strength of smoothing lies in [0, 1]; got {strength}.")
+    model = unroll(apply, variables, batches[0])
+    if model is not None:
+        apply, variables = model.apply, model.variables
     graph = trace_graph(apply, variables, batches[0])
     flows, (producers, reasons) = site_flows(graph), affine_producers(graph)
     served = []
@@ -71,7 +76,8 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     weights = {name: flow.weight for name, flow in flows.items() if flow.weight is not None}
     for producer in served:
         _smooth_one(rewriting, producer, weights, largest, strength)
-    return rewriting.variables()
+    found = rewriting.variables()
+    return found if model is None else model.restacked(found)
 
 
 def _why_not(producer: Producer, flows: Mapping[str, SiteFlow]) -> str | None:

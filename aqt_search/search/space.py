@@ -30,7 +30,7 @@ from aqt_search.tracing.sites import Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
 
-DECIDE = ("site", "block", "stack", "rule", "model")
+DECIDE = ("site", "block", "rule", "model", "stack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +217,9 @@ def make_space(
       decide: what shares a decision: "site" nothing, "block" the sites of a rule in one block of
         the network (the same first part of the name, where names begin alike the first that
         differs; inside of a part that holds numbered layers of several sites, each layer is one),
-        "stack" the layers of a scan that are one site, "rule" all sites of a rule, "model" all
-        sites, whose rules offer the same. For "site" and "block" a layer of a scan is a site of its
-        own (`layer_sites`), so that a model has the decisions of its unrolled twin.
+        "rule" all sites of a rule, "model" all sites, whose rules offer the same, "stack" the
+        layers of a scan that are one site. For "site" and "block" a layer of a scan is a site of
+        its own (`layer_sites`), so that a model has the decisions of its unrolled twin.
 
     Raises:
       RuleError: rules that are no pairs; one that matches no site or is never reached.

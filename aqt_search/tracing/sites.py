@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -160,11 +161,14 @@ class Site:
 def parameter_name(path: Sequence) -> str:
     """The path of a leaf, without Flax's leading collection 'params' and NNX's last 'value'."""
     parts = [jax.tree_util.keystr((key,), simple=True, separator="/") for key in path]
+    layer = ""
+    while len(parts) > 1 and re.fullmatch(r"\[\d+\]", parts[-1]):  # of a leaf kept by layers
+        layer = parts.pop() + layer
     if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
     if len(parts) > 1 and parts[-1] in ("value", "raw_value"):
         parts = parts[:-1]
-    return "/".join(parts) or "params"
+    return ("/".join(parts) or "params") + layer
 
 
 def _lhs_rhs(eqn: jex_core.JaxprEqn, values: Sequence) -> tuple:

@@ -155,7 +155,7 @@ def _layers(site: Site, scans: Sequence[Path], tensors: Any) -> list[tuple[str, 
 # --- Finding the weights --------------------------------------------------------------------------
 
 
-# By site and operand: one for all, or one for each layer of a stack; None where it is not quantized.
+# By site and operand: one for all, or one for each layer of a stack; None: it is not quantized.
 Quantizers = dict[Key, tuple[Quantizer | None, ...]]
 
 
@@ -177,7 +177,7 @@ def _concrete(spec: Any) -> Quantizer:
 
 
 def _as_assignment(trace: Trace, quantizers: Quantizers) -> dict[str, SiteFormats]:
-    """A format for each weight: only those with one are found, also where none is followed."""
+    """A format for each weight: those without one would not be found."""
     found = {}
     for (name, side), specs in quantizers.items():
         indices = layer_indices(trace.sites[name]) if len(specs) > 1 else [()]
