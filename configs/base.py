@@ -130,7 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
     # ("fliqs_s_int", "fliqs_l_fp", ...: aqt_search.search.options); or a mapping of "weight" and
     # "activation" to either, which are then decided apart.
     config.search.space = ((".*", ("int4", "int8", "bf16")),)
-    config.search.decide = "site"  # what shares a decision: "site", "block", "rule", "model", "stack"
+    config.search.decide = "site"  # what shares a decision: site, block, rule, model, stack
     # "scores" judges all options by gradients, once, at the end of the delay (search.scores),
     # "one_at_a_time" by a forward pass for each; "critic" (aqt_search.search.critic),
     # "policy_gradient" (FLIQS: beta, advantage, and what stands from cost_samples on, but for the

@@ -13,9 +13,17 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import ptq
+from aqt_search.palette.rules import select_weights
 from aqt_search.search.scores import score
 from aqt_search.search.space import make_space
 from aqt_search.tracing.layers import layer_sites
+from aqt_search.training.sensitivity import sensitivity
+from aqt_search.weights.dorefa import companded_model
+from aqt_search.weights.statistics import weight_statistics
+from configs.base import get_config
+from experiments.assignment import configured_assignment
+from experiments.from_config import ConfigError
+from experiments.results import policy_json
 
 LAYERS, WIDTH = 4, 8
 FORMATS = ("int4", "e4m3", "int8", "int3")
@@ -737,3 +745,97 @@ def test_a_reversed_scan():
     expected = ptq.gptq(other, *ptq.calibrate(other, theirs, apart, [X]), apart, [X])
     for i in range(3):
         np.testing.assert_allclose(found["w"][i], expected[f"w_{i}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "formats, execution",
+    [(("int4", "int8", "int3"), "int8"), (("e2m1", "e4m3", "e3m2"), "fp8")],
+)
+def test_mixed_stacks_are_served_in_codes(formats, execution):
+    def one(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    params = {"w": weights(3, 8, 8, seed=2)}
+    activation = "int8" if execution == "int8" else "e4m3"
+    assignment = {
+        f"w[{i}]": aqs.SiteFormats(*map(aqs.numeric_format, (activation, f)))
+        for i, f in enumerate(formats)
+    }
+    frozen = aqs.freeze(one, assignment, params, X)
+    served = functools.partial(aqs.serve(one, execution=execution), frozen)
+    y = aqs.quantize(one)(assignment, params, X)
+    np.testing.assert_allclose(served(X), y, rtol=1e-4, atol=1e-5)
+    products = re.findall(r"(\w+)\[[\d,]*\] = dot_general", str(jax.make_jaxpr(served)(X)))
+    assert products == (["i32"] if execution == "int8" else ["f32"])
+    dtype = "i8" if execution == "int8" else "f8_e4m3fn"
+    assert f":{dtype}[3,5,8]" in str(jax.make_jaxpr(served)(X))
+
+
+WHOLE = {
+    "A palette": lambda layers: select_weights(layers, [("q", 2)]),
+    "A range loss": lambda layers: aqs.range_loss(layers, [("q", "r2")]),
+    "Companding": lambda layers: companded_model(nn.Dense(3), layers, ["blocks/q[1]"]),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_what_is_done_to_whole_parameters_takes_no_layers(what):
+    fun, _, params, _ = attention_model()
+    layers = layer_sites(aqs.find_sites(fun, params, X))
+    with pytest.raises(aqs.SiteError, match=rf"{what} works .*'blocks/q\[0\]' is one layer"):
+        WHOLE[what](layers)
+
+
+def test_statistics_of_weights_by_layer(twins):
+    (one, layers, params), (other, _, apart) = twins
+    names = [name for name, site in layers.items() if site.weight]
+    assignment = {n: f for n, f in mixed(layers).items() if n in names and names.index(n) % 4}
+    found = weight_statistics(one, assignment, params, X)
+    expected = weight_statistics(other, for_twin(assignment), apart, X)
+    for name in assignment:
+        for value, other_value in zip(found[name], expected[twin_name(name)]):
+            if isinstance(value, float):
+                assert value == pytest.approx(other_value, rel=1e-4, nan_ok=True)
+
+
+def test_sensitivities_by_layer():
+    """One decision changed after another: SQNR of each layer is of its own slice."""
+
+    def model(variables, x, train=False):
+        del train
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, variables["params"]["w"])[0]
+
+    stack = weights(3, 8, 8, seed=2)
+    variables = {"params": {"w": stack}}
+    batch = {
+        "image": X.reshape(-1, 8),
+        "label": np.zeros(15, np.int32),
+        "mask": np.ones(15, np.int32),
+    }
+    sites = aqs.find_sites(model, variables, batch["image"])
+    found = sensitivity(model, variables, sites, ("int4",), [batch], operands="weight")
+    assert found.sites == ("w[0]", "w[1]", "w[2]")
+    for layer, row in zip(stack, found.sqnr_db):
+        error = np.asarray(aqs.fake_quant(layer, "int4", channel_axes=(-1,))) - layer
+        expected = -10 * np.log10(np.sum(np.square(error)) / np.sum(np.square(layer)))
+        assert row[0] == pytest.approx(expected, abs=0.01)
+
+
+def test_configured_formats_by_layer(tmp_path):
+    """Rules and policy files of the jobs name layers as rules do elsewhere."""
+    fun, _, params, _ = attention_model()
+    sites = aqs.find_sites(fun, params, X)
+    config = get_config()
+    config.formats = ((r"blocks/q\[0\]", "int8"), (".*", "int4"))
+    assignment = configured_assignment(config, sites)
+    assert [n for n in assignment if "blocks/q" in n] == [f"blocks/q[{i}]" for i in range(4)]
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy_json(assignment)))
+    config.formats, config.policy = (), str(path)
+    read = configured_assignment(config, sites)
+    y, z = (aqs.quantize(fun)(a, params, X) for a in (assignment, read))
+    np.testing.assert_array_equal(y, z)
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps(text | {"blocks/q[7]": text["head"]}))
+    with pytest.raises(ConfigError, match=r"blocks/q\[7\]"):
+        configured_assignment(config, sites)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.formats import NumericFormat
-from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.qtensor import STORAGE_DTYPES, QTensor
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +51,49 @@ class MixedStack:
         groups = tuple(group.transposed(order) for group in self.groups)
         return dataclasses.replace(self, groups=groups)
 
-    def dequantize(self, number: jax.typing.ArrayLike) -> jax.Array:
-        """The values of layer `number`, [], int, which may be traced."""
+    def layer(self, number: jax.typing.ArrayLike) -> QTensor | jax.Array:
+        """Layer `number`, [], int, which may be traced: with its codes in a dtype that holds all.
+
+        Its values where there is no such dtype of 8 bits: some formats are wider, or have codes
+        that others have not.
+        """
+        group, place = (jnp.asarray(table, np.int32)[number] for table in (self.group, self.place))
+        fmt = self._common_format()
 
         def read(group: QTensor):
-            return lambda place: jax.tree.map(lambda leaf: leaf[place], group).dequantize()
+            def of(place):
+                own = jax.tree.map(lambda leaf: leaf[place], group)
+                if fmt is None:
+                    return own.dequantize()
+                codes = own.codes(STORAGE_DTYPES[fmt])
+                return codes, own.scale, own.tensor_scale, own.zero_point
 
-        group, place = (jnp.asarray(table, np.int32)[number] for table in (self.group, self.place))
-        return jax.lax.switch(group, [read(group) for group in self.groups], place)
+            return of
+
+        found = jax.lax.switch(group, [read(group) for group in self.groups], place)
+        if fmt is None:
+            return found
+        data, scale, tensor_scale, zero_point = found
+        first = self.groups[0]
+        return QTensor(
+            data, scale, tensor_scale, zero_point, fmt, first.granularity, first.shape,
+            first.dtype, centred=first.centred,
+        )  # fmt: skip
+
+    def _common_format(self) -> NumericFormat | None:
+        """A format of 8 bits with a dtype, in which the codes of all layers are numbers."""
+        kinds = {(bool(g.fmt.bits > 8), g.centred, g.zero_point is None) for g in self.groups}
+        if len(kinds) > 1 or self.groups[0].fmt.bits > 8:
+            return None
+        narrow = (fmt for fmt in STORAGE_DTYPES if fmt.bits <= 8)
+        return next((f for f in narrow if all(_holds(f, g.fmt) for g in self.groups)), None)
+
+
+def _holds(wide: NumericFormat, fmt: NumericFormat) -> bool:
+    """Whether every number of a format is one of another."""
+    return bool(
+        wide.mantissa_bits >= fmt.mantissa_bits
+        and wide.min_exponent - wide.mantissa_bits <= fmt.min_exponent - fmt.mantissa_bits
+        and wide.min_value <= fmt.min_value
+        and wide.max_value >= fmt.max_value
+    )

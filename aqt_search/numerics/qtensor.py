@@ -29,7 +29,7 @@ from aqt_search.numerics.quantized import carrier_dtype, codes_of_tensor, in_one
 from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer
 from aqt_search.numerics.scale import Scale
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     numeric_format(name): np.dtype(dtype)
     for name, dtype in {
         "int8": np.int8,
@@ -126,7 +126,7 @@ class QTensor:
         return codes.transpose(*self.order) if self.order else codes
 
     def _stored_codes(self, dtype: np.dtype) -> jax.Array:
-        if self.fmt in _STORAGE_DTYPES:
+        if self.fmt in STORAGE_DTYPES:
             return self.data.astype(dtype)
         place = {axis: own for own, axis in enumerate(self.order)}
         shape = tuple(self.shape[place.get(axis, axis)] for axis in range(self.ndim))
@@ -171,7 +171,7 @@ class QTensor:
 
     def rows(self, numbers: jax.Array, fill: float) -> jax.Array:
         """The rows of these numbers, int32 of any shape; `fill` where a number is negative."""
-        packed = self.row_axes == 0 and self.fmt not in _STORAGE_DTYPES
+        packed = self.row_axes == 0 and self.fmt not in STORAGE_DTYPES
         count, flat = self.shape[0], numbers.reshape(-1)
 
         def taken(part):
@@ -219,7 +219,7 @@ def concrete_format(fmt: NumericFormat, caller: str) -> NumericFormat:
 
 def _storable(fmt: NumericFormat) -> NumericFormat:
     fmt = concrete_format(fmt, "quantize_tensor")
-    if fmt.bits > 8 and fmt not in _STORAGE_DTYPES:
+    if fmt.bits > 8 and fmt not in STORAGE_DTYPES:
         raise FormatError(
             f"{fmt} has {fmt.bits} bits and no storage dtype: store at most 8 bits, or bf16, fp16"
             " or fp32."
@@ -264,8 +264,8 @@ def quantize_tensor(
     def store(tensor):
         found = codes_of_tensor(tensor, tensor.grid())
         codes = join_blocks(found.codes, how.granularity, x.shape)
-        if fmt in _STORAGE_DTYPES:
-            data = codes.astype(_STORAGE_DTYPES[fmt])
+        if fmt in STORAGE_DTYPES:
+            data = codes.astype(STORAGE_DTYPES[fmt])
         else:
             data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
             data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
@@ -273,7 +273,7 @@ def quantize_tensor(
 
     sharding = jax.typeof(x).sharding
     whole = replicated(sharding)
-    of_data = sharding if fmt in _STORAGE_DTYPES else whole
+    of_data = sharding if fmt in STORAGE_DTYPES else whole
     tensor = in_one_format(x, fmt, q.key, how, bounds)
     data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aqt_search.tracing.layers import check_whole
 from aqt_search.tracing.rules import RuleError, match_rules, rule_pairs
 from aqt_search.tracing.sites import Site, parameter_name
 
@@ -98,6 +99,7 @@ def select_weights(
         gets one.
       PaletteError: bits or a dimension out of range.
     """
+    check_whole(sites, "A palette")
     rules = rule_pairs(rules)
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     chosen: dict[str, ClusteredWeight] = {}

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer
-from aqt_search.tracing.sites import Operand, Site, SiteFormats
+from aqt_search.tracing.control_flow import Path
+from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
 
 _LAYER = re.compile(r"^(.+?)((?:\[\d+\])+)$", re.DOTALL)
 
@@ -83,7 +84,7 @@ def _of_layer(site: Site, index: tuple[int, ...]) -> Site:
     )
 
 
-def _slice(operand: Operand, places: Mapping[Hashable, int]) -> Operand:
+def _slice(operand: Operand, places: Mapping[Path, int]) -> Operand:
     """What a layer takes of an operand: other layers take other arrays, if each has its own."""
     own = [(path, length) for path, length in operand.sliced_by if path in places]
     array: Hashable = operand.array
@@ -142,6 +143,16 @@ def apart(
     return layers, {n: f for n, f in assignment.items() if n not in stacks} | whole
 
 
+def check_whole(sites: Mapping[str, Site], what: str) -> None:
+    """Raises SiteError for layers, where what is done is done to whole parameters."""
+    for site in sites.values():
+        if site.layer:
+            raise SiteError(
+                f"{what} works on whole parameters, but {site.name!r} is one layer of"
+                f" {site.stack!r}. Give the sites as find_sites returns them."
+            )
+
+
 def stack_of(name: str, sites: Mapping[str, Site]) -> Site:
     """The site that a name is of, or of a layer of."""
     return sites[split_layer(name, sites)[0]]
@@ -152,9 +163,7 @@ def float_format(dtype: Any) -> NumericFormat:
     info = jnp.finfo(dtype)
     if info.bits == 32:
         return numeric_format("fp32")
-    return NumericFormat(
-        int(info.nmant), int(info.minexp), float(info.min), float(info.max), int(info.bits)
-    )
+    return NumericFormat(info.nmant, info.minexp, float(info.min), float(info.max), info.bits)
 
 
 def filled(specs: Sequence[Any], dtype: Any) -> list[Quantizer]:

@@ -81,9 +81,7 @@ class PlannedSites:
             value, state = self.operand((name, side), x, held)
             values.append(value)
             states |= state
-            plan = self._plans.get((name, side))
-            mixed = isinstance(held.weights.get((name, side)), MixedStack)
-            formats.append(None if plan is None or mixed else _known_format(plan))
+            formats.append(self._format_of((name, side), value, held))
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
@@ -117,11 +115,17 @@ class PlannedSites:
         tensor, state = calibrated(tensor, state, update=self._update, told=self._told)
         return with_gradient_rule(tensor), {key: state} if key in held.states else {}
 
+    def _format_of(self, key: Key, value: OperandValue, held: Held) -> NumericFormat | None:
+        """What is known of an operand's format before the program runs; None: it has none."""
+        if isinstance(held.weights.get(key), MixedStack):
+            return value.fmt if isinstance(value, QTensor) else None
+        return _known_format(self._plans[key]) if key in self._plans else None
+
     def _stored(self, key: Key, held: Held) -> QTensor | jax.Array:
-        """A stored weight; where each layer of a stack has its format, the values of this one's."""
+        """A stored weight; of layers in formats of their own this one's."""
         weight = held.weights[key]
         if isinstance(weight, MixedStack):
-            return weight.dequantize(layer_number(self._sites[key[0]], held.numbers))
+            return weight.layer(layer_number(self._sites[key[0]], held.numbers))
         return weight
 
     def _lookup(self, name: str, eqn, operands: Sequence, held: Held) -> jax.Array:

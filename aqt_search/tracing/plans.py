@@ -237,8 +237,8 @@ def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quant
         if plan.layers:
             number = layer_number(trace.sites[key[0]], numbers)
             row = row + number
-            if random_key is not None:
-                random_key = jnp.stack([p.quantizer.key for p in plan.layers])[number]
+            keys = [p.quantizer.key for p in plan.layers if p.quantizer.key is not None]
+            random_key = jnp.stack(keys)[number] if keys else None  # of all layers or of none
         return Quantized(x, grids[dtype], row, None, random_key, plan.how)
 
     return quantized

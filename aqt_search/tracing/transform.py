@@ -90,6 +90,9 @@ def quantize(
     The assignment may be of another function of these parameters, such as a whole model for its
     encoder: what is said of sites that `fun` has not is passed over.
 
+    The layers of a scan are one site, with one format for all of them, or they are named one by
+    one, `kernel[3]` (`layer_sites`); then they may differ in their formats, and in nothing else.
+
     Formats may be traced: a jitted `qfun` is compiled once for all formats. It is traced anew only
     if operands change between a format and None, or quantizers in more than their format.
 
@@ -102,7 +105,8 @@ def quantize(
 
     Raises (when called):
       SiteError: the assignment names a site that does not exist, holds something other than
-        `SiteFormats`, quantizes a site that is refused, or uses a calibration with state.
+        `SiteFormats`, quantizes a site that is refused, or uses a calibration with state; layers of
+        a scan differ in more than their formats; a format is a table of several.
       FormatError, ValueError: a site that `execution` does not apply to.
     """
     check_execution(execution)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from aqt_search.tracing.layers import check_whole
 from aqt_search.tracing.sites import Site, SiteError, parameter_name
 
 
@@ -54,6 +55,7 @@ def companded_model(model: Any, sites: Mapping[str, Site], names: Iterable[str])
     Raises:
       SiteError: a name that is no site, or one of a site without a weight.
     """
+    check_whole(sites, "Companding")
     parameters = set()
     for name in names:
         weight = sites[name].weight if name in sites else None

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aqt_search.tracing.layers import check_whole
 from aqt_search.tracing.rules import RuleError, match_rules, rule_pairs
 from aqt_search.tracing.sites import Site, parameter_name
 
@@ -159,6 +160,7 @@ def range_loss(
       RuleError: a rule matches no site, is never used or has an unknown loss; or no site with a
         weight gets a loss.
     """
+    check_whole(sites, "A range loss")
     rules = rule_pairs(rules)
     taken = match_rules(sites, [pattern for pattern, _ in rules])
     chosen: dict[str, RangeLoss] = {}
