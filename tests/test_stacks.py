@@ -839,3 +839,53 @@ def test_configured_formats_by_layer(tmp_path):
     path.write_text(json.dumps(text | {"blocks/q[7]": text["head"]}))
     with pytest.raises(ConfigError, match=r"blocks/q\[7\]"):
         configured_assignment(config, sites)
+
+
+@pytest.mark.parametrize("formats", [("int4", None, "int8"), ("int4", "int8", "int3")])
+def test_bfloat16_is_served_to_the_bit(formats):
+    """Values of a step times a scale have more bits than bfloat16, in storage as in training."""
+
+    def one(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, params["w"])
+
+    params = {"w": jnp.asarray(weights(3, 8, 8, seed=2), jnp.bfloat16)}
+    x = jnp.asarray(X, jnp.bfloat16)
+    specs = [None if f is None else aqs.numeric_format(f) for f in formats]
+    int8 = aqs.numeric_format("int8")
+    assignment = {
+        f"w[{i}]": aqs.SiteFormats(f and int8, f) for i, f in enumerate(specs) if f is not None
+    }
+    y, inputs = aqs.quantize(one)(assignment, params, x)
+    if None in formats:
+        # The second layer multiplies as it does without quantization.
+        np.testing.assert_array_equal(inputs[2], jnp.tanh(inputs[1] @ params["w"][1]))
+    frozen = aqs.freeze(one, assignment, params, x)
+    np.testing.assert_array_equal(aqs.serve(one, execution="emulated")(frozen, x)[0], y)
+    sites = aqs.find_sites(one, params, x)
+    assert stored_bytes(frozen) == aqs.cost.weight_bytes(sites, assignment)
+
+
+@pytest.mark.parametrize("second", [("int4", "e4m3", "int8"), ("int4", "int3", "int8"), None])
+def test_a_stack_that_two_scans_go_through(second):
+    """A prompt and the loop after it: stored once if the layers have the same formats in both."""
+
+    def layers(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    def fun(params, x):
+        return jax.lax.scan(lambda x, _: (layers(params, x), None), layers(params, x), None, 2)[0]
+
+    params, first = {"w": weights(3, 8, 8, seed=2)}, ("int4", "e4m3", "int8")
+    sites = aqs.find_sites(fun, params, X)
+    assert list(sites) == ["w#1", "w#2"]
+    specs = {"w#1": first, "w#2": second or ("int3",) * 3}
+    assignment = {
+        f"{name}[{i}]": aqs.SiteFormats(rhs=aqs.numeric_format(f))
+        for name, formats in specs.items()
+        for i, f in enumerate(formats)
+    }
+    frozen = aqs.freeze(fun, assignment, params, X)
+    assert stored_bytes(frozen) == aqs.cost.weight_bytes(sites, assignment)
+    assert (len(frozen.weights) == 1) == (second == first)
+    y = aqs.quantize(fun)(assignment, params, X)
+    np.testing.assert_allclose(aqs.serve(fun)(frozen, X), y, rtol=1e-5, atol=1e-6)

@@ -6,8 +6,10 @@ jitted and vmapped in the assignment. With concrete formats the sums are exact i
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Mapping
+import operator
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from aqt_search.numerics.formats import is_unscaled
 from aqt_search.numerics.granularity import per_channel, resolve, scale_shape
 from aqt_search.numerics.quantizer import SCALE_FORMATS, Quantizer, quantizer
 from aqt_search.tracing.layers import apart
-from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
+from aqt_search.tracing.sites import SIDES, Operand, Site, SiteError, SiteFormats
 
 
 def _bits(operand: Operand, fmt) -> int | jax.Array:
@@ -87,6 +89,26 @@ def gbops(
     return total / 1e9
 
 
+def _bits_of_stacks(
+    sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats]
+) -> dict[tuple[str, str], list]:
+    """The bits of every operand, those of all layers of a stack that is taken apart."""
+    found: dict[tuple[str, str], list] = {}
+    for name, site in sites.items():
+        formats = assignment.get(name, SiteFormats())
+        for side in SIDES:
+            bits = _bits(getattr(site, side), getattr(formats, side))
+            found.setdefault((site.stack, side), []).append(bits)
+    return found
+
+
+def _differ(bits: Sequence, others: Sequence) -> bool | jax.Array:
+    """Whether two weights of one array are stored apart: stacks are, unless all layers agree."""
+    if len(bits) != len(others):
+        return True
+    return functools.reduce(operator.or_, (one != other for one, other in zip(bits, others)))
+
+
 def weight_bytes(
     sites: Mapping[str, Site], assignment: Mapping[str, SiteFormats], *, scales: bool = True
 ) -> float | np.ndarray | jax.Array:
@@ -94,7 +116,8 @@ def weight_bytes(
 
         bytes = sum over weights of (elements * bits + bits of scales and zero points) / 8
 
-    A weight that several sites use is stored once per distinct format width, as `freeze` does.
+    A weight that several sites use is stored once per distinct format width, as `freeze` does; a
+    stack of layers that two scans go through is if its layers have the same widths in both.
 
     Args:
       sites: as `find_sites` returns them.
@@ -107,19 +130,21 @@ def weight_bytes(
     """
     total = 0.0
     sites, assignment = apart(sites, assignment)
+    stacks = _bits_of_stacks(sites, assignment)
     stored: dict[Hashable, list] = {}
     for name, site in sites.items():
         formats = assignment.get(name, SiteFormats())
-        for operand, fmt in ((site.lhs, formats.lhs), (site.rhs, formats.rhs)):
+        for side, fmt in zip(SIDES, formats):
+            operand = getattr(site, side)
             if operand.role == "weight":
-                bits = _bits(operand, fmt)
+                bits, stack = _bits(operand, fmt), stacks[site.stack, side]
                 size = 1.0 * bits * operand.size
                 if scales and fmt is not None:
                     size = size + _scale_bits(operand, quantizer(fmt))
                 array = operand.parameter if operand.array is None else operand.array
                 earlier = stored.setdefault(array, [])
-                for other in earlier:
-                    size = size * (bits != other)
-                earlier.append(bits)
+                for other, of_stack in earlier:
+                    size = size * _differ([bits, *stack], [other, *of_stack])
+                earlier.append((bits, stack))
                 total = total + size
     return total / 8

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.qtensor import STORAGE_DTYPES, QTensor
+from aqt_search.numerics.quantized import carrier_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -51,33 +52,30 @@ class MixedStack:
         groups = tuple(group.transposed(order) for group in self.groups)
         return dataclasses.replace(self, groups=groups)
 
-    def layer(self, number: jax.typing.ArrayLike) -> QTensor | jax.Array:
+    def layer(self, number: jax.typing.ArrayLike) -> QTensor:
         """Layer `number`, [], int, which may be traced: with its codes in a dtype that holds all.
 
-        Its values where there is no such dtype of 8 bits: some formats are wider, or have codes
-        that others have not.
+        Where there is none of 8 bits (some formats are wider, or have codes that others have not)
+        the codes are its values, in the dtype that they are rounded in, and have no scale.
         """
         group, place = (jnp.asarray(table, np.int32)[number] for table in (self.group, self.place))
-        fmt = self._common_format()
+        fmt, first = self._common_format(), self.groups[0]
 
         def read(group: QTensor):
             def of(place):
                 own = jax.tree.map(lambda leaf: leaf[place], group)
                 if fmt is None:
-                    return own.dequantize()
-                codes = own.codes(STORAGE_DTYPES[fmt])
-                return codes, own.scale, own.tensor_scale, own.zero_point
+                    return own.dequantize(carrier_dtype(own.dtype)), None, None, None
+                return own.codes(STORAGE_DTYPES[fmt]), own.scale, own.tensor_scale, own.zero_point
 
             return of
 
-        found = jax.lax.switch(group, [read(group) for group in self.groups], place)
-        if fmt is None:
-            return found
-        data, scale, tensor_scale, zero_point = found
-        first = self.groups[0]
+        data, scale, tensor_scale, zero_point = jax.lax.switch(
+            group, [read(group) for group in self.groups], place
+        )
         return QTensor(
-            data, scale, tensor_scale, zero_point, fmt, first.granularity, first.shape,
-            first.dtype, centred=first.centred,
+            data, scale, tensor_scale, zero_point, numeric_format("fp32") if fmt is None else fmt,
+            first.granularity, first.shape, first.dtype, centred=fmt is not None and first.centred,
         )  # fmt: skip
 
     def _common_format(self) -> NumericFormat | None:

@@ -81,7 +81,10 @@ class PlannedSites:
             value, state = self.operand((name, side), x, held)
             values.append(value)
             states |= state
-            formats.append(self._format_of((name, side), value, held))
+            mixed = isinstance(held.weights.get((name, side)), MixedStack)
+            plan = self._plans.get((name, side))
+            of_plan = None if plan is None else _known_format(plan)
+            formats.append(value.fmt if mixed and isinstance(value, QTensor) else of_plan)
 
         def bind(lhs, rhs, accumulate):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
@@ -115,13 +118,7 @@ class PlannedSites:
         tensor, state = calibrated(tensor, state, update=self._update, told=self._told)
         return with_gradient_rule(tensor), {key: state} if key in held.states else {}
 
-    def _format_of(self, key: Key, value: OperandValue, held: Held) -> NumericFormat | None:
-        """What is known of an operand's format before the program runs; None: it has none."""
-        if isinstance(held.weights.get(key), MixedStack):
-            return value.fmt if isinstance(value, QTensor) else None
-        return _known_format(self._plans[key]) if key in self._plans else None
-
-    def _stored(self, key: Key, held: Held) -> QTensor | jax.Array:
+    def _stored(self, key: Key, held: Held) -> QTensor:
         """A stored weight; of layers in formats of their own this one's."""
         weight = held.weights[key]
         if isinstance(weight, MixedStack):
@@ -132,22 +129,20 @@ class PlannedSites:
         table, indices = operands
         key = (name, "rhs")
         if key in held.weights:
-            table = self._stored(key, held)
-            if isinstance(table, QTensor):
-                if _takes_leading_rows(eqn):
-                    return _rows_of(table, eqn, indices)
-                table = table.dequantize()
+            stored = self._stored(key, held)
+            if _takes_leading_rows(eqn):
+                return _rows_of(stored, eqn, indices)
+            table = stored.dequantize()
         elif key in self._plans:
             table = fake_quantized(self._quantized(key, table, held.numbers))
         return eqn.primitive.bind(table, indices, **eqn.params)
 
 
-def _in_shape(weight: QTensor | jax.Array, operand: Operand) -> OperandValue:
+def _in_shape(weight: QTensor, operand: Operand) -> OperandValue:
     """A stored weight as its site takes it: where the batch repeats it, its values are repeated."""
     if weight.shape == operand.shape:
         return weight
-    values = weight.dequantize() if isinstance(weight, QTensor) else weight
-    return jnp.broadcast_to(values.reshape(operand.stored_shape), operand.shape)
+    return jnp.broadcast_to(weight.dequantize().reshape(operand.stored_shape), operand.shape)
 
 
 def _known_format(plan: Plan) -> NumericFormat:
