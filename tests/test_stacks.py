@@ -889,3 +889,33 @@ def test_a_stack_that_two_scans_go_through(second):
     assert (len(frozen.weights) == 1) == (second == first)
     y = aqs.quantize(fun)(assignment, params, X)
     np.testing.assert_allclose(aqs.serve(fun)(frozen, X), y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_of_one_layer_and_of_none():
+    def fun(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    int8, int4 = (aqs.SiteFormats(*[aqs.numeric_format(n)] * 2) for n in ("int8", "int4"))
+    one = {"w": weights(1, 8, 8, seed=2)}
+    y = aqs.quantize(fun)({"w[0]": int4}, one, X)
+    np.testing.assert_array_equal(y, aqs.quantize(fun)({"w": int4}, one, X))
+    frozen = aqs.freeze(fun, {"w": int8, "w[0]": int4}, one, X)
+    np.testing.assert_array_equal(aqs.serve(fun, execution="emulated")(frozen, X), y)
+    none = {"w": weights(0, 8, 8, seed=2)}
+    sites = aqs.find_sites(fun, none, X)
+    assert not layer_sites(sites)
+    np.testing.assert_array_equal(aqs.quantize(fun)({"w": int4}, none, X), X)
+    with pytest.raises(aqs.SiteError, match=r"'w\[0\]'"):
+        aqs.quantize(fun)({"w[0]": int4}, none, X)
+
+
+def test_an_operand_of_a_lookup_that_cannot_be_quantized():
+    """The error is that of lookups, also of a single layer."""
+
+    def fun(params, ids):
+        return jax.lax.scan(lambda x, t: (x + t[ids], None), jnp.zeros((5, 4)), params["t"])[0]
+
+    params, int8 = {"t": weights(3, 7, 4, seed=5)}, aqs.numeric_format("int8")
+    for name in ("t", "t[1]"):
+        with pytest.raises(aqs.SiteError, match="only the table can be quantized"):
+            aqs.quantize(fun)({name: aqs.SiteFormats(lhs=int8)}, params, np.arange(5))

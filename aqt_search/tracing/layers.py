@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer
@@ -160,15 +161,17 @@ def stack_of(name: str, sites: Mapping[str, Site]) -> Site:
 
 def float_format(dtype: Any) -> NumericFormat:
     """The format that values of a float dtype are of: it rounds them to themselves."""
-    info = jnp.finfo(dtype)
-    if info.bits == 32:
+    if dtype == np.float32 or not jnp.issubdtype(dtype, jnp.floating):  # indices have none
         return numeric_format("fp32")
+    info = jnp.finfo(dtype)
     return NumericFormat(info.nmant, info.minexp, float(info.min), float(info.max), info.bits)
 
 
 def filled(specs: Sequence[Any], dtype: Any) -> list[Quantizer]:
     """The quantizers of all layers: where one has none, the format of its dtype."""
     given = [quantizer(spec) for spec in specs if spec is not None]
+    if len(given) == len(specs):
+        return given
     unquantized = dataclasses.replace(given[0], fmt=float_format(dtype))
     return [unquantized if spec is None else quantizer(spec) for spec in specs]
 
