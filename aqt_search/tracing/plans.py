@@ -11,6 +11,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.explicit_axes import entered
 from aqt_search.numerics.fake_quant import check_key
 from aqt_search.numerics.formats import NumericFormat, is_traced
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
@@ -177,6 +178,7 @@ def quantized_by(
 
     def quantized(key: Key, x: Any) -> Quantized:
         plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
-        return Quantized(x, grids[dtype], rows[key], None, plan.quantizer.key, plan.how)
+        grid, random_key = entered((grids[dtype], plan.quantizer.key))
+        return Quantized(x, grid, rows[key], None, random_key, plan.how)
 
     return quantized
