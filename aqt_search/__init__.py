@@ -44,6 +44,7 @@ from aqt_search.numerics.gradient_rules import (
 from aqt_search.numerics.granularity import (
     PER_CHANNEL,
     PER_TENSOR,
+    PER_TOKEN,
     Granularity,
     per_block,
     per_channel,
@@ -81,6 +82,7 @@ __all__ = [
     "PASS_THROUGH",
     "PER_CHANNEL",
     "PER_TENSOR",
+    "PER_TOKEN",
     "STRAIGHT_THROUGH",
     "AssignmentError",
     "Bounds",

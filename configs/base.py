@@ -60,6 +60,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.quantizers.activation_gradient = "straight_through"
     # A scale per output "channel", one for the "tensor", or one per block along the contraction.
     config.quantizers.weight_granularity = "channel"  # or "tensor", "block(32)"
+    # One scale for the "tensor", or one per "token": each row that a product leaves, or each image
+    # of a convolution. It is of that row alone in training and evaluation, and never static.
+    config.quantizers.activation_granularity = "tensor"
     # Patterns of sites whose weights are companded by tanh: with "centred(fixed(1.0))" and
     # "pass_through" these are DoReFa-Net's (aqt_search.weights.dorefa).
     config.quantizers.companded = ()

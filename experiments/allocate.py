@@ -20,7 +20,6 @@ import ml_collections
 import numpy as np
 
 from aqt_search import search
-from aqt_search.numerics.by_name import named_granularity
 from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.one_shot import check_targets
@@ -38,6 +37,7 @@ from experiments.configured_search import cost_names, cost_targets, plain_space,
 from experiments.job import claim_run
 from experiments.jobs import ptq
 from experiments.option_values import VALUES
+from experiments.quantizers import configured_quantizers
 from experiments.results import policy_json
 from experiments.sweep import Point, changed_config, check_names, main, run_points, tell_points
 
@@ -104,13 +104,13 @@ def allocated_points(
     # Claimed last, so that a refused configuration does not keep the folder.
     claim_run(workdir, config, there.parts.images, ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
-    points, granularity = [], named_granularity(config.quantizers.weight_granularity)
+    points, granularities = [], configured_quantizers(config).granularities.values()
     (workdir / POLICIES_FOLDER).mkdir(exist_ok=True)
     delete_leftovers(workdir / POLICIES_FOLDER)
     for name, limits in targets.items():
         assignment = space.concrete_assignment(search.allocate(values, costs, limits))
         path = workdir / POLICIES_FOLDER / f"{name}.json"
-        write_json(path, policy_json(assignment, granularity))
+        write_json(path, policy_json(assignment, *granularities))
         own = changed_config(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
     for name in config.allocate.uniform:

@@ -29,11 +29,11 @@ _ROLES = ("weight", "activation")
 
 @dataclasses.dataclass(frozen=True)
 class Quantizers:
-    """The calibrations and gradient rules of the roles, by name; which weights share a scale."""
+    """The calibrations, gradient rules and granularities of the roles, by name."""
 
     calibrations: Mapping[str, Calibration]
     gradients: Mapping[str, gradient_rules.GradientRule]
-    weight_granularity: Granularity | None
+    granularities: Mapping[str, Granularity | None]
 
     @property
     def is_default(self) -> bool:
@@ -42,7 +42,7 @@ class Quantizers:
         return (
             rules == {gradient_rules.STRAIGHT_THROUGH}
             and found == {calibration.absmax()}
-            and self.weight_granularity is None
+            and set(self.granularities.values()) == {None}
         )
 
     def of_site(self, site: aqs.Site, formats: aqs.SiteFormats) -> aqs.SiteFormats:
@@ -58,7 +58,7 @@ class Quantizers:
                 return spec
             return dataclasses.replace(
                 quantizer(spec),
-                granularity=self.weight_granularity if role == "weight" else None,
+                granularity=self.granularities[role],
                 calibration=self.calibrations[role],
                 gradient=self.gradients[role],
             )
@@ -94,8 +94,12 @@ def configured_quantizers(
     """
     options = config.quantizers
     with checked_values("quantizers"):
-        return Quantizers(
+        found = Quantizers(
             {role: named_calibration(options[role], formats) for role in _ROLES},
             {role: named_gradient_rule(options[f"{role}_gradient"]) for role in _ROLES},
-            named_granularity(options.weight_granularity),
+            {role: named_granularity(options[f"{role}_granularity"], role) for role in _ROLES},
         )
+        for role in _ROLES:  # what does not go together is told here, before there are formats
+            parts = found.granularities[role], found.calibrations[role]
+            Quantizer("int8", *parts, gradient=found.gradients[role])
+    return found

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search.numerics.by_name import named_granularity
 from aqt_search.numerics.granularity import Granularity
 from aqt_search.numerics.quantizer import NAMED_QUANTIZERS
 from aqt_search.tracing.layers import apart
@@ -31,18 +30,19 @@ from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import check_lock, write_json
 from aqt_search.weights.statistics import weight_statistics
 from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
+from experiments.quantizers import configured_quantizers
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
 WEIGHTS_FILE = "weights.json"
 
 
 def policy_json(
-    assignment: Mapping[str, aqs.SiteFormats], weight_granularity: Granularity | None = None
+    assignment: Mapping[str, aqs.SiteFormats], *granularities: Granularity | None
 ) -> dict[str, dict[str, Any]]:
     """`aqs.to_json` of formats alone: calibrations and gradient rules are `config.quantizers`'.
 
     Args:
-      weight_granularity: that of `config.quantizers`, which is left to it, too.
+      granularities: those of `config.quantizers`, which are left to it, too.
 
     Raises:
       AssignmentError: a quantizer differs from its format's in anything else.
@@ -53,7 +53,7 @@ def policy_json(
             return spec
         plain = aqs.Quantizer(spec.fmt)
         left = {"calibration": plain.calibration, "gradient": plain.gradient}
-        if spec.granularity == weight_granularity:
+        if spec.granularity in granularities:
             left["granularity"] = None
         return dataclasses.replace(spec, **left)
 
@@ -173,8 +173,8 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     result = _result(ended, judged) | dict(facts)
     check_lock(workdir)
     write_json(workdir / SITES_FILE, sites_json(apart(parts.sites, assignment)[0]))
-    granularity = named_granularity(config.quantizers.weight_granularity)
-    write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
+    granularities = configured_quantizers(config).granularities.values()
+    write_json(workdir / POLICY_FILE, policy_json(assignment, *granularities))
     statistics = weights_json(
         parts.model, judged.assignment, variables, parts.images.splits.image_shape,
         judged.variables.get(SCALES), ended.float_variables,

@@ -10,6 +10,7 @@ on the data or on the sites of the model is the jobs' to say.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -50,6 +51,7 @@ from experiments.kinds import (
     whole,
 )
 from experiments.option_values import SCORES, VALUES
+from experiments.quantizers import configured_quantizers
 
 
 def rules(
@@ -247,7 +249,10 @@ SCHEMA: Mapping[str, Kind] = {
     "quantizers.weight_gradient": GRADIENT,
     "quantizers.activation_gradient": GRADIENT,
     "quantizers.weight_granularity": accepted(
-        by_name.named_granularity, "a granularity", "block(32)"
+        functools.partial(by_name.named_granularity, role="weight"), "a granularity", "block(32)"
+    ),
+    "quantizers.activation_granularity": accepted(
+        functools.partial(by_name.named_granularity, role="activation"), "a granularity", "token"
     ),
     "quantizers.companded": several(accepted(compiled_pattern, "a pattern of sites", ".*")),
     "evaluation.batch_size": BATCH,
@@ -376,6 +381,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
             " config.epochs."
         )
     build_model(config, 10, None)
+    configured_quantizers(config)
     check_steps(config.ptq.steps, config.ptq.data_free)
     cost_names(config)
     check_controls(config)

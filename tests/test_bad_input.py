@@ -121,6 +121,15 @@ CRITIC = {"search.searcher": "critic"}
         ("train", {"optimizer.learning_rate": -0.1}, ["config.optimizer", "-0.1", "at least 0"]),
         ("train", {"optimizer.warmup_epochs": 9.0}, ["config.optimizer", "warmup", "fewer"]),
         ("train", {"label_smoothing": 1.0}, ["label_smoothing is 1.0", "below 1"]),
+        # scales of rows, which no calibration can keep
+        *(
+            (
+                "train",
+                {"quantizers.activation": kept, "quantizers.activation_granularity": "token"},
+                ["config.quantizers", "PER_TOKEN", "with state", "PER_TENSOR", "'tensor'"],
+            )
+            for kept in ("moving_average(0.9)", "lsq", "pact(6.0)", "batch_quant")
+        ),
         ("train", {"batch_size": 63}, ["batch_size 63", "2 devices", "multiple"]),
         ("train", {"batch_size": 0}, ["batch_size is 0", "above 0"]),
         ("train", {"batch_size": 4096}, ["DataError", "4096", "1293 images"]),

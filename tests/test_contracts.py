@@ -118,6 +118,7 @@ FORMATS = {
 GRANULARITIES = {
     "per tensor": (aqs.PER_TENSOR, aqs.PER_TENSOR),
     "per channel": (aqs.PER_CHANNEL, aqs.PER_CHANNEL),
+    "per token": (aqs.PER_TOKEN, aqs.PER_CHANNEL),
     "named axes": (aqs.per_channel(0), aqs.per_channel(-1)),
     "contracted axis": (aqs.per_channel(-1), aqs.PER_CHANNEL),
     "blocks": (aqs.per_block(2), aqs.per_block(2)),
@@ -191,7 +192,7 @@ def exists(case):
     """Whether there is such a case: what quantizers refuse is tested beside them."""
     if case.operation in ("fake_quant", "take") and case.execution != "emulated":
         return False
-    if case.operation == "take" and has_state(case):
+    if has_state(case) and (case.operation == "take" or case.granularity == "per token"):
         return False
     if case.calibration in ASYMMETRIC and case.scale_format == "e4m3":
         return False  # scales in two levels go with no zero point
@@ -269,7 +270,7 @@ def operand_quantizer(case, formats, side):
     ndim, contracting = len(operation.shapes[side]), operation.contracting[side]
     free = tuple(a for a in range(ndim) if a not in contracting)
     granularity = q.granularity
-    if granularity == aqs.PER_CHANNEL:
+    if granularity in (aqs.PER_CHANNEL, aqs.PER_TOKEN):
         granularity = aqs.per_channel(*free)
     elif granularity.block_size is not None:
         granularity = aqs.per_block(granularity.block_size, contracting[-1])
@@ -566,14 +567,15 @@ def test_two_devices_are_one():
                 np.testing.assert_allclose(ours, np.stack([theirs, theirs]), rtol=1e-6)
 
 
-def test_a_product_on_two_devices_is_that_on_one():
+@pytest.mark.parametrize("granularity", [None, aqs.PER_TOKEN])
+def test_a_product_on_two_devices_is_that_on_one(granularity):
     x, params = sample(8, 6), {"w": sample(6, 5, seed=1)}
 
     def apply(params, x):
         return x @ params["w"]
 
     (site,) = aqs.find_sites(apply, params, x)
-    assignment = {site: aqs.SiteFormats(aqs.quantizer("int4"), aqs.quantizer("int8"))}
+    assignment = {site: aqs.SiteFormats(aqs.Quantizer("int4", granularity), aqs.quantizer("int8"))}
     whole = aqs.quantize(apply)(assignment, params, x)
     sharded = jax.pmap(
         functools.partial(aqs.quantize(apply, axis_name="batch", execution="int8"), assignment),

@@ -153,3 +153,112 @@ def test_automatic_axes_and_shard_map(execution):
     )
     for run in (quantized, mapped):
         np.testing.assert_allclose(jax.jit(run)(params, x), expected, rtol=0, atol=1e-4)
+
+
+# --- Regions of the function's own, whose axes are left to the compiler ---------------------------
+
+
+def in_region(fun, axes=("d", "m")):
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=P("d", None))
+
+
+def looked_up(params, ids, region=True):
+    where = {"out_sharding": P("d", None, None)} if region else {}
+    return params["table"].at[ids].get(**where) @ params["w"]
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w)
+
+
+def hidden(params, x, region=True, axes=("d", "m")):
+    return (in_region(layer, axes) if region else layer)(x, params["w"]) @ params["v"]
+
+
+def around_a_scan(params, x, region=True):
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0]
+
+    return (in_region(scanned) if region else scanned)(x, params["stack"])
+
+
+def inside_of_a_scan(params, x, region=True):
+    inner = in_region(layer) if region else layer
+    return jax.lax.scan(lambda x, w: (inner(x, w), None), x, params["stack"])[0]
+
+
+def recurrent(params, x, region=True):
+    inner = in_region(layer) if region else layer
+    return jax.lax.fori_loop(0, 2, lambda _, x: inner(x, params["w"]), x)
+
+
+X = np.random.default_rng(9).standard_normal((4, 8)).astype(np.float32)
+REGIONS = {
+    "lookup": (looked_up, np.arange(6, dtype=np.int32).reshape(2, 3)),
+    "all axes": (hidden, X),
+    "some axes": (functools.partial(hidden, axes=("m",)), X),
+    "around a scan": (around_a_scan, X),
+    "inside of a scan": (inside_of_a_scan, X),
+    "recurrent": (recurrent, X),
+}
+TREE = {"table": (6, 8), "w": (8, 8), "v": (8, 8), "stack": (2, 8, 8)}
+TREE = {
+    name: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    for seed, (name, shape) in enumerate(TREE.items())
+}
+
+
+def of_a_region(fun, params, x, execution):
+    """All that quantization makes of a function: results, and a gradient."""
+    assignment = aqs.assign(aqs.find_sites(fun, params, x), [(".*", "int8")])
+    static = aqs.with_static_activations(assignment, aqs.find_sites(fun, params, x))
+    quantized = functools.partial(aqs.quantize(fun, execution=execution), assignment)
+    stateful = aqs.quantize_with_state(fun, execution=execution)
+    serve = jax.jit(aqs.serve(fun, execution=execution))
+    state = stateful.init(static, params, x)
+    output, state = jax.jit(functools.partial(stateful.apply, static))(state, params, x)
+    frozen = [
+        jax.jit(lambda p: aqs.freeze(fun, assignment, p, x))(params),
+        aqs.freeze(fun, static, params, x, state=state),
+    ]
+    results = [
+        jax.jit(quantized)(params, x), output, *(serve(f, x) for f in frozen),
+        jax.jit(functools.partial(stateful.evaluate, static))(state, params, x),
+    ]  # fmt: skip
+    return results, jax.jit(jax.grad(lambda p: jnp.sum(quantized(p, x) ** 2)))(params)
+
+
+@pytest.mark.parametrize("execution", ["emulated", "int8"])
+def test_a_mesh_of_which_one_axis_is_explicit(execution):
+    fun = functools.partial(hidden, region=False)
+    expected, _ = of_a_region(fun, TREE, X, "emulated")
+    mesh = jax.make_mesh((2, 1), ("d", "m"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(TREE, NamedSharding(mesh, P()))
+        x = jax.device_put(X, NamedSharding(mesh, P("d", None)))
+        results, _ = of_a_region(fun, params, x, execution)
+    for found, exact in zip(results, expected):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-2 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("execution", ["emulated", "int8"])
+@pytest.mark.parametrize("name", REGIONS)
+def test_sites_in_a_region_of_automatic_axes(name, execution):
+    """What it is without a mesh and without the region, sharded as in float."""
+    fun, data = REGIONS[name]
+    plain = functools.partial(fun, region=False)
+    expected, slopes = of_a_region(plain, TREE, data, "emulated")
+    mesh = mesh_of(AxisType.Explicit, (2, 1))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(TREE, NamedSharding(mesh, P()))
+        x = jax.device_put(data, NamedSharding(mesh, P("d", None)))
+        like = jax.jit(fun)(params, x)
+        of_float = jax.jit(jax.grad(lambda p: jnp.sum(fun(p, x) ** 2)))(params)
+        results, gradient = of_a_region(fun, params, x, execution)
+    # A rounding of what a layer leaves may turn on the order of a sum.
+    for found, exact in zip(results, expected):
+        assert found.sharding.spec == like.sharding.spec
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-2 * np.abs(exact).max())
+    for found, exact, leaf in zip(*map(jax.tree.leaves, (gradient, slopes, of_float))):
+        assert found.sharding.spec == leaf.sharding.spec
+        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-2 * np.abs(exact).max() + 1e-6)

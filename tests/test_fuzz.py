@@ -538,7 +538,7 @@ def draw_operand(rng, shape, contracted, right, kind):
     if choice == 0:
         granularity = aqs.PER_TENSOR
     elif choice == 1:
-        granularity, channels = aqs.PER_CHANNEL, free
+        granularity, channels = aqs.PER_TOKEN if sum(shape) % 2 else aqs.PER_CHANNEL, free
     elif choice == 2:
         granularity, channels = None, free if right else ()
     elif choice == 3:

@@ -29,6 +29,10 @@ SCALES = [
     (aqs.per_block(100, 0), (16, 5), (1, 5)),
     (aqs.per_block(4, 0), (0, 5), (0, 5)),
     (aqs.per_block(1, 0), (3,), (3,)),
+    (aqs.PER_TOKEN, (64, 96), (64, 1)),
+    (aqs.PER_TOKEN, (2, 3, 4), (2, 3, 1)),
+    (aqs.PER_TOKEN, (5,), (1,)),
+    (aqs.PER_TOKEN, (), ()),
 ]
 
 
@@ -47,6 +51,10 @@ OPERANDS = [
     (aqs.PER_CHANNEL, 3, (-1,), aqs.Granularity((0, 1))),
     (aqs.PER_CHANNEL, 1, (0,), aqs.Granularity(())),
     (aqs.PER_TENSOR, 2, (0,), aqs.Granularity(())),
+    (aqs.PER_TOKEN, 2, (1,), aqs.Granularity((0,), rows=True)),  # the left side of one
+    (aqs.PER_TOKEN, 4, (1, 2, 3), aqs.Granularity((0,), rows=True)),  # images
+    (aqs.PER_TOKEN, 4, (-1,), aqs.Granularity((0, 1, 2), rows=True)),  # queries
+    (aqs.PER_TOKEN, 1, (0,), aqs.Granularity((), rows=True)),
     (aqs.per_channel(-2, 1, 1), 2, (0,), aqs.Granularity((0, 1))),
     (aqs.per_block(8), 4, (0, 1, -2), aqs.Granularity((0, 1, 3), 8, 2)),  # along the last
     (aqs.per_block(8, -1), 2, (0,), aqs.Granularity((0,), 8, 1)),

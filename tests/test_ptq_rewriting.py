@@ -411,15 +411,33 @@ class Attention(nn.Module):
         return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
 
 
-def test_kernels_with_heads_are_left():
+def test_kernels_with_heads_are_smoothed():
+    """[inputs, heads, channels of a head]: equation 4 in float64, over all heads and kernels."""
     x = RNG.normal(size=(2, 5, 4)).astype(np.float32)
     variables = random_variables(Attention(), x)
-    with pytest.warns(SkippedSite) as caught:
-        smoothed = smooth(Attention().apply, variables, [x])
-    words = [f"'attention/{name}/kernel' as it is: .*not a single axis"
-             for name in ("query", "key", "value", "out")]  # fmt: skip
-    assert all(any(re.search(w, str(c.message)) for c in caught) for w in words)
-    jax.tree.map(np.testing.assert_array_equal, smoothed, variables)
+    norm = variables["params"]["norm"] = {
+        "scale": jnp.asarray([40.0, 0.5, -3.0, 0.0]), "bias": jnp.asarray([0.1, 0.0, 1.0, 0.0])
+    }  # fmt: skip
+    with pytest.warns(SkippedSite, match="'attention/out/kernel' as it is") as caught:
+        smoothed = smooth(Attention().apply, variables, [x], strength=0.6)
+    assert len(caught) == 1
+    assert_same_function(Attention().apply, variables, smoothed, x, 1e-5)
+    wide = x.astype(np.float64)
+    normal = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    gain, bias = (np.asarray(norm[name], np.float64) for name in ("scale", "bias"))
+    y = np.abs(normal * gain + bias).max((0, 1))
+    before, after = (v["params"]["attention"] for v in (variables, smoothed))
+    kernels = {n: np.asarray(before[n]["kernel"], np.float64) for n in ("query", "key", "value")}
+    w = np.max([np.abs(k).max((1, 2)) for k in kernels.values()], axis=0)
+    s = np.where(y > 0, y**0.6 / w**0.4, 1)
+    for name, kernel in kernels.items():
+        expected = kernel * s.reshape(4, 1, 1)
+        np.testing.assert_allclose(after[name]["kernel"], expected, rtol=1e-5)
+        np.testing.assert_array_equal(after[name]["bias"], before[name]["bias"])
+    found = smoothed["params"]["norm"]
+    np.testing.assert_allclose(found["scale"], gain / s, rtol=1e-5)
+    np.testing.assert_allclose(found["bias"], bias / s, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, after["out"], before["out"])
 
 
 # --- Bad input ------------------------------------------------------------------------------------

@@ -349,7 +349,14 @@ def test_wrong_arguments():
         ({"edge": "top"}, "Unknown edge 'top': expected one of max_value, half_step"),
         ({"rounding": "up"}, "Unknown rounding 'up': expected one of nearest_even, stochastic"),
         ({"granularity": "rows"}, "A granularity is PER_TENSOR, .* got 'rows'"),
-    ]
+        *(
+            ({"granularity": aqs.PER_TOKEN, "calibration": kept}, "PER_TOKEN .* such as absmax, or")
+            for kept in (
+                aqs.moving_average(aqs.absmax()), aqs.frozen_after(aqs.absmax(), 1), aqs.lsq(),
+                aqs.pact(1.0), aqs.batch_quant(), aqs.delayed(aqs.absmax()),
+            )
+        ),
+    ]  # fmt: skip
     for arguments, message in bad:
         with pytest.raises(aqs.FormatError, match=message):
             aqs.Quantizer("int8", **arguments)

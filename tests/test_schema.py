@@ -131,6 +131,7 @@ CAMPAIGN += [
         "", "ste", "ewgs", "ewgs(-1)", "ewgs(1e999)", "ewgs('x')",
     ]),
     *(("quantizers.weight_granularity", v) for v in ["", "row", "block", "block(0)", "block(1.5)"]),
+    *(("quantizers.activation_granularity", v) for v in ["", "row", "channel", "token(2)"]),
     ("quantizers.companded", ("(",)),
     *(("data.crop_area", value) for value in [
         ("0.1", "1"), (0.5,), (1.0, 0.1), (0.1, 2.0), (0.0, 1.0), (NAN, 1.0), (0.1, 0.5, 1.0),

@@ -293,3 +293,26 @@ def test_bad_input_is_named(call, error, words):
     with pytest.raises(error) as caught:
         call(heavy_tailed())
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("spec", ["int3", aqs.quantizer("mxfp4"), None])
+def test_a_weight_that_the_batch_repeats_counts_once(batch, spec):
+    """A learned query [4, 12], one for every example."""
+    probe, x = heavy_tailed()[:, :4].T, np.ones((batch, 3, 12), np.float32)
+
+    def fun(params, x):
+        repeated = jnp.broadcast_to(params["probe"][None], (len(x), 4, 12))
+        return jnp.einsum("bqd,bkd->bqk", repeated, x)
+
+    (site,) = aqs.find_sites(fun, {"probe": probe}, x).values()
+    side = "lhs" if site.lhs is site.weight else "rhs"
+    assignment = {} if spec is None else {"probe": aqs.SiteFormats(**{side: aqs.quantizer(spec)})}
+    found = weight_statistics(fun, assignment, {"probe": probe}, x)["probe"]
+    assert (found.weights, sum(found.before)) == (48, 48)
+    assert found.deviation == pytest.approx(probe.std(), rel=1e-5)
+    if spec is not None:
+        assert sum(found.after) == 48
+        values = np.asarray(aqs.fake_quant(probe, spec, () if spec != "int3" else (0,)))
+        noise = np.square(probe - values).sum() / np.square(probe).sum()
+        assert found.sqnr_db == pytest.approx(-10 * np.log10(noise), abs=1e-3)

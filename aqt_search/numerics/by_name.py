@@ -16,7 +16,7 @@ from aqt_search.numerics import calibration, gradient_rules, learned_scales
 from aqt_search.numerics.calibration import Calibration
 from aqt_search.numerics.formats import FormatError
 from aqt_search.numerics.gradient_rules import GradientRule
-from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_block
+from aqt_search.numerics.granularity import PER_TENSOR, PER_TOKEN, Granularity, per_block
 
 T = TypeVar("T")
 
@@ -37,11 +37,10 @@ GRADIENT_RULES: Mapping[str, Callable[..., GradientRule]] = {
     "pass_through": lambda: gradient_rules.PASS_THROUGH,
     "ewgs": gradient_rules.ewgs,
 }
-# None is an operand's own: a scale per channel.
-GRANULARITIES: Mapping[str, Callable[..., Granularity | None]] = {
-    "channel": lambda: None,
-    "tensor": lambda: PER_TENSOR,
-    "block": per_block,
+# By the role of an operand; None is its own: a scale per channel of weights, one of activations.
+GRANULARITIES: Mapping[str, Mapping[str, Callable[..., Granularity | None]]] = {
+    "weight": {"channel": lambda: None, "tensor": lambda: PER_TENSOR, "block": per_block},
+    "activation": {"tensor": lambda: None, "token": lambda: PER_TOKEN},
 }
 
 
@@ -103,14 +102,14 @@ def named_gradient_rule(spec: str) -> GradientRule:
     return _named(spec, GRADIENT_RULES, "gradient")
 
 
-def named_granularity(spec: str) -> Granularity | None:
-    """The granularity that `spec` calls of `GRANULARITIES`: name or name(argument, ...).
+def named_granularity(spec: str, role: str = "weight") -> Granularity | None:
+    """The granularity that `spec` calls of `GRANULARITIES[role]`: name or name(argument, ...).
 
     Raises:
       FormatError: unknown name.
       TypeError, ValueError: arguments that it does not take.
     """
-    return _named(spec, GRANULARITIES, "granularity")
+    return _named(spec, GRANULARITIES[role], "granularity")
 
 
 def _named(spec: str, table: Mapping[str, Callable[..., T]], what: str) -> T:

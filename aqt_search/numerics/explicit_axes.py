@@ -38,3 +38,43 @@ def sharded_as(fun: Callable, sharding: Any, *others: Any) -> Callable:
     axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     out = (sharding, *others) if others else sharding
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out) if axes else fun
+
+
+def in_mesh_of(like: Any, fun: Callable, held: Any) -> Any:
+    """`fun(held)` where a traced value has its type: in a region of the function's own `auto_axes`.
+
+    Such a region has the mesh of its surroundings with other types of axes, and what it computes is
+    typed so.
+
+    Args:
+      like: the abstract value.
+      fun: a function of a pytree of arrays from outside of the region.
+      held: that pytree.
+    """
+    mesh = getattr(getattr(like, "sharding", None), "mesh", None)
+    around = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or around.empty or mesh == around:
+        return fun(held)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return fun(entered(held))
+
+
+def entered(held: Any) -> Any:
+    """Arrays typed as in the region that is traced; as they are outside of any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    if mesh.empty or AxisType.Manual in mesh.axis_types:  # in shard_map all has a type of its own
+        return held
+
+    def explicit(part: Any) -> Any:
+        names = (part,) if isinstance(part, str) else tuple(part or ())
+        return tuple(name for name in names if kinds[name] == AxisType.Explicit) or None
+
+    def enter(x: Any) -> Any:
+        sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else None
+        if sharding is None or sharding.mesh.empty or sharding.mesh == mesh:
+            return x
+        spec = PartitionSpec(*map(explicit, sharding.spec))
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(enter, held)

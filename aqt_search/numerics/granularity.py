@@ -12,6 +12,9 @@ As an operand of a product, axes may be left to it:
 
     PER_CHANNEL                 every index of the axes that survive the product: [1, 96] for the
                                 right side of a matrix product, [1, 1, 1, 32] for a kernel
+    PER_TOKEN                   the same of an activation: [64, 1] for the left side of a matrix
+                                product, [batch, tokens, 1] for that of a dense layer on tokens,
+                                [batch, 1, 1, 1] for images, whose pixels meet in a window
     per_block(32)               blocks along the contraction (a convolution's input features)
 """
 
@@ -30,16 +33,20 @@ from aqt_search.numerics.symbolic import certainly
 class Granularity(NamedTuple):
     """Axes along which every index has its own scale, and blocks along one further axis.
 
-    None in place of an axis leaves it to the product that the tensor is an operand of.
+    None in place of an axis leaves it to the product that the tensor is an operand of. With `rows`
+    an index of the channel axes is a row of the data at hand: replicas have rows of their own, so
+    they share no scale, and no state remembers one, since the next batch has other rows.
     """
 
     channel_axes: tuple[int, ...] | None = ()
     block_size: int | None = None
     block_axis: int | None = None
+    rows: bool = False
 
 
 PER_TENSOR = Granularity()
 PER_CHANNEL = Granularity(None)
+PER_TOKEN = Granularity(None, rows=True)
 
 
 def per_channel(*axes: int) -> Granularity:
@@ -85,7 +92,7 @@ def resolve(
     Raises:
       ValueError: an axis is out of range, or left to a product where there is none.
     """
-    channel_axes, size, axis = granularity
+    channel_axes, size, axis, rows = granularity
     if contracting is not None:
         contracting = [c % ndim for c in contracting]
     if size is not None:
@@ -98,14 +105,16 @@ def resolve(
         axis = _checked_axis(axis, ndim, "Block axis")
         return Granularity(tuple(a for a in range(ndim) if a != axis), size, axis)
     if channel_axes is None:
-        if contracting is None:
+        if contracting is None and not rows:
             raise ValueError(
                 "PER_CHANNEL leaves its axes to a product; outside of one name them, as in"
                 " per_channel(-1)."
             )
+        # Outside of a product a row runs along the last axis.
+        contracting = range(ndim)[-1:] if contracting is None else contracting
         channel_axes = free_axes(ndim, contracting)
     return Granularity(
-        tuple(sorted({_checked_axis(a, ndim, "Channel axis") for a in channel_axes}))
+        tuple(sorted({_checked_axis(a, ndim, "Channel axis") for a in channel_axes})), rows=rows
     )
 
 
@@ -118,7 +127,8 @@ def resolved_channel_axes(granularity: Granularity) -> tuple[int, ...]:
 def scale_shape(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
     """The shape of the scales of a tensor: `per_block(32, -1)` gives [64, 3] for [64, 96]."""
     granularity = resolve(granularity, len(shape))
-    channel_axes, (_, size, block_axis) = resolved_channel_axes(granularity), granularity
+    channel_axes, size = resolved_channel_axes(granularity), granularity.block_size
+    block_axis = granularity.block_axis
     sizes = [n if axis in channel_axes else 1 for axis, n in enumerate(shape)]
     if size is not None and block_axis is not None:
         sizes[block_axis] = -(-shape[block_axis] // size)
@@ -135,7 +145,7 @@ def shared_axes(ndim: int, granularity: Granularity) -> tuple[int, ...]:
 
 def split_blocks(x: jax.Array, granularity: Granularity) -> jax.Array:
     """Splits the block axis in two, [.., n, ..] to [.., blocks, size, ..]; zeros fill the last."""
-    _, size, axis = granularity
+    size, axis = granularity.block_size, granularity.block_axis
     if size is None or axis is None:
         return x
     blocks = -(-x.shape[axis] // size)

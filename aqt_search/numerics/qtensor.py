@@ -110,7 +110,7 @@ class QTensor:
             ahead = part.ndim - self.ndim
             return part.transpose(*range(ahead), *(ahead + axis for axis in order))
 
-        channels, size, block = self.granularity
+        channels, size, block, _ = self.granularity
         place = {axis: new for new, axis in enumerate(order)}
         axes = channels and tuple(sorted(place[axis] for axis in channels))
         return dataclasses.replace(
@@ -278,8 +278,8 @@ def quantize_tensor(
     data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))
     return QTensor(
-        data, scale, tensor_scale, zero_point, fmt, how.granularity, x.shape, x.dtype, row_axes,
-        centred,
+        data, scale, tensor_scale, zero_point, fmt, how.granularity._replace(rows=False), x.shape,
+        x.dtype, row_axes, centred,
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class Quantized:
         Raises:
           ValueError: the last block is short and the calibration would count what fills it up.
         """
-        _, size, axis = self.how.granularity
+        size, axis = self.how.granularity.block_size, self.how.granularity.block_axis
         counts = self.how.calibration.counts
         if counts and size is not None and axis is not None and self.x.shape[axis] % size:
             raise ValueError(

@@ -80,8 +80,16 @@ class Quantizer:
             )
         if isinstance(self.granularity, str):
             raise FormatError(
-                f"A granularity is PER_TENSOR, PER_CHANNEL, per_channel(axes) or per_block(size);"
-                f" got {self.granularity!r}."
+                f"A granularity is PER_TENSOR, PER_CHANNEL, PER_TOKEN, per_channel(axes) or"
+                f" per_block(size); got {self.granularity!r}."
+            )
+        of_rows = self.granularity is not None and self.granularity.rows
+        if of_rows and self.calibration.read is not None:
+            raise FormatError(
+                "PER_TOKEN gives every row of the data at hand a scale of its own: a calibration"
+                " with state (static, moving or learned bounds) knows nothing of rows that are yet"
+                " to come. Use one without, such as absmax, or PER_TENSOR (in configurations a"
+                " granularity of 'tensor')."
             )
 
     @property
@@ -208,7 +216,8 @@ class Recipe(NamedTuple):
 
     def over(self, ndim: int) -> Over:
         """What a bound is shared over, for a tensor with `ndim` axes before it is split."""
-        return Over(shared_axes(ndim, self.granularity), self.axis_name)
+        of_replica = self.granularity.rows
+        return Over(shared_axes(ndim, self.granularity), None if of_replica else self.axis_name)
 
 
 def recipe(q: Quantizer, granularity: Granularity, axis_name: Hashable | None = None) -> Recipe:

@@ -123,7 +123,7 @@ def refusal(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> str 
 def _block_refusal(layout: Layout, operands: Sequence[Quantized | QTensor]) -> str | None:
     places = []
     for operand, contracting in zip(operands, layout.contracting):
-        _, size, axis = granularity_of(operand)
+        size, axis = granularity_of(operand).block_size, granularity_of(operand).block_axis
         if axis is not None:
             if axis not in contracting:
                 return "blocks run along an axis that the product does not sum over"
@@ -296,7 +296,7 @@ def _native_blocks(
 def block_place(layout: Layout, operands) -> tuple[int, int] | None:
     """Which contracting axes have blocks, and of what size."""
     for operand, contracting in zip(operands, layout.contracting):
-        _, size, axis = granularity_of(operand)
+        size, axis = granularity_of(operand).block_size, granularity_of(operand).block_axis
         if size is not None and axis is not None:
             return contracting.index(axis), size
     return None
@@ -307,7 +307,7 @@ def _encoded_values(encoded: Codes, operand: Quantized | QTensor) -> jax.Array:
     if isinstance(operand, QTensor):
         return operand.dequantize()
     codes = encoded.codes.astype(np.float32)
-    _, size, axis = operand.how.granularity
+    size, axis = operand.how.granularity.block_size, operand.how.granularity.block_axis
 
     def spread(part):
         if size is None or axis is None:

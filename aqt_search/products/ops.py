@@ -168,8 +168,8 @@ def conv_general_dilated(
 
     One scale per output feature of the kernel and one for the images, unless a `Quantizer` says
     otherwise; blocks run along the input features. A transposed convolution is one with an
-    `lhs_dilation`. `PER_CHANNEL` gives the images a scale for each, and with a `batch_group_count`,
-    where an image's place in the result depends on its group, one for all.
+    `lhs_dilation`. `PER_CHANNEL` and `PER_TOKEN` give the images a scale for each, and with a
+    `batch_group_count`, where an image's place in the result depends on its group, one for all.
 
     Args:
       lhs ... preferred_element_type, lax_arguments: as in lax.

@@ -217,7 +217,9 @@ def product(
     if not known and gradients == (None, None):
         lhs, rhs = map(values_of, operands)
         return bind(lhs, rhs, None)  # the one of lax
-    result = jax.eval_shape(lambda a, b: bind(a, b, None), *map(abstract, operands))
+    # `jax.eval_shape` tells no sharding where only some axes of the mesh are explicit.
+    plain = jax.make_jaxpr(lambda a, b: bind(a, b, None))(*map(abstract, operands))
+    (result,) = plain.out_avals
     run = functools.partial(_run, bind, layout, carriers, result.dtype)
     return sharded_as(run, result.sharding)(operands, gradients)
 

@@ -90,6 +90,14 @@ class SiteWeight:
         matrix = self.matrix(np.abs(self.operand(leaf)))
         return matrix.reshape(-1, *matrix.shape[-2:]).max(0)
 
+    def input_ranges(self, leaf: np.ndarray) -> np.ndarray:
+        """max|weight| of every input channel, wherever its output channels are: [inputs]."""
+        if self.is_matrix:
+            return self.per_input(self.magnitudes(leaf))
+        operand = np.abs(self.operand(leaf))
+        others = tuple(a for a in range(operand.ndim) if a != known_axis(self.axes.inputs))
+        return operand.max(others)
+
     def per_input(self, matrix: np.ndarray) -> np.ndarray:
         """The largest number of every input channel: [inputs of a group, outputs] to [inputs]."""
         inputs, outputs = matrix.shape
@@ -102,12 +110,17 @@ class SiteWeight:
         """The leaf with the weights of every input and output channel times a factor each."""
         operand = self.operand(leaf).copy()
         if outputs is not None:
-            factor_shape = [1] * operand.ndim
-            factor_shape[known_axis(self.axes.outputs)] = -1
-            operand *= outputs.reshape(factor_shape)
-        if inputs is not None:
+            operand *= _along(known_axis(self.axes.outputs), outputs, operand.ndim)
+        if inputs is not None and self.axes.groups > 1:
             self.matrix(operand)[...] *= self.of_inputs(inputs)
+        elif inputs is not None:
+            operand *= _along(known_axis(self.axes.inputs), inputs, operand.ndim)
         return self.from_operand(operand, leaf.shape)
+
+
+def _along(axis: int, values: np.ndarray, ndim: int) -> np.ndarray:
+    """Values of an axis, [n], in the shape that broadcasts along it."""
+    return values.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def product_axes(graph: FlatGraph, node: Node, side: int) -> Axes:

@@ -38,8 +38,8 @@ def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: fl
     LayerNorm is; an elementwise function in between has to have f(s x) = s f(x) for s > 0.
     The layers of a scan are served one by one.
     A site whose activation comes from elsewhere stays, with a `SkippedSite` warning; so do all
-    sites of a LayerNorm that something else reads, too, or a kernel whose input or output channels
-    are several axes, as those of Flax's own attention.
+    sites of a LayerNorm that something else reads, too, or a kernel whose input channels are
+    several axes, as those of the last layer of Flax's own attention. Output channels may be any.
 
     Args:
       apply: `apply(variables, batch) -> outputs`, in evaluation mode.
@@ -85,7 +85,7 @@ def _why_not(producer: Producer, flows: Mapping[str, SiteFlow]) -> str | None:
         return f"of what its activation comes from: {producer.obstacles[0]}"
     for consumer in producer.consumers:
         flow = flows[consumer.site]
-        if flow.weight is None or not flow.weight.is_matrix:
+        if flow.weight is None or flow.weight.axes.inputs is None:
             return f"of site {flow.name!r}: {flow.reason or 'its inputs are several axes'}"
         for function in consumer.functions:
             if not function.positive_homogeneous:
@@ -130,7 +130,7 @@ def _smooth_one(
     for consumer in producer.consumers:
         weight = weights[consumer.site]
         elements = _elements(consumer, weight)
-        ranges = weight.per_input(weight.magnitudes(rewriting.read(weight.leaf)))
+        ranges = weight.input_ranges(rewriting.read(weight.leaf))
         np.maximum.at(activation_range, elements, largest[consumer.site])
         np.maximum.at(weight_range, elements, ranges)
     s = np.ones_like(activation_range)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.calibration import History, frozen_after
+from aqt_search.numerics.granularity import PER_CHANNEL, PER_TOKEN
 from aqt_search.numerics.quantizer import quantizer
 from aqt_search.ptq.captures import reachable_sites, site_values
 from aqt_search.ptq.errors import PTQError, SkippedSite
@@ -58,7 +59,7 @@ def static_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> dict
 
     Bounds of activations are averaged over all batches seen (`with_static_activations`); those of
     weights and constants stay as of the first look. Calibrations with state stay as they are, and
-    so do those of tables of lookups, which can have none.
+    so do those of tables of lookups and of activations under `PER_TOKEN`, which can have none.
 
     Raises:
       SiteError: the assignment is not of these sites.
@@ -72,6 +73,10 @@ def static_assignment(assignment: Assignment, sites: Mapping[str, Site]) -> dict
         q = quantizer(spec)
         if q.calibration.read is not None:
             return q
+        if q.granularity == PER_TOKEN:
+            if getattr(sites[name], side).role == "activation":
+                return q
+            q = dataclasses.replace(q, granularity=PER_CHANNEL)  # the same axes, of a known length
         return dataclasses.replace(q, calibration=frozen_after(q.calibration, 1))
 
     return {

@@ -40,6 +40,7 @@ from aqt_search.tracing.transform import (
     check_assignment,
     flat_state,
 )
+from aqt_search.tracing.uniform_axes import one_of
 
 
 @jax.tree_util.register_dataclass
@@ -221,7 +222,7 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
             if x is MISSING:
                 found[key] = MISSING
                 continue
-            x = _one_of(x, getattr(site, side).uniform)
+            x = one_of(x, getattr(site, side).uniform)
             state = held.states.get(key, ())
             bounds = calibrated(quantized(key, x, {}), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
@@ -237,11 +238,6 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
                 " compute it outside, or freeze the function as it is in evaluation."
             )
     return found
-
-
-def _one_of(x: jax.Array, uniform: Sequence[int]) -> jax.Array:
-    """An operand with one of the equal elements along its uniform axes."""
-    return x[tuple(slice(0, 1) if a in uniform else slice(None) for a in range(x.ndim))]
 
 
 def _dropped(leaf: Any) -> Any:

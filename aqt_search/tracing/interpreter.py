@@ -9,6 +9,7 @@ is missing, too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 
+from aqt_search.numerics.explicit_axes import entered, in_mesh_of
 from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.tracing.control_flow import (
@@ -140,10 +142,12 @@ class Interpreter:
             operands = [read(v) for v in eqn.invars]
             new: dict[Key, Any] = {}
             if here in self._site_paths:
-                outputs, new = self._at_site(self._site_paths[here], eqn, operands, held)
+                visit = functools.partial(self._at_site, self._site_paths[here], eqn, operands)
+                outputs, new = _in_its_mesh(eqn, visit, held)
             elif here in self._sites_under:
                 inner = held.where(lambda key, names=self._sites_under[here]: key[0] in names)
-                outputs, new = self._enter(self._evaluate, eqn, operands, here, inner)
+                visit = functools.partial(self._enter, self._evaluate, eqn, operands, here)
+                outputs, new = _in_its_mesh(eqn, visit, inner)
             else:
                 env.update(_run_equations(jaxpr, start, stop, env, last_use))
                 continue
@@ -159,6 +163,15 @@ class Interpreter:
         ]
         edges = sorted({0, len(jaxpr.eqns), *special, *(index + 1 for index in special)})
         return list(itertools.pairwise(edges))
+
+
+def _in_its_mesh(eqn: jex_core.JaxprEqn, visit: Callable[[Held], Outcome], held: Held) -> Outcome:
+    """The outcome of an equation, which may be in a region of automatic axes of the function's own.
+
+    Codes stay typed as in the region: outside of it every device would have to have them whole.
+    """
+    outputs, told = in_mesh_of(eqn.outvars[0].aval, visit, held)
+    return outputs, {k: x if isinstance(x, QTensor) else entered(x) for k, x in told.items()}
 
 
 # --- Equations that hold sites: run ---------------------------------------------------------------

@@ -12,6 +12,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.numerics.explicit_axes import entered
 from aqt_search.numerics.fake_quant import check_key
 from aqt_search.numerics.formats import NumericFormat, is_traced
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
@@ -239,6 +240,7 @@ def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quant
             row = row + number
             keys = [p.quantizer.key for p in plan.layers if p.quantizer.key is not None]
             random_key = jnp.stack(keys)[number] if keys else None  # of all layers or of none
-        return Quantized(x, grids[dtype], row, None, random_key, plan.how)
+        grid, random_key = entered((grids[dtype], random_key))
+        return Quantized(x, grid, row, None, random_key, plan.how)
 
     return quantized

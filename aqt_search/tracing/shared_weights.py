@@ -59,7 +59,7 @@ def _order(operand: Operand) -> tuple[int, ...]:
 def _identity(operand: Operand, plan: Plan, key: Key, stacks: Stacks) -> Hashable:
     """Equal for operands whose codes and scales are: of one array, in one format, stacked alike."""
     order, how = _order(operand), plan.how
-    channels, size, block = how.granularity
+    channels, size, block, _ = how.granularity
     axes = None if channels is None else tuple(sorted(order[axis] for axis in channels))
     granularity = Granularity(axes, size, None if block is None else order[block])
     lengths = tuple(length for path, length in operand.sliced_by if (key, path) in stacks)

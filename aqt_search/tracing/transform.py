@@ -19,6 +19,7 @@ import jax
 
 from aqt_search.numerics.calibration import moving_average
 from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.granularity import PER_TOKEN
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.interpreter import Held
@@ -193,14 +194,15 @@ def with_static_activations(
     """The assignment with bounds of activations that are averaged over all batches seen.
 
     For calibration after training: `quantize_with_state(fun).apply` on some batches, then
-    `.evaluate` or `freeze` with the state. Calibrations that have a state already stay.
+    `.evaluate` or `freeze` with the state. Calibrations that have a state already stay, and so does
+    `PER_TOKEN`: a row's scale is of that row alone, whatever batch it is in.
     """
 
     def of(name: str, side: str, spec):
         if spec is None or getattr(stack_of(name, sites), side).role != "activation":
             return spec
         q = quantizer(spec)
-        if q.calibration.read is not None:
+        if q.calibration.read is not None or q.granularity == PER_TOKEN:
             return q
         return dataclasses.replace(q, calibration=moving_average(q.calibration, None))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.extend.core as jex_core
 
 Axes = frozenset[int]
@@ -97,3 +98,8 @@ def _multiplied(numbers, shapes, known) -> Axes:
 def collapsed(shape: Sequence[int], uniform: Sequence[int]) -> tuple[int, ...]:
     """A shape with one element along each uniform axis."""
     return tuple(1 if axis in uniform else size for axis, size in enumerate(shape))
+
+
+def one_of(x: jax.Array, uniform: Sequence[int]) -> jax.Array:
+    """An array with one of the equal elements along each uniform axis."""
+    return x[tuple(slice(0, 1) if a in uniform else slice(None) for a in range(x.ndim))]

@@ -41,6 +41,7 @@ from aqt_search.tracing.transform import (
     check_assignment,
     flat_state,
 )
+from aqt_search.tracing.uniform_axes import one_of
 
 # An outlier lies more than three deviations from the mean: 0.27 % of a normal distribution do.
 OUTLIER_DEVIATIONS = 3.0
@@ -205,14 +206,19 @@ def _weight_states(
 def _operands(
     trace: Trace, keys: Collection[Key], stacks: Stacks, params: Any
 ) -> dict[Key, jax.Array]:
-    """Weights of sites as they enter them; inside of scans a stack, if each iteration has one."""
+    """Weights of sites as they enter them, one where the batch repeats them.
+
+    Inside of scans a stack, if each iteration has one.
+    """
     known = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
     inputs = [*known, *[MISSING] * (len(trace.inputs) - len(known))]
 
     def at_site(name, eqn, operands, held):
-        sides = zip(trace.sites[name].equation_sides, operands)
-        entered = {(name, side): x for side, x in sides if (name, side) in keys}
-        found = {key: x for key, x in entered.items() if not held.is_stacked(key)}
+        found = {}
+        for side, x in zip(trace.sites[name].equation_sides, operands):
+            key, operand = (name, side), getattr(trace.sites[name], side)
+            if key in keys and not held.is_stacked(key):
+                found[key] = x if x is MISSING else one_of(x, operand.uniform)
         return [MISSING] * len(eqn.outvars), found
 
     names = {name for name, _ in keys}
