@@ -500,7 +500,7 @@ def test_terminal_table_of_seeds_has_the_means(tmp_path):
     lines = format_table(load_records(tmp_path)).splitlines()
     assert len(lines) == 2 + 20 + 1 + 1
     assert max(map(len, lines)) <= 140
-    head = "point seeds accuracy % over seeds GBOPs cost/uniform weights kB target miss note"
+    head = "point seeds accuracy % over seeds GBOPs weights kB target miss note"  # none is uniform
     assert " ".join(lines[0].split()) == head
     # misses of 7 / 1, 7 / 2 and 7 / 3 - 1: by hand 600 %, 250 % and 133.3 %
     row = "width0.5_search_6 3 91.00 90.00 to 92.00 7 12.3 +327.8% not retrained"
