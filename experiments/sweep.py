@@ -325,7 +325,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     with lock_workdir(workdir):
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
-        claim_run(workdir, config, images, ignore=_free_keys(config, workdir))
+        claim_run(workdir, config, images, "sweep", ignore=_free_keys(config, workdir))
         found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
         tell_points(found, len(points))
         check_lock(workdir)

@@ -216,11 +216,11 @@ def test_a_diverged_run_and_a_workdir_of_another_configuration(capsys, tmp_path,
 
 
 def test_a_point_goes_on_after_a_stage_was_added_to_its_sweep(tmp_path, data_dir, images):
-    claim_run(tmp_path, configured(data_dir), images)
+    claim_run(tmp_path, configured(data_dir), images, "train")
     more = {"sweep.stages": (("w4a8", "ptq", {}),)}
-    claim_run(tmp_path, configured(data_dir, **more), images)
+    claim_run(tmp_path, configured(data_dir, **more), images, "train")
     with pytest.raises(WorkdirError, match="seed: there 0, now 3"):
-        claim_run(tmp_path, configured(data_dir, seed=3), images)
+        claim_run(tmp_path, configured(data_dir, seed=3), images, "train")
 
 
 def test_a_defect_is_not_dressed_up_as_bad_input():

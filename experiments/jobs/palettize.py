@@ -233,7 +233,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         trained = {"params": end.state.params, "batch_stats": stats["model"]}
         return store(config, workdir, parts, trained, stats["centroids"], end.seconds)
 
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "palettize")
     return Job(step, run._replace(identity=identity), schedule, finish)
 
 

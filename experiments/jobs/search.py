@@ -74,7 +74,7 @@ def prepare_sampled(
         return probabilities_of(np.exp(log_p(logits)), setting.space)
 
     # Claimed last, so that a refused configuration does not keep the folder.
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "search")
     guard = QualityGuard(setting.delay_steps, images.splits.num_classes, examples)
     run = Run(
         workdir, state, streams, describe=describe, check=guard, looks_back=guard.window,
