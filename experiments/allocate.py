@@ -50,17 +50,11 @@ _NOT_OF_THE_VALUES = ("log_every", "data.data_dir", "allocate.targets", "allocat
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for values of `config.allocate` that cannot be."""
+    """Raises ConfigError where there is no network, or two points would share a folder."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose network is quantized."
         )
-    if config.allocate.by not in VALUES:
-        raise from_config.ConfigError(
-            f"allocate.by is {config.allocate.by!r}; expected one of {', '.join(VALUES)}."
-        )
-    if not config.allocate.targets:
-        raise from_config.ConfigError("allocate.targets is empty: give at least one target.")
     names = list(map(_name_of, config.allocate.targets))
     check_names([*names, *config.allocate.uniform], "allocate")
 
@@ -130,8 +124,8 @@ def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Path:
     """Decides, quantizes and evaluates every point; returns the path of report.html."""
-    check_options(config)
     with opened(config, workdir, images) as images:
+        check_options(config)
         there = finished_run.load(config, Path(config.checkpoint), images)
         points = allocated_points(config, there, workdir)
         found = run_points(

@@ -274,7 +274,7 @@ SCHEMA: Mapping[str, Kind] = {
     "sensitivity.formats": several(
         accepted(numeric_format, "a format", "int4"), least=1, example=("int2", "int4")
     ),
-    "sensitivity.reference": FLOAT_OR_FORMAT,
+    "sensitivity.reference": either(one_of((FLOAT,)), accepted(numeric_format, "a format", "int4")),
     "sensitivity.images": COUNT,
     "sensitivity.split": one_of(JUDGED_SPLITS),
     "sensitivity.chunk": BATCH,

@@ -413,7 +413,7 @@ def command_lines():
     [
         ("unknown key", ["learning_rat", "learning_rate", "configs/base.py"]),
         ("bad value", ["--config.epochs=many"]),
-        ("no file", ["ConfigError", "configs/missing.py"]),
+        ("no file", ["no file 'configs/missing.py'", "get_config"]),
         ("unknown form", ["'quik'", "CONFIG.py:quick"]),
         ("no workdir", ["--workdir"]),
         ("arguments", ["stray"]),

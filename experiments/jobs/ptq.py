@@ -22,7 +22,7 @@ from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
 from experiments.job import Job, claim_run, run_alone
-from experiments.ptq_steps import STEPS, Quantized, Setting, check_steps
+from experiments.ptq_steps import STEPS, Quantized, Setting
 
 PTQ_FILE = "ptq.json"
 WEIGHTS_FOLDER = "quantized"  # not the folder that training goes on from
@@ -30,12 +30,11 @@ _SEED_OFFSET = 5_000_011
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError where there is nothing to quantize, or its steps do not go together."""
+    """Raises ConfigError where there is nothing to quantize."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose weights are quantized."
         )
-    check_steps(config.ptq.steps, config.ptq.data_free)
 
 
 def calibration_batches(
