@@ -55,6 +55,8 @@ def check_options(config: ml_collections.ConfigDict) -> None:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose network is quantized."
         )
+    why = "the points have formats of their own, from search.space and allocate.uniform"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
     names = list(map(_name_of, config.allocate.targets))
     check_names([*names, *config.allocate.uniform], "allocate")
 

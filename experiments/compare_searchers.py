@@ -150,6 +150,8 @@ def run(
 ) -> dict[str, Any]:
     """Compares, writes searchers.json and returns what it holds."""
     with opened(config, workdir, images) as found_images:
+        why = "the weights are those of searchers.checkpoint, and the searchers choose formats"
+        from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
         setting = prepare(config, found_images)
         # Claimed last, so that a refused configuration does not keep the folder.
         claim_run(workdir, config, found_images, "compare_searchers")
@@ -162,6 +164,7 @@ def run(
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job of the command line."""
     print(format_outcomes(run(config, workdir)))
+    print(f"\nWritten to {workdir}: {SEARCHERS_FILE}")
 
 
 if __name__ == "__main__":

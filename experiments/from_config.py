@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,13 @@ def checked_values(section: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise ConfigError(f"In config.{section}: {error}") from error
+
+
+def refuse_unread(config: ml_collections.ConfigDict, keys: Sequence[str], why: str) -> None:
+    """Raises ConfigError where a key is set that a job does not read, and says why it does not."""
+    for key in keys:
+        if config[key]:
+            raise ConfigError(f"config.{key} is {config[key]!r}, but {why}. Leave it empty.")
 
 
 class Images(NamedTuple):

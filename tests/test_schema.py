@@ -230,6 +230,25 @@ def test_every_job_checks_its_configuration_whoever_calls_it(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+UNREAD_KEYS = [
+    *(("search", key) for key in ("formats", "policy", "checkpoint")),
+    *(("sensitivity", key) for key in ("formats", "policy", "checkpoint")),
+    *(("compare_searchers", key) for key in ("formats", "policy", "checkpoint")),
+    *(("palettize", key) for key in ("formats", "policy")),
+    *(("allocate", key) for key in ("formats", "policy")),
+]
+
+
+@pytest.mark.parametrize("name, key", UNREAD_KEYS)
+def test_formats_and_weights_that_a_job_does_not_read_are_refused(name, key, tmp_path):
+    given = {"formats": ((".*", "int4"),), "policy": "runs/policy.json", "checkpoint": "runs/float"}
+    needed = {"checkpoint": "runs/float"} if name in ("palettize", "allocate") else {}
+    images = types.SimpleNamespace(splits=types.SimpleNamespace(fingerprint="of no images"))
+    with pytest.raises(ConfigError, match=rf"{key}.*[Ll]eave"):
+        JOBS[name](changed(**needed, **{key: given[key]}), tmp_path / "run", images)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_unknown_and_missing_keys():
     config = base.get_config()
     config.optimizer.learning_rat = 0.1
@@ -256,6 +275,9 @@ def test_unknown_and_missing_keys():
         ({"sweep.grid": (("data.name", ("folder:/a",)),)}, ["namefolder:/a", "no /"]),
         ({"sweep.grid": (("series", ("x",)),)}, ["sweep.grid", "series"]),
         ({"sweep.baselines": (), "sweep.targets": ()}, ["no points"]),
+        ({"formats": ((".*", "int4"),)}, ["config.formats is", "sweep.baselines"]),
+        ({"policy": "runs/search/policy.json"}, ["config.policy is", "sweep.baselines"]),
+        ({"checkpoint": "runs/float"}, ["search_1.1", "config.checkpoint is", "from scratch"]),
         ({"sweep.sensitivity": "nope"}, ["sweep.sensitivity", "'nope'", "float, int8, int4"]),
         ({"sweep.stages": (("a", "ptq", {"ptq.steps": ("equalize",)}),)}, ["float_a", "ptq.steps"]),
         ({"sweep.spaces": (("a", {"search.samples": 1, "search.searcher": "critic"}),)},

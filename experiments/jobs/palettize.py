@@ -43,10 +43,8 @@ def check_options(config: ml_collections.ConfigDict) -> None:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose weights are stored."
         )
-    if config.formats or config.policy:
-        raise from_config.ConfigError(
-            "Weights with palettes are served in float: leave formats and policy empty."
-        )
+    why = "weights with palettes are served in float"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
 
 
 # --- Training through soft palettes ---------------------------------------------------------------

@@ -116,6 +116,8 @@ def run(
 ) -> Sensitivity:
     """Measures, and writes sensitivity.json and sensitivity.png."""
     with opened(config, workdir, images) as found_images:
+        why = "the run of sensitivity.checkpoint has its own, and sites are put into formats alone"
+        from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
         measure = prepare(config, found_images)
         # Claimed last, so that a refused configuration does not keep the folder.
         claim_run(workdir, config, found_images, "sensitivity")
