@@ -96,19 +96,19 @@ def prepare(config: ml_collections.ConfigDict, images: from_config.Images | None
 
 
 def compare(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any]:
-    """What each searcher found."""
+    """What each searcher found. Raises ConfigError where one has too few evaluations."""
     run, search, judge, report = setting
     space, (name, target) = search.space, next(iter(search.targets.items()))
     searchers = dict(SEARCHERS)
     if SCORES in config.searchers.names:
         values = by_gradients(run.config, run.parts, search.plain, run.variables)
         searchers[SCORES] = functools.partial(scored, values=values)
-    outcomes = {
-        searcher: searchers[searcher](
-            judge, search.costs[name], target, config.searchers.evaluations, config.seed
-        )
-        for searcher in config.searchers.names
-    }
+    evaluations, outcomes = config.searchers.evaluations, {}
+    for searcher in config.searchers.names:
+        with from_config.checked_values("searchers"):
+            outcomes[searcher] = searchers[searcher](
+                judge, search.costs[name], target, evaluations, config.seed
+            )
     best = max(outcomes.values(), key=lambda outcome: outcome.quality)
     return {
         "cost": name,
@@ -152,10 +152,10 @@ def run(
     with opened(config, workdir, images) as found_images:
         why = "the weights are those of searchers.checkpoint, and the searchers choose formats"
         from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
-        setting = prepare(config, found_images)
-        # Claimed last, so that a refused configuration does not keep the folder.
+        found = compare(config, prepare(config, found_images))
+        # Claimed last, so that a refused configuration does not keep the folder: that a searcher
+        # has too few evaluations for the space, it says itself.
         claim_run(workdir, config, found_images, "compare_searchers")
-        found = compare(config, setting)
         check_lock(workdir)
         write_json(workdir / SEARCHERS_FILE, found)
     return found

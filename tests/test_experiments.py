@@ -257,6 +257,11 @@ def test_other_searchers_on_the_weights_of_a_search(swept, images, tmp_path):
         assert set(row["formats"]) == set(read(folder / "space.json"))
         assert 0 <= row["accuracy_other_half"] <= 1
     assert len(compare_searchers.format_outcomes(found).splitlines()) == 2 + len(names)
+    few = point.config.copy_and_resolve_references()
+    few.searchers.update({"names": ("greedy",), "evaluations": 5})
+    with pytest.raises(from_config.ConfigError, match=r"config.searchers: evaluations is 5.*least"):
+        compare_searchers.run(few, tmp_path / "few", images)
+    assert not (tmp_path / "few" / "config.json").exists()
     point.config.searchers.names = ("grid",)
     with pytest.raises(from_config.ConfigError, match=r"'grid'; expected .* random"):
         compare_searchers.run(point.config, tmp_path / "refused", images)
