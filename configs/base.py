@@ -87,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
     # experiments.train: a policy.json whose formats are trained from scratch, instead of rules.
     config.policy = ""
 
-    # experiments.ptq: what is done to the weights, in order (experiments.ptq.STEPS):
+    # experiments.ptq: what is done to the weights, in order (experiments.ptq_steps):
     # "fold_batch_norm", "equalize", "smooth", "reestimate_batch_norm", "adaround" or "gptq",
     # "correct_bias". The formats are `formats`, their scales `quantizers`.
     config.ptq = ml_collections.ConfigDict()

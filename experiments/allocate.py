@@ -22,19 +22,22 @@ import numpy as np
 from aqt_search import search
 from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
-from aqt_search.search.one_shot import check_targets
 from aqt_search.search.space import Space
 from aqt_search.training.workdir import (
     check_lock,
     delete_leftovers,
-    lock_workdir,
     read_json,
     write_json,
 )
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
-from experiments.configured_search import cost_names, cost_targets, plain_space, uniform_rules
-from experiments.job import claim_run
+from experiments.configured_search import (
+    checked_targets,
+    cost_names,
+    plain_space,
+    uniform_rules,
+)
+from experiments.job import claim_run, opened
 from experiments.jobs import ptq
 from experiments.option_values import VALUES
 from experiments.quantizers import configured_quantizers
@@ -47,19 +50,19 @@ _NOT_OF_THE_VALUES = ("log_every", "data.data_dir", "allocate.targets", "allocat
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for values of `config.allocate` that cannot be."""
+    """Raises ConfigError where there is no network, or two points would share a folder."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose network is quantized."
         )
-    if config.allocate.by not in VALUES:
-        raise from_config.ConfigError(
-            f"allocate.by is {config.allocate.by!r}; expected one of {', '.join(VALUES)}."
-        )
-    if not config.allocate.targets:
-        raise from_config.ConfigError("allocate.targets is empty: give at least one target.")
-    names = [f"{ALLOCATED_SERIES}_{target:g}" for target in config.allocate.targets]
+    why = "the points have formats of their own, from search.space and allocate.uniform"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
+    names = list(map(_name_of, config.allocate.targets))
     check_names([*names, *config.allocate.uniform], "allocate")
+
+
+def _name_of(target: float) -> str:
+    return f"{ALLOCATED_SERIES}_{target:g}"
 
 
 def values_of(
@@ -98,11 +101,10 @@ def allocated_points(
     costs = {name: space.cost_table(from_config.cost_function(name)) for name in cost_names(config)}
     targets = {}
     for target in config.allocate.targets:
-        own = changed_config(config, **{"search.target": target})
-        targets[f"{ALLOCATED_SERIES}_{target:g}"] = cost_targets(own, sites)
-        check_targets(costs, targets[f"{ALLOCATED_SERIES}_{target:g}"])
+        own, name = changed_config(config, **{"search.target": target}), _name_of(target)
+        targets[name] = checked_targets(own, sites, costs, key="allocate.targets")
     # Claimed last, so that a refused configuration does not keep the folder.
-    claim_run(workdir, config, there.parts.images, ignore=_NOT_OF_THE_VALUES)
+    claim_run(workdir, config, there.parts.images, "allocate", ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
     points, granularities = [], configured_quantizers(config).granularities.values()
     (workdir / POLICIES_FOLDER).mkdir(exist_ok=True)
@@ -112,7 +114,8 @@ def allocated_points(
         path = workdir / POLICIES_FOLDER / f"{name}.json"
         write_json(path, policy_json(assignment, *granularities))
         own = changed_config(config, policy=str(path), formats=(), series=ALLOCATED_SERIES)
-        points.append(Point(name, "ptq", ptq.prepare, own))
+        prepare = functools.partial(ptq.prepare, targets=limits)
+        points.append(Point(name, "ptq", prepare, own))
     for name in config.allocate.uniform:
         own = changed_config(config, formats=uniform_rules(config, name), series=UNIFORM_SERIES)
         points.append(Point(name, "ptq", ptq.prepare, own))
@@ -123,9 +126,8 @@ def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Path:
     """Decides, quantizes and evaluates every point; returns the path of report.html."""
-    check_options(config)
-    with lock_workdir(workdir):
-        images = images or from_config.load_images(config)
+    with opened(config, workdir, images) as images:
+        check_options(config)
         there = finished_run.load(config, Path(config.checkpoint), images)
         points = allocated_points(config, there, workdir)
         found = run_points(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from aqt_search.training.metrics import MetricsError
 from aqt_search.training.workdir import WorkdirError
 from experiments.allocator import keep_freed_memory
 from experiments.from_config import ConfigError
-from experiments.schema import SCHEMA, check, with_homes
+from experiments.schema import SCHEMA, check, near, with_homes
 
 
 class FailedJobError(RuntimeError):
@@ -68,38 +70,81 @@ def quiet_logs() -> None:
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """Prints user errors to standard error and exits with 1; an interrupted run exits with 130."""
+    """Prints user errors to standard error and exits with 1."""
     quiet_logs()
     try:
         yield
-    except InterruptedRunError as error:
-        print(error, file=sys.stderr)
-        sys.exit(_INTERRUPTED_STATUS)
-    except KeyboardInterrupt:
-        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(_INTERRUPTED_STATUS)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Says that a run was interrupted, and ends the process with status 130.
+
+    XLA compiles in threads of its own, which go on when Ctrl-C takes Python out of the call. The
+    end of the interpreter would free the devices under them, and they would crash: so the process
+    ends without it, when all that a job holds open has been closed on the way here.
+    """
+    try:
+        yield
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
+        message = str(error) or "Interrupted. Run the same command again to go on."
+        print(message, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a pipe whose reader is gone
+                stream.flush()
+        os._exit(_INTERRUPTED_STATUS)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a configuration's own errors end in one line, as a bad flag does."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        problem = str(error).strip().splitlines()[-1]  # ml_collections puts a traceback before it
-        if (flag := re.search(r"--config\.([\w.]+)", problem)) and flag[1] in SCHEMA:
-            kind = SCHEMA[flag[1]]
-            problem += f"; expected {kind.expected}, such as {kind.example!r}"
-    except Exception as error:  # unknown keys; a file that is no configuration may raise anything
-        problem = _told(error)
+    problem = _misnamed(argv[1:])
+    if not problem:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            problem = _bad_flag(str(error))
+        except Exception as error:  # a file that is no configuration may raise anything
+            problem = _told(error)
     print(
         f"FATAL Flags parsing error: {problem}\nconfigs/base.py lists the configuration's keys;"
         " --helpfull explains the flags.",
         file=sys.stderr,
     )
     sys.exit(1)
+
+
+def _misnamed(arguments: list[str]) -> str:
+    """What is wrong with the file of --config or the name of a key; "" for nothing."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if named := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            path = (following if named[1] is None else named[1]).partition(":")[0]
+            if not os.path.isfile(path):
+                return (
+                    f"--config: there is no file {path!r}. Give a Python file with a function"
+                    " get_config, such as configs/digits_resnet8.py."
+                )
+        key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if key and not any(k == key[1] or k.startswith(f"{key[1]}.") for k in SCHEMA):
+            return f"no such configuration key: {key[1]}{near(key[1])}"
+    return ""
+
+
+def _bad_flag(message: str) -> str:
+    """What absl says of a flag, in one line, and what the key expects."""
+    problem = message.strip().splitlines()[-1]  # ml_collections puts a traceback before it
+    problem = re.sub(
+        ": Error while parsing string: .*",
+        ": no value as Python writes it (a bracket or a quote that is not closed?)",
+        problem,
+    )
+    if (flag := re.search(r"--config\.([\w.]+)", problem)) and flag[1] in SCHEMA:
+        kind = SCHEMA[flag[1]]
+        problem += f"; expected {kind.expected}, such as {kind.example!r}"
+    return problem
 
 
 def _told(error: Exception) -> str:
@@ -121,7 +166,7 @@ def load_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     try:
         getattr(config, "items", None)  # of a file that cannot be read every attribute raises
     except OSError as error:
-        raise ConfigError(f"--config cannot be loaded. {error}") from error
+        raise ConfigError(f"--config cannot be loaded: {error.__cause__ or error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
             f"get_config of --config returns {config!r}; expected a ConfigDict, as that of"
@@ -161,8 +206,10 @@ def start(
 def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check = check) -> None:
     """Parses `--config`, `--config.key=value` and `--workdir`, and runs `job(config, workdir)`.
 
-    `check(config)` comes before all else.
+    `check(config)` comes before all else. Ctrl-C ends it with a message from here on.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `experiments` left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -181,4 +228,5 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check
         with named_errors():
             start(job, load_config(config), workdir.value, check)
 
-    app.run(main, flags_parser=parse_flags)
+    with ended_by_signals():
+        app.run(main, flags_parser=parse_flags)

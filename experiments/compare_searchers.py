@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -24,11 +24,11 @@ from aqt_search import data
 from aqt_search.search.searchers import SEARCHERS, regret, scored
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
-from aqt_search.training.workdir import lock_workdir, write_json
+from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
-from experiments.configured_search import configured_search
-from experiments.job import claim_run
+from experiments.configured_search import ConfiguredSearch, configured_search
+from experiments.job import claim_run, opened
 from experiments.option_values import SCORES, by_gradients
 
 SEARCHERS_FILE = "searchers.json"
@@ -36,16 +36,11 @@ _SEED_OFFSET = 5_000_011  # the order of the images is its own
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for values of `config.searchers` that cannot be."""
-    options, known = config.searchers, (*SEARCHERS, SCORES)
-    if odd := sorted(set(options.names) - set(known)):
+    """Raises ConfigError where there are no weights to choose formats for."""
+    if not config.searchers.checkpoint:
         raise from_config.ConfigError(
-            f"Unknown searchers {', '.join(odd)}: expected some of {', '.join(known)}."
-        )
-    if options.evaluations < 1 or options.images < 2:
-        raise from_config.ConfigError(
-            f"searchers.evaluations is {options.evaluations}, expected at least 1; searchers.images"
-            f" is {options.images}, expected at least 2."
+            "searchers.checkpoint is empty: give the workdir of a finished run of"
+            " experiments.search, for whose weights the searchers choose formats."
         )
 
 
@@ -57,12 +52,12 @@ def judges(
 ) -> tuple[Callable, Callable]:
     """Judges of points, [n, decisions] -> accuracies [n], by either half of held-out images."""
     images = parts.images
-    source = images.splits.reward
-    count = min(config.searchers.images, len(source))
-    if count < 2:
+    source, wanted = images.splits.reward, config.searchers.images
+    if len(source) < 2:
         raise from_config.ConfigError(
             "There are no held-out images to judge by: the run was trained with data.held_out=0."
         )
+    count = from_config.available("searchers.images", wanted, len(source), "held-out images")
     stream = data.train_batches(
         source, batch_size=count // 2, seed=config.seed + _SEED_OFFSET,
         mean=images.mean, std=images.std,
@@ -83,30 +78,42 @@ def judges(
     return judge_by(halves[0]), judge_by(halves[1])
 
 
-def compare(
-    config: ml_collections.ConfigDict, images: from_config.Images | None = None
-) -> dict[str, Any]:
-    """What each searcher found; `images` saves loading them again."""
+class Setting(NamedTuple):
+    """What the searchers work with."""
+
+    run: finished_run.FinishedRun
+    search: ConfiguredSearch
+    judge: Callable[[np.ndarray], np.ndarray]  # points [n, decisions] -> accuracies [n]
+    report: Callable[[np.ndarray], np.ndarray]  # likewise, by other images
+
+
+def prepare(config: ml_collections.ConfigDict, images: from_config.Images | None = None) -> Setting:
+    """What the searchers work with, checked; `images` saves loading them again."""
     check_options(config)
     run = finished_run.load(config, Path(config.searchers.checkpoint), images)
-    setting = configured_search(run.config, run.parts.sites, run.parts.schedule.total_steps)
-    space, (name, target) = setting.space, next(iter(setting.targets.items()))
-    judge, report = judges(config, run.parts, space, run.variables)
+    search = configured_search(run.config, run.parts.sites, run.parts.schedule.total_steps)
+    return Setting(run, search, *judges(config, run.parts, search.space, run.variables))
+
+
+def compare(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any]:
+    """What each searcher found. Raises ConfigError where one has too few evaluations."""
+    run, search, judge, report = setting
+    space, (name, target) = search.space, next(iter(search.targets.items()))
     searchers = dict(SEARCHERS)
     if SCORES in config.searchers.names:
-        values = by_gradients(run.config, run.parts, setting.plain, run.variables)
+        values = by_gradients(run.config, run.parts, search.plain, run.variables)
         searchers[SCORES] = functools.partial(scored, values=values)
-    outcomes = {
-        searcher: searchers[searcher](
-            judge, setting.costs[name], target, config.searchers.evaluations, config.seed
-        )
-        for searcher in config.searchers.names
-    }
+    evaluations, outcomes = config.searchers.evaluations, {}
+    for searcher in config.searchers.names:
+        with from_config.checked_values("searchers"):
+            outcomes[searcher] = searchers[searcher](
+                judge, search.costs[name], target, evaluations, config.seed
+            )
     best = max(outcomes.values(), key=lambda outcome: outcome.quality)
     return {
         "cost": name,
         "target": target,
-        "images": config.searchers.images,
+        "images": min(config.searchers.images, len(run.parts.images.splits.reward)) // 2 * 2,
         "points": float(np.prod([len(d.options) for d in space.decisions], dtype=float)),
         "searchers": {
             searcher: {
@@ -138,14 +145,26 @@ def format_outcomes(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
+) -> dict[str, Any]:
+    """Compares, writes searchers.json and returns what it holds."""
+    with opened(config, workdir, images) as found_images:
+        why = "the weights are those of searchers.checkpoint, and the searchers choose formats"
+        from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
+        found = compare(config, prepare(config, found_images))
+        # Claimed last, so that a refused configuration does not keep the folder: that a searcher
+        # has too few evaluations for the space, it says itself.
+        claim_run(workdir, config, found_images, "compare_searchers")
+        check_lock(workdir)
+        write_json(workdir / SEARCHERS_FILE, found)
+    return found
+
+
 def main(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job of the command line."""
-    with lock_workdir(workdir):
-        images = from_config.load_images(config)
-        found = compare(config, images)
-        claim_run(workdir, config, images)
-        write_json(workdir / SEARCHERS_FILE, found)
-    print(format_outcomes(found))
+    print(format_outcomes(run(config, workdir)))
+    print(f"\nWritten to {workdir}: {SEARCHERS_FILE}")
 
 
 if __name__ == "__main__":

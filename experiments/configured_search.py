@@ -15,8 +15,8 @@ import aqt_search as aqs
 from aqt_search import search
 from aqt_search.numerics.formats import format_name
 from aqt_search.search.cost_table import CostTable
-from aqt_search.search.one_shot import Search, check_targets, period
-from aqt_search.search.options import Choice, parsed_rule
+from aqt_search.search.one_shot import Search, period
+from aqt_search.search.options import Choice, SpaceError, parsed_rule
 from aqt_search.search.policy_gradient import REDUCTIONS
 from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, named_reward
 from aqt_search.search.space import Space, make_space
@@ -54,8 +54,7 @@ def configured_search(
     plain = plain_space(config, sites)
     space = with_quantizers(config, plain)
     costs = {name: space.cost_table(cost_function(name)) for name in cost_names(config)}
-    targets = cost_targets(config, sites)
-    check_targets(costs, targets)
+    targets = checked_targets(config, sites, costs)
     with checked_values("search"):
         one_shot = _one_shot(config.search, space, costs, total_steps)
         start = period(total_steps, config.search.delay).start
@@ -187,17 +186,39 @@ def cost_names(config: ml_collections.ConfigDict) -> list[str]:
     return names
 
 
-def cost_targets(
-    config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]
+def checked_targets(
+    config: ml_collections.ConfigDict,
+    sites: Mapping[str, aqs.Site],
+    costs: Mapping[str, CostTable],
+    key: str = "search.target",
 ) -> dict[str, float]:
-    """The targets of `cost_names`, in the units of the costs."""
+    """The targets of `cost_names`, in the units of the costs.
+
+    Args:
+      costs: of the space, by name.
+      key: where the primary target was given.
+
+    Raises:
+      SpaceError: no point of the space costs as much; names the key and what may be given there.
+    """
     primary = (config.search.cost, config.search.target, config.search.relative_to)
+    keys = (key, *["search.further_costs"] * len(config.search.further_costs))
     targets = {}
-    for name, target, relative_to in (primary, *config.search.further_costs):
+    for key, (name, target, relative_to) in zip(keys, (primary, *config.search.further_costs)):
+        unit, of = 1.0, ""
         if relative_to:
             reference = aqs.assign(sites, uniform_rules(config, relative_to))
-            target = target * float(cost_function(name)(sites, reference))
-        targets[name] = target
+            unit, of = float(cost_function(name)(sites, reference)), f" times uniform {relative_to}"
+        targets[name] = target * unit
+        try:
+            costs[name].check_target(targets[name])
+        except SpaceError as error:
+            low, high = (limit / unit for limit in costs[name].range)
+            raise SpaceError(
+                f"config.{key}: the {name} target {target:g}{of} is outside of the space, whose"
+                f" points cost between {low:.4g} and {high:.4g}{of}. Give a target between them, or"
+                " offer other formats in config.search.space."
+            ) from error
     return targets
 
 

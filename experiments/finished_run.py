@@ -18,7 +18,7 @@ from configs import base
 from experiments import from_config, results
 from experiments.assignment import configured_assignment
 from experiments.configured_search import configured_space, first_assignment
-from experiments.job import INPUTS, claimed_identity
+from experiments.job import INPUTS, JOB, claimed_identity
 
 
 class FinishedRun(NamedTuple):
@@ -75,7 +75,8 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
             f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
     there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
-    there.pop(INPUTS, None)
+    for key in (INPUTS, JOB):
+        there.pop(key, None)
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)
     differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differing:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from absl import logging
 
 import aqt_search as aqs
 from aqt_search import data, models
@@ -31,6 +32,7 @@ from aqt_search.weights.range_loss import ModelRangeLoss, range_loss
 # Streams of one run draw from the same seed; these keep their orders apart.
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
 _MOST_STEPS = 2**31 - 1  # of a counter in int32
+JUDGED_SPLITS = ("reward", "train")  # what choices may be judged by: test images choose nothing
 
 
 class ConfigError(ValueError):
@@ -44,6 +46,13 @@ def checked_values(section: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise ConfigError(f"In config.{section}: {error}") from error
+
+
+def refuse_unread(config: ml_collections.ConfigDict, keys: Sequence[str], why: str) -> None:
+    """Raises ConfigError where a key is set that a job does not read, and says why it does not."""
+    for key in keys:
+        if config[key]:
+            raise ConfigError(f"config.{key} is {config[key]!r}, but {why}. Leave it empty.")
 
 
 class Images(NamedTuple):
@@ -79,6 +88,24 @@ def load_images(config: ml_collections.ConfigDict) -> Images:
         **options,
     )
     return Images(splits, *data.channel_statistics(splits.train))
+
+
+def available(key: str, wanted: int, there: int, what: str) -> int:
+    """How many of `wanted` images there are; says so where that is fewer.
+
+    Args:
+      key: of the configuration, whose value is `wanted`.
+      what: the images, in words.
+    """
+    if wanted > there:
+        logging.warning("%s is %d, but there are %d %s: all are used.", key, wanted, there, what)
+    return min(wanted, there)
+
+
+def equal_batches(count: int, largest: int) -> tuple[int, int]:
+    """(number, size) of equal batches of at most `largest`, for nearly all of `count` images."""
+    number = math.ceil(count / largest)
+    return number, count // number
 
 
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
@@ -171,7 +198,7 @@ def build_parts(
         with checked_values("quantizers"):
             names = itertools.chain(*match_rules(sites, patterns))
             model = companded_model(model, sites, names)
-    schedule = Schedule(total, config.log_every, config.checkpoint_every)
+    schedule = Schedule(total, config.log_every, config.checkpoint_every, epoch)
     rules = config.range_loss.rules
     with checked_values("range_loss"):
         loss = range_loss(sites, rules) if rules else None
@@ -228,7 +255,17 @@ def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offs
 
 
 def reward_stream(config: ml_collections.ConfigDict, images: Images) -> Any:
-    """Endless shuffled batches of the held-out images, not augmented."""
+    """Endless shuffled batches of the held-out images, not augmented.
+
+    Raises:
+      ConfigError: there are not enough for one batch.
+    """
+    size, there = config.search.held_out_batch_size, len(images.splits.reward)
+    if size > there:
+        raise ConfigError(
+            f"search.held_out_batch_size is {size}, but there are {there} held-out images: give a"
+            " smaller one, or hold out more by data.held_out."
+        )
     return data.train_batches(
         images.splits.reward,
         batch_size=config.search.held_out_batch_size,
@@ -254,11 +291,11 @@ def evaluation_batches(
 
     Of the training images, not augmented, the first `evaluation.train_images`, in whole batches.
     """
-    replicas = replica_count()
+    replicas, source = replica_count(), getattr(images.splits, split)
     batch_size = math.ceil(config.evaluation.batch_size / replicas) * replicas
-    batches = data.eval_batches(
-        getattr(images.splits, split), batch_size=batch_size, mean=images.mean, std=images.std
-    )
+    batches = data.eval_batches(source, batch_size=batch_size, mean=images.mean, std=images.std)
     if split != "train":
         return batches
-    return itertools.islice(batches, math.ceil(config.evaluation.train_images / batch_size))
+    wanted = config.evaluation.train_images
+    count = available("evaluation.train_images", wanted, len(source), "training images")
+    return itertools.islice(batches, math.ceil(count / batch_size))

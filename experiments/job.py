@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,15 @@ from aqt_search.training.loop import (
     run_side_by_side,
     run_steps,
 )
-from aqt_search.training.workdir import claim_workdir, identity_of, lock_workdir
-from experiments import from_config
+from aqt_search.training.workdir import (
+    CONFIG_FILE,
+    WorkdirError,
+    claim_workdir,
+    identity_of,
+    lock_workdir,
+    read_json,
+)
+from experiments import from_config, schema
 
 
 class Job(NamedTuple):
@@ -47,7 +56,7 @@ Prepare = Callable[[ml_collections.ConfigDict, Path, from_config.Images], Job]
 _NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep", "allocate")
 # Keys that say where weights lie: `inputs_of` tells what they are.
 _RUNS = ("checkpoint", "sensitivity.checkpoint", "searchers.checkpoint")
-INPUTS = "inputs"  # where config.json keeps it
+INPUTS, JOB = "inputs", "job"  # where config.json keeps it, and which job it is of
 
 
 def inputs_of(config: ml_collections.ConfigDict, images: from_config.Images) -> dict[str, Any]:
@@ -66,16 +75,44 @@ def claim_run(
     workdir: Path,
     config: ml_collections.ConfigDict,
     images: from_config.Images,
+    job: str,
     ignore: Sequence[str] = _NOT_OF_A_RUN,
 ) -> dict[str, Any]:
-    """Makes the folder that of this run, or checks that it is: `claim_workdir`.
+    """Makes the folder that of this run of experiments.`job`, or checks that it is.
 
     Returns:
       The run's identity, for its checkpoints: configuration and inputs.
+
+    Raises:
+      WorkdirError: it is that of another job, or of another run: as `claim_workdir`.
     """
-    claimed = config.to_dict() | {INPUTS: inputs_of(config, images)}
+    _check_job(workdir, job)
+    inputs = inputs_of(config, images)
+    claimed = config.to_dict() | {INPUTS: inputs, JOB: {"name": job, "command": command()}}
     claim_workdir(workdir, claimed, ignore=_ignored(claimed, ignore))
     return claimed_identity(claimed, ignore)
+
+
+def _check_job(workdir: Path, job: str) -> None:
+    """Raises WorkdirError if the folder is that of another job, and says of which."""
+    try:
+        claimed = read_json(workdir / CONFIG_FILE)
+    except FileNotFoundError:
+        return
+    there = claimed.get(JOB) if isinstance(claimed, dict) else None  # of earlier versions none
+    if there and there["name"] != job:
+        raise WorkdirError(
+            f"workdir {workdir} is that of another job: experiments.{there['name']}, and this is"
+            f" experiments.{job}. Give another --workdir. The job there goes on by its own"
+            f" command:\n  {there['command']}"
+        )
+
+
+def command() -> str:
+    """How this process was started, as one may paste it into a shell."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = module.name if module else Path(sys.argv[0]).name
+    return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
 def claimed_identity(
@@ -88,7 +125,24 @@ def claimed_identity(
 def _ignored(claimed: Mapping[str, Any], ignore: Sequence[str]) -> list[str]:
     """With the keys that are paths, for what lies there is among the inputs."""
     is_folder = claimed["data"]["name"].startswith("folder:")
-    return [*ignore, *_RUNS, "policy", *(["data.name"] if is_folder else [])]
+    return [*ignore, JOB, *_RUNS, "policy", *(["data.name"] if is_folder else [])]
+
+
+@contextlib.contextmanager
+def opened(
+    config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
+) -> Iterator[from_config.Images]:
+    """Where every job begins, whoever calls it: its configuration is checked, its folder locked.
+
+    Gives the images, which are loaded unless the caller has them.
+
+    Raises:
+      ConfigError, FormatError, PaletteError, RuleError, SpaceError: as `schema.check`.
+      WorkdirError: as `lock_workdir`.
+    """
+    schema.check(config)
+    with lock_workdir(workdir):
+        yield images or from_config.load_images(config)
 
 
 def run_alone(
@@ -98,8 +152,8 @@ def run_alone(
     images: from_config.Images | None = None,
 ) -> dict[str, Any]:
     """Runs a job over all devices and returns its result; `images` saves loading them again."""
-    with lock_workdir(workdir):
-        job = prepare(config, workdir, images or from_config.load_images(config))
+    with opened(config, workdir, images) as found:
+        job = prepare(config, workdir, found)
         return job.finish(run_steps(job.step, job.run, job.schedule))
 
 

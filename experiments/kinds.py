@@ -27,9 +27,16 @@ class Kind(NamedTuple):
 
     expected: str
     example: Any
-    check: Callable[
-        [Any], None
-    ]  # raises TypeError or ValueError; its message says more, or nothing
+    # Raises TypeError or ValueError, whose message says more or nothing.
+    check: Callable[[Any], None]
+
+
+class Misfit(ValueError):
+    """A value that is none of its kind; the message says what was expected instead."""
+
+    def __init__(self, message: str, told_as: type[ValueError]):
+        super().__init__(message)
+        self.told_as = told_as  # what `require` raises for it
 
 
 def require(what: str, value: Any, kind: Kind) -> None:
@@ -40,14 +47,35 @@ def require(what: str, value: Any, kind: Kind) -> None:
       FormatError, PaletteError, RuleError, SpaceError: likewise, by what is in it.
     """
     try:
+        require_part(what, value, kind)
+    except Misfit as misfit:
+        raise misfit.told_as(f"{misfit}.") from misfit
+
+
+def require_part(what: str, value: Any, kind: Kind) -> None:
+    """`require` of a part of a value, within its check: what fits least is what was expected.
+
+    Raises:
+      Misfit: the part is none of the kind.
+    """
+    try:
         kind.check(value)
+    except Misfit as inner:
+        raise Misfit(f"{_said(what, value)}: {inner}", inner.told_as) from inner
     except (TypeError, ValueError) as error:
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        why = f": {str(error).rstrip('.')}" if str(error) else ""
-        raise (type(error) if isinstance(error, _NAMED_ERRORS) else ConfigError)(
-            f"{what} is {shown}{why}; expected {kind.expected}, such as {kind.example!r}."
+        told_as = type(error) if isinstance(error, _NAMED_ERRORS) else ConfigError
+        raise Misfit(
+            f"{_said(what, value, error)}; expected {kind.expected}, such as {kind.example!r}",
+            told_as,
         ) from error
+
+
+def _said(what: str, value: Any, error: Exception | None = None) -> str:
+    """What a value is, cut short, and why that cannot be."""
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    why = str(error or "").rstrip(".")
+    return f"{what} is {shown}" + (f": {why}" if why else "")
 
 
 def demand(fits: bool) -> None:
@@ -162,7 +190,14 @@ def several(kind: Kind, *, least: int = 0, example: Any = None) -> Kind:
     def check(value: Any) -> None:
         demand(is_tuple(value, least))
         for position, item in enumerate(value, start=1):
-            require(f"its value {position}", item, kind)
+            what = f"its value {position}"
+            try:
+                kind.check(item)
+            except Misfit as inner:
+                raise Misfit(f"{_said(what, item)}: {inner}", inner.told_as) from inner
+            except (TypeError, ValueError) as error:  # what is expected, the whole tuple's says
+                own = type(error) if isinstance(error, _NAMED_ERRORS) else ValueError
+                raise own(_said(what, item, error)) from error
 
     count = " of at least one" if least else ""
     return Kind(f"a tuple{count}, each {kind.expected}", example or (kind.example,), check)

@@ -99,13 +99,14 @@ def judged_batches(
     config: ml_collections.ConfigDict, images: from_config.Images
 ) -> list[Mapping[str, np.ndarray]]:
     """About `search.score_images` training images, not augmented, in equal batches."""
-    count = min(config.search.score_images, len(images.splits.train))
-    size = min(_BATCH, count)
+    wanted, there = config.search.score_images, len(images.splits.train)
+    count = from_config.available("search.score_images", wanted, there, "training images")
+    number, size = from_config.equal_batches(count, _BATCH)
     stream = data.train_batches(
         images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
         mean=images.mean, std=images.std,
     )  # fmt: skip
-    return list(itertools.islice(stream, count // size))
+    return list(itertools.islice(stream, number))
 
 
 def _own(variables: Mapping[str, Any]) -> dict[str, Any]:

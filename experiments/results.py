@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +27,14 @@ from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import check_lock, write_json
 from aqt_search.weights.statistics import weight_statistics
-from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
+from experiments.from_config import (
+    Parts,
+    cost_function,
+    evaluation_batches,
+    quantized,
+    statistics_batches,
+)
+from experiments.job import command
 from experiments.quantizers import configured_quantizers
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
@@ -141,6 +146,16 @@ def estimated(
     return static_evaluation(apply, assignment, parts.sites, variables, batches)
 
 
+def against_targets(
+    targets: Mapping[str, float],
+    sites: Mapping[str, aqs.Site],
+    assignment: Mapping[str, aqs.SiteFormats],
+) -> dict[str, Any]:
+    """What a result says of formats that were chosen to meet targets, by the names of the costs."""
+    costs = {name: float(cost_function(name)(sites, assignment)) for name in targets}
+    return {"targets": dict(targets), "costs": costs, "target_gbops": targets.get("gbops")}
+
+
 class Ended(NamedTuple):
     """What a run ends with."""
 
@@ -211,19 +226,13 @@ def _result(ended: Ended, judged: StaticEvaluation) -> dict[str, Any]:
         "target_gbops": None,
         "final_entropy": None,
         "without_retraining": None,
-        "command": shlex.join(["python", "-m", *_command()]),
+        "command": command(),
     }
 
 
 def _last_metrics(workdir: Path) -> Mapping[str, Any]:
     """The last record of training; {} of a job that trains nothing."""
     return (read_metrics(workdir) or [{}])[-1]
-
-
-def _command() -> list[str]:
-    """The module and arguments this process was started with."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    return [module.name if module else Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def print_result(result: Mapping[str, Any]) -> None:

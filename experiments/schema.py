@@ -32,9 +32,7 @@ from aqt_search.training.schedules import learning_rate
 from aqt_search.training.sensitivity import FLOAT
 from aqt_search.weights.range_loss import RANGE_LOSSES
 from experiments.configured_search import NAMED_CONTROLS, check_controls, cost_names
-from experiments.from_config import ConfigError, build_model, cost_function
-from experiments.jobs.ptq import STEPS, check_steps
-from experiments.jobs.sensitivity import SPLITS
+from experiments.from_config import JUDGED_SPLITS, ConfigError, build_model, cost_function
 from experiments.kinds import (
     Kind,
     accepted,
@@ -46,11 +44,13 @@ from experiments.kinds import (
     number,
     one_of,
     require,
+    require_part,
     several,
     text,
     whole,
 )
 from experiments.option_values import SCORES, VALUES
+from experiments.ptq_steps import STEPS, check_steps
 from experiments.quantizers import configured_quantizers
 
 
@@ -88,7 +88,7 @@ def _check_palette(pattern: str, spec: Any) -> None:
 
 
 def _check_range_loss(pattern: str, spec: Any) -> None:
-    require(f"the loss of {pattern!r}", spec, one_of((*RANGE_LOSSES, None)))
+    require_part(f"the loss of {pattern!r}", spec, one_of((*RANGE_LOSSES, None)))
 
 
 # --- The keys of a sweep --------------------------------------------------------------------------
@@ -101,12 +101,17 @@ def known_key(key: Any, fixed: Collection[str] = ()) -> str:
       ValueError: it has no such key, or it stands in `fixed` (whole sections, too).
     """
     if key not in SCHEMA:
-        near = difflib.get_close_matches(str(key), SCHEMA, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ": configs/base.py lists them"
+        hint = near(key) or ": configs/base.py lists them"
         raise ValueError(f"a configuration has no key {key!r}{hint}")
     if any(key == name or key.startswith(f"{name}.") for name in fixed):
         raise ValueError(f"{key} is not to be changed here")
     return key
+
+
+def near(key: Any) -> str:
+    """A question whether one of the keys that are spelled alike was meant; "" where none is."""
+    alike = difflib.get_close_matches(str(key), SCHEMA, n=2)
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def changes(fixed: Collection[str]) -> Kind:
@@ -115,7 +120,7 @@ def changes(fixed: Collection[str]) -> Kind:
     def check(value: Any) -> None:
         demand(isinstance(value, Mapping))
         for key, changed in value.items():
-            require(key, changed, SCHEMA[known_key(key, fixed)])
+            require_part(key, changed, SCHEMA[known_key(key, fixed)])
 
     return Kind("a mapping of keys to values", {"epochs": 2.0}, check)
 
@@ -126,7 +131,7 @@ def _check_axis(value: Any) -> None:
     key, choices = value
     known_key(key, ("seed", "series", "formats", "search.target", "sweep"))
     for choice in choices:
-        require(key, choice, SCHEMA[key])
+        require_part(key, choice, SCHEMA[key])
 
 
 def _check_baseline(value: Any) -> None:
@@ -134,28 +139,28 @@ def _check_baseline(value: Any) -> None:
     if isinstance(value, str):
         return FLOAT_OR_FORMAT.check(value)
     demand(is_tuple(value, 2, 3))
-    require("its name", value[0], NAME)
-    require("its formats", value[1], FORMATS)
+    require_part("its name", value[0], NAME)
+    require_part("its formats", value[1], FORMATS)
     for changed in value[2:]:
-        require("its changes", changed, changes(("seed", "series", "formats", "sweep")))
+        require_part("its changes", changed, changes(("seed", "series", "formats", "sweep")))
 
 
 def _check_space(value: Any) -> None:
     """One entry of `sweep.spaces`."""
     demand(is_tuple(value, 2, 2))
-    require("its name", value[0], NAME)
-    require("its changes", value[1], changes(("seed", "series", "search.target", "sweep")))
+    require_part("its name", value[0], NAME)
+    require_part("its changes", value[1], changes(("seed", "series", "search.target", "sweep")))
 
 
 def _check_stage(value: Any) -> None:
     """One entry of `sweep.stages`."""
     demand(is_tuple(value, 3, 4))
-    require("its name", value[0], NAME)
-    require("its job", value[1], one_of(("train", "ptq", "palettize")))
+    require_part("its name", value[0], NAME)
+    require_part("its job", value[1], one_of(("train", "ptq", "palettize")))
     fixed = ("seed", "series", "model", "data", "checkpoint", "sweep")
-    require("its changes", value[2], changes(fixed))
+    require_part("its changes", value[2], changes(fixed))
     for baselines in value[3:]:
-        require("its baselines", baselines, several(NAME, least=1))
+        require_part("its baselines", baselines, several(NAME, least=1))
 
 
 def _check_name(value: Any) -> None:
@@ -166,14 +171,14 @@ def _check_name(value: Any) -> None:
 def _check_bound(value: Any) -> None:
     """One (site, max|x|) of `ptq.other_bounds`."""
     demand(is_tuple(value, 2, 2) and isinstance(value[0], str))
-    require("its bound", value[1], number(1.0, above=0))
+    require_part("its bound", value[1], number(1.0, above=0))
 
 
 def _check_further_cost(value: Any) -> None:
     """One (cost, target, relative_to) of `search.further_costs`."""
     demand(is_tuple(value, 3, 3))
     for what, part, kind in zip(("cost", "target", "relative_to"), value, (COST, TARGET, RELATIVE)):
-        require(f"its {what}", part, kind)
+        require_part(f"its {what}", part, kind)
 
 
 def _check_held_out(value: Any) -> None:
@@ -187,7 +192,7 @@ def _check_shares(value: Any) -> None:
     """() or two shares of an area."""
     demand(is_tuple(value, 0, 2) and len(value) != 1)
     for share in value:
-        require("a share", share, number(0.08, above=0, most=1))
+        require_part("a share", share, number(0.08, above=0, most=1))
     demand(list(value) == sorted(value))
 
 
@@ -274,9 +279,9 @@ SCHEMA: Mapping[str, Kind] = {
     "sensitivity.formats": several(
         accepted(numeric_format, "a format", "int4"), least=1, example=("int2", "int4")
     ),
-    "sensitivity.reference": FLOAT_OR_FORMAT,
+    "sensitivity.reference": either(one_of((FLOAT,)), accepted(numeric_format, "a format", "int4")),
     "sensitivity.images": COUNT,
-    "sensitivity.split": one_of(SPLITS),
+    "sensitivity.split": one_of(JUDGED_SPLITS),
     "sensitivity.chunk": BATCH,
     "searchers.checkpoint": WORKDIR,
     "searchers.names": several(one_of((*SEARCHERS, SCORES)), least=1),
@@ -377,8 +382,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     warmup, epochs = config.optimizer.warmup_epochs, config.epochs
     if warmup and warmup >= epochs:
         raise ConfigError(
-            f"config.optimizer.warmup_epochs is {warmup}; expected fewer than the {epochs} of"
-            " config.epochs."
+            f"config.epochs is {epochs}, but config.optimizer.warmup_epochs (that of the file, if"
+            f" it was not given) is {warmup}; expected fewer than the epochs. Set both, such as"
+            f" --config.epochs={epochs} --config.optimizer.warmup_epochs={epochs / 4:g}."
         )
     build_model(config, 10, None)
     configured_quantizers(config)

@@ -116,8 +116,11 @@ def check_points(config: ml_collections.ConfigDict, points: Sequence[Point]) -> 
 
     Raises:
       ConfigError: there are none, two have one name, or one a name that no folder can have; the
-        sensitivity of no baseline is asked for; and as `schema.check` of a point.
+        sensitivity of no baseline is asked for; formats are given that no point has; and as
+        `schema.check` of a point.
     """
+    why = "the points of a sweep have formats of their own, from sweep.baselines and search.space"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
     if not points:
         raise from_config.ConfigError("sweep has no points: give it baselines, or targets.")
     check_names([point.name for point in points], "sweep")
@@ -128,9 +131,14 @@ def check_points(config: ml_collections.ConfigDict, points: Sequence[Point]) -> 
             f"config.sweep.sensitivity is {wanted!r}, which is none of the baselines"
             f" {', '.join(known)}."
         )
+    for key, of in (("spaces", "targets"), ("retrain", "targets"), ("stages", "baselines")):
+        if config.sweep[key] and not config.sweep[of]:
+            logging.warning("sweep.%s is of no use: sweep.%s is empty.", key, of)
     for point in points:
         try:
             check(point.config)
+            if point.prepare is search.prepare:
+                search.check_options(point.config)
         except ValueError as error:
             raise type(error)(f"Point {point.name!r} of the sweep: {error}") from error
 
@@ -325,7 +333,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     with lock_workdir(workdir):
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
-        claim_run(workdir, config, images, ignore=_free_keys(config, workdir))
+        claim_run(workdir, config, images, "sweep", ignore=_free_keys(config, workdir))
         found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
         tell_points(found, len(points))
         check_lock(workdir)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import aqt_search as aqs
-from aqt_search.report import load_records
+from aqt_search.report import format_table, load_records
 from aqt_search.search import allocate
 from aqt_search.training.workdir import WorkdirError, read_json
 from configs import digits_resnet8
@@ -64,6 +64,15 @@ def test_a_front_and_then_more_of_it(allocated, folder, trained, images):
     found = {record.name: record for record in load_records(allocated)}
     assert set(found) == {"allocated_1.5", "int4"}
     assert found["allocated_1.5"].gbops <= limit * (1 + 1e-6)
+    # The table has what the points were to cost, and what uniform formats do.
+    assert found["allocated_1.5"].targets == {"gbops": pytest.approx(limit)}
+    assert found["int4"].target_gbops is None
+    lines = format_table(tuple(found.values())).splitlines()
+    head = next(line for line in lines if line.startswith("point"))
+    assert "cost/uniform" in head
+    assert "target miss" in head
+    miss = 100 * (found["allocated_1.5"].gbops / limit - 1)
+    assert any("allocated_1.5" in line and f"{miss:+.1f}%" in line for line in lines)
     # No single change of an option is worth more and fits.
     space = plain_space(configured(folder), sites)
     table = np.array([[values[d.name][label] for label in d.labels] for d in space.decisions])
@@ -112,10 +121,11 @@ def test_one_at_a_time_is_the_loss_of_each_change(folder, trained):
         ({"checkpoint": ""}, ["checkpoint is empty", "workdir"]),
         ({"checkpoint": "/nowhere"}, ["/nowhere holds no finished run"]),
         ({"allocate.by": "hessian"}, ["'hessian'", "scores, one_at_a_time"]),
-        ({"allocate.targets": ()}, ["targets is empty"]),
+        ({"allocate.targets": ()}, ["allocate.targets is ()", "at least one"]),
         ({"allocate.targets": (1.1234567, 1.1234568)}, ["two points", "allocated_1.12346"]),
         ({"allocate.uniform": ("int4", "int4")}, ["two points", "'int4'"]),
         ({"allocate.targets": (0.01,)}, ["outside of the space"]),
+        ({"allocate.targets": (1.0, 9.0)}, ["config.allocate.targets:", "target 9 times uniform"]),
         ({"seed": 3}, ["seed", "another model or data"]),
     ],
 )

@@ -10,7 +10,8 @@ from configs import digits_resnet8
 from experiments import from_config, sweep
 from experiments.command_line import named_errors, start
 from experiments.job import claim_run
-from experiments.jobs import search, train
+from experiments.jobs import ptq, search, sensitivity, train
+from experiments.option_values import judged_batches
 
 JOBS = {"train": train, "search": search, "sweep": sweep}
 
@@ -71,7 +72,22 @@ CRITIC = {"search.searcher": "critic"}
         ("search", {"search.decide": "layer"}, ["config.search", "'layer'", "site, block, rule"]),
         ("search", {"search.relative_to": "int99"}, ["FormatError", "'int99'"]),
         ("search", {"search.target": 50.0}, ["SpaceError", "outside", "between"]),
-        ("search", {"search.target": 0.0}, ["SpaceError", "target 0 ", "between"]),
+        # from int3 to int8 where int8 is not fixed: little more than (3 / 4)^2 and less than 2^2
+        (
+            "search",
+            {"search.target": 0.0},
+            ["config.search.target:", "target 0 times uniform int4", "between 0.6", " and 3."],
+        ),
+        (
+            "search",
+            {"search.target": 3.0, "search.relative_to": ""},
+            ["config.search.target:", "target 3 is", "between 0.0"],
+        ),
+        (
+            "search",
+            {"search.held_out_batch_size": 200, "search.searcher": "critic"},
+            ["search.held_out_batch_size is 200", "144 held-out images"],
+        ),
         # the search's controls
         ("search", {"search.reward": "sharp"}, ["config.search", "'sharp'", "absolute"]),
         ("search", {"search.quality": "test"}, ["config.search", "'test'", "held_out"]),
@@ -106,7 +122,13 @@ CRITIC = {"search.searcher": "critic"}
         (
             "search",
             {"search.further_costs": (("weight_bytes", 50.0, "int4"),)},
-            ["SpaceError", "weight_bytes", "outside", "between"],
+            [
+                "SpaceError",
+                "config.search.further_costs",
+                "weight_bytes target 50",
+                "outside",
+                "between",
+            ],
         ),
         ("search", {"search.score_images": 0}, ["search.score_images is 0", "above 0"]),
         ("search", {"search.held_out_batch_size": 33}, ["held_out_batch_size 33", "multiple"]),
@@ -225,11 +247,55 @@ def test_a_diverged_run_and_a_workdir_of_another_configuration(capsys, tmp_path,
 
 
 def test_a_point_goes_on_after_a_stage_was_added_to_its_sweep(tmp_path, data_dir, images):
-    claim_run(tmp_path, configured(data_dir), images)
+    claim_run(tmp_path, configured(data_dir), images, "train")
     more = {"sweep.stages": (("w4a8", "ptq", {}),)}
-    claim_run(tmp_path, configured(data_dir, **more), images)
+    claim_run(tmp_path, configured(data_dir, **more), images, "train")
     with pytest.raises(WorkdirError, match="seed: there 0, now 3"):
-        claim_run(tmp_path, configured(data_dir, seed=3), images)
+        claim_run(tmp_path, configured(data_dir, seed=3), images, "train")
+
+
+def test_a_folder_of_another_job_says_of_which(capsys, tmp_path, data_dir, images):
+    claim_run(tmp_path, configured(data_dir), images, "train")
+    err = complaint(capsys, "search", configured(data_dir), tmp_path, images)
+    for words in ("experiments.train, and this is experiments.search", "own command", "python -m"):
+        assert words in err
+    # Folders of earlier versions do not say so.
+    path = tmp_path / "config.json"
+    claimed = json.loads(path.read_text())
+    del claimed["job"]
+    path.write_text(json.dumps(claimed))
+    claim_run(tmp_path, configured(data_dir), images, "train")
+
+
+@pytest.mark.parametrize(
+    "key, batches, there",
+    [
+        ("ptq.images", lambda c, i: ptq.calibration_batches(c, i), 1293),
+        ("search.score_images", lambda c, i: judged_batches(c, i), 1293),
+        ("sensitivity.images", lambda c, i: list(sensitivity.image_batches(c, i)), 144),
+        (
+            "evaluation.train_images",
+            lambda c, i: list(from_config.evaluation_batches(c, i, "train")),
+            1293,
+        ),
+    ],
+)
+def test_more_images_than_there_are_are_all_of_them_and_it_says_so(
+    caplog, data_dir, images, key, batches, there
+):
+    def count(wanted):
+        caplog.clear()
+        found = batches(configured(data_dir, **{key: wanted}), images)
+        if key == "evaluation.train_images":  # the last batch is filled up
+            return int(sum(batch["mask"].sum() for batch in found))
+        return sum(len(batch if key == "ptq.images" else batch["image"]) for batch in found)
+
+    found = count(10**6)
+    assert there - 21 <= found <= there  # in equal batches, of which there are 21 at most
+    assert f"{key} is 1000000, but there are {there} " in caplog.text
+    # Whole batches once left out 49 of 99 images.
+    assert 98 <= count(99) <= 250
+    assert not caplog.text
 
 
 def test_a_defect_is_not_dressed_up_as_bad_input():

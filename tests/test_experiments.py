@@ -239,14 +239,14 @@ def test_a_sweeps_point_is_the_run_of_its_configuration(data_dir, tmp_path):
         assert point[key] == alone[key], key
 
 
-def test_other_searchers_on_the_weights_of_a_search(swept, images):
+def test_other_searchers_on_the_weights_of_a_search(swept, images, tmp_path):
     config, workdir = swept
     folder = workdir / "points" / "search_1.5"
     point = next(p for p in sweep.sweep_points(config, workdir) if p.name == "search_1.5")
     names = ("random", "greedy", "evolution", "critic", "policy_gradient", "scores")
     values = {"checkpoint": str(folder), "evaluations": 24, "images": 100, "names": names}
     point.config.searchers.update(values)
-    found = compare_searchers.compare(point.config, images)
+    found = compare_searchers.run(point.config, tmp_path / "compared", images)
     assert found["target"] == pytest.approx(read(folder / "result.json")["target_gbops"])
     assert found["points"] == 3**8
     assert tuple(found["searchers"]) == names
@@ -257,9 +257,15 @@ def test_other_searchers_on_the_weights_of_a_search(swept, images):
         assert set(row["formats"]) == set(read(folder / "space.json"))
         assert 0 <= row["accuracy_other_half"] <= 1
     assert len(compare_searchers.format_outcomes(found).splitlines()) == 2 + len(names)
+    few = point.config.copy_and_resolve_references()
+    few.searchers.update({"names": ("greedy",), "evaluations": 5})
+    with pytest.raises(from_config.ConfigError, match=r"config.searchers: evaluations is 5.*least"):
+        compare_searchers.run(few, tmp_path / "few", images)
+    assert not (tmp_path / "few" / "config.json").exists()
     point.config.searchers.names = ("grid",)
-    with pytest.raises(from_config.ConfigError, match=r"grid: expected some of random"):
-        compare_searchers.compare(point.config, images)
+    with pytest.raises(from_config.ConfigError, match=r"'grid'; expected .* random"):
+        compare_searchers.run(point.config, tmp_path / "refused", images)
+    assert not (tmp_path / "refused").exists()
 
 
 # --- Points side by side --------------------------------------------------------------------------
@@ -412,7 +418,7 @@ def command_lines():
     [
         ("unknown key", ["learning_rat", "learning_rate", "configs/base.py"]),
         ("bad value", ["--config.epochs=many"]),
-        ("no file", ["ConfigError", "configs/missing.py"]),
+        ("no file", ["no file 'configs/missing.py'", "get_config"]),
         ("unknown form", ["'quik'", "CONFIG.py:quick"]),
         ("no workdir", ["--workdir"]),
         ("arguments", ["stray"]),

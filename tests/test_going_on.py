@@ -63,17 +63,17 @@ def test_a_run_does_not_go_on_with_other_images(finished, tmp_path):
     )
     run = shutil.copytree(finished / "float", tmp_path / "float")
     same = configured(finished, images_in=copied)  # with other times
-    claim_run(run, same, from_config.load_images(same))
+    claim_run(run, same, from_config.load_images(same), "train")
     assert finished_run.load(same, run).variables["params"]
     (copied / "train/dark/5.png").unlink()
     with pytest.raises(WorkdirError, match=r'inputs.data: there "16 and 16 .*now "15 and 16'):
-        claim_run(run, same, from_config.load_images(same))
+        claim_run(run, same, from_config.load_images(same), "train")
     # What starts from the weights would hold out images that they were trained on.
     with pytest.raises(from_config.ConfigError, match=r"trained on other images \(there 16"):
         finished_run.load(same, run)
     with lock_workdir(tmp_path / "sweep"):
         points = configured(finished, images_in=copied)
-        claim_run(tmp_path / "sweep", points, from_config.load_images(points))
+        claim_run(tmp_path / "sweep", points, from_config.load_images(points), "sweep")
     with pytest.raises(WorkdirError, match=r'inputs.data: there "15'):
         sweep.run(configured(finished), tmp_path / "sweep")
 
@@ -138,7 +138,7 @@ def test_a_stage_goes_on_after_its_sweep_was_moved(finished, tmp_path, monkeypat
 
     def stage_in(workdir):
         (point,) = (p for p in sweep.sweep_points(config, workdir) if p.follows)
-        return claim_run(workdir / "points" / point.name, point.config, images)
+        return claim_run(workdir / "points" / point.name, point.config, images, "train")
 
     base = tmp_path / "sweep/points/float" / CHECKPOINT_FOLDER
     save_checkpoint(base, 1, {"kernel": jnp.ones(3)}, {"seconds": 1.0})
@@ -164,7 +164,7 @@ def test_a_policy_file_is_known_by_its_content(finished, tmp_path):
         path.write_text(json.dumps({"stem/kernel": {"lhs": "int4", "rhs": "int4"}}))
     for path in (one, other):
         own = configured(finished, policy=str(path))
-        claim_run(tmp_path / "run", own, images)
+        claim_run(tmp_path / "run", own, images, "train")
     other.write_text("{}")
     with pytest.raises(WorkdirError, match=r"inputs.policy: there"):
-        claim_run(tmp_path / "run", own, images)
+        claim_run(tmp_path / "run", own, images, "train")

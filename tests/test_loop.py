@@ -69,12 +69,12 @@ def start():
     return {"weights": jnp.ones(3), "step": jnp.int32(0), "rng": key}
 
 
-def run(workdir, steps=20, step=toy_step, schedule=(3, 5), **options):
+def run(workdir, steps=20, step=toy_step, schedule=(3, 5), epoch_steps=0, **options):
     streams = [Numbers(), Numbers()]
     streams[1].number = 1000
     with lock_workdir(workdir):
         one = Run(workdir, start(), streams, **options)
-        return run_steps(step, one, Schedule(steps, *schedule))
+        return run_steps(step, one, Schedule(steps, *schedule, epoch_steps))
 
 
 def first_weight(state):
@@ -128,14 +128,19 @@ def test_a_finished_run_does_no_more_steps(undisturbed):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_call_goes_on(undisturbed, tmp_path, number):
+def test_a_signal_saves_and_the_same_call_goes_on(undisturbed, tmp_path, number, capsys):
     before = signal.getsignal(number)
     with pytest.raises(InterruptedRunError, match=rf"{number.name}: saved step 7 of 20.*go on"):
         run(tmp_path, check=killing(at=6, number=number), describe=first_weight)
     assert checkpoints(tmp_path)[-1] == "step_000000007"
     assert signal.getsignal(number) is before
-    same_bits(run(tmp_path, describe=first_weight).state, undisturbed[0].state)
+    capsys.readouterr()
+    same_bits(run(tmp_path, describe=first_weight, epoch_steps=4).state, undisturbed[0].state)
+    err = capsys.readouterr().err
+    assert f"{tmp_path.name}: going on from step 7 of 20 (epoch 1.75 of 5)." in err
     same_records(tmp_path, undisturbed[1])
+    run(tmp_path, describe=first_weight)
+    assert f"{tmp_path.name}: all 20 steps are done already." in capsys.readouterr().err
 
 
 def killing(at, number=signal.SIGTERM):

@@ -34,6 +34,7 @@ from aqt_search.report.records import Record, bits_of_format
 from aqt_search.report.retraining import group_pairs, retrained_pairs
 from aqt_search.report.sensitivity import load_sensitivity, rank_correlation
 from aqt_search.report.series import all_series, compare_all
+from aqt_search.search.pareto import accuracy_gain
 from aqt_search.training.workdir import WorkdirError
 
 OPTIONS = ["int3", "int4", "e4m3"]
@@ -371,6 +372,40 @@ def test_gains_over_uniform_formats(tmp_path, searched, mean, words):
     assert page.index(gain.sentence) < page.index(" points: ")
 
 
+def test_one_gain_is_told_wherever_it_is_told(tmp_path):
+    """The seeds' fronts differ in shape: the gain of their means is another number."""
+    searched = {0: {1.5: 0.84, 3.0: 0.91}, 1: {2.0: 0.80, 3.5: 0.95}}
+    for seed, points in searched.items():
+        for cost, accuracy in {1.0: 0.80 - 0.1 * seed, 4.0: 0.90}.items():
+            name = f"int{cost:g}_seed{seed}"
+            write_point(tmp_path, name, gbops=cost, accuracy=accuracy, seed=seed, series="uniform")
+        for place, (cost, accuracy) in enumerate(points.items()):
+            name = f"search_{place}_seed{seed}"
+            write_point(tmp_path, name, "search", gbops=cost, accuracy=accuracy, seed=seed)
+    records = load_records(tmp_path)
+    (gain,) = gains_over_uniform(records)
+    (pair,) = compare_all(all_series(records))
+    assert {pair.first.name, pair.second.name} == {"search", "uniform"}
+    sign = 1 if pair.first.name == "search" else -1
+    assert sign * pair.accuracy_gain == pytest.approx(gain.mean)
+    by_means = accuracy_gain(pair.first.front, pair.second.front)
+    assert abs(pair.accuracy_gain - by_means) > 1e-3
+    page = write_report(tmp_path).read_text()
+    told = f"{100 * abs(gain.mean):.2f} percentage points"
+    assert page.count(told) == 2
+    assert f"{100 * abs(by_means):.2f} percentage points" not in page
+
+
+def test_columns_that_nobody_has_a_value_for_are_left_out(tmp_path):
+    write_point(tmp_path, "allocated_1", "ptq", series="allocated")
+    told = format_table(load_records(tmp_path))
+    for words in ("cost/uniform", "target miss", "uniform"):
+        assert words not in told
+    page = write_report(tmp_path).read_text()
+    assert "95 % interval</th>" in page  # it has a text: one seed
+    assert "miss</th>" not in page
+
+
 def test_no_gain_without_a_uniform_front(tmp_path):
     write_point(tmp_path, "int4", gbops=1.0)
     write_point(tmp_path, "search_1.10", "search", gbops=1.1)
@@ -500,7 +535,7 @@ def test_terminal_table_of_seeds_has_the_means(tmp_path):
     lines = format_table(load_records(tmp_path)).splitlines()
     assert len(lines) == 2 + 20 + 1 + 1
     assert max(map(len, lines)) <= 140
-    head = "point seeds accuracy % over seeds GBOPs cost/uniform weights kB target miss note"
+    head = "point seeds accuracy % over seeds GBOPs weights kB target miss note"  # none is uniform
     assert " ".join(lines[0].split()) == head
     # misses of 7 / 1, 7 / 2 and 7 / 3 - 1: by hand 600 %, 250 % and 133.3 %
     row = "width0.5_search_6 3 91.00 90.00 to 92.00 7 12.3 +327.8% not retrained"

@@ -11,9 +11,10 @@ import pytest
 
 from aqt_search.training.workdir import WorkdirError, write_json
 from configs import base
-from experiments import sweep
+from experiments import allocate, compare_searchers, sweep
 from experiments.command_line import USER_ERRORS, given_workdir, start
 from experiments.from_config import ConfigError
+from experiments.jobs import palettize, ptq, search, sensitivity, train
 from experiments.schema import SCHEMA, check, check_values, flat
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -170,6 +171,22 @@ def test_a_bad_value_is_told_with_its_key_and_an_example(key):
             assert part in message, (value, message)
 
 
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("allocate.targets", (1.1, -1.0), "its value 2 is -1.0; expected a tuple of at least one"),
+        ("sweep.stages", (("w4", "ptq", {"ptq.smoothing": 2.0}),),
+         "ptq.smoothing is 2.0; expected a finite number at least 0 and at most 1, such as 0.5."),
+        ("sweep.stages", ("w4", "ptq", {}), "such as (('w4a8', 'ptq', {"),
+        ("sweep.baselines", ("int99",), "Unknown format 'int99'"),
+    ],
+)  # fmt: skip
+def test_what_fits_least_is_what_was_expected(key, value, told):
+    with pytest.raises(USER_ERRORS) as caught:
+        check(changed(**{key: value}))
+    assert told in str(caught.value)
+
+
 def test_a_missing_comma_is_shown_with_one():
     with pytest.raises(USER_ERRORS, match=r"A rule is '\.\*'.*such as \(\('\.\*', 'int4'\),\)"):
         check(changed(formats=(".*", "int4")))
@@ -179,6 +196,10 @@ def test_a_missing_comma_is_shown_with_one():
     "values, words",
     [
         ({"optimizer.warmup_epochs": 10.0}, ["optimizer.warmup_epochs", "fewer", "epochs"]),
+        (
+            {"optimizer.warmup_epochs": 1.0, "epochs": 0.5},
+            ["epochs is 0.5", "if it was not given", "--config.optimizer.warmup_epochs=0.125"],
+        ),
         ({"model.form": "imagenet"}, ["config.model", "form"]),
         ({"model.activation": "relu"}, ["config.model", "activation"]),
         ({"ptq.steps": ("equalize",)}, ["ptq.steps", "'fold_batch_norm' before"]),
@@ -190,6 +211,43 @@ def test_values_that_exclude_one_another(values, words):
     with pytest.raises(ConfigError) as caught:
         check(changed(**values))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+JOBS = {
+    "train": train.run, "search": search.run, "ptq": ptq.run, "palettize": palettize.run,
+    "sensitivity": sensitivity.run, "allocate": allocate.run, "sweep": sweep.run,
+    "compare_searchers": compare_searchers.run,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_checks_its_configuration_whoever_calls_it(name, tmp_path):
+    """A value that no job looks at itself, before there is a folder or an image."""
+    config = changed(
+        checkpoint="/nowhere", **{"sensitivity.checkpoint": "/nowhere", "batch_size": 0.5}
+    )
+    with pytest.raises(ConfigError, match=r"config.batch_size is 0.5; expected a whole number"):
+        JOBS[name](config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+UNREAD_KEYS = [
+    *(("search", key) for key in ("formats", "policy", "checkpoint")),
+    *(("sensitivity", key) for key in ("formats", "policy", "checkpoint")),
+    *(("compare_searchers", key) for key in ("formats", "policy", "checkpoint")),
+    *(("palettize", key) for key in ("formats", "policy")),
+    *(("allocate", key) for key in ("formats", "policy")),
+]
+
+
+@pytest.mark.parametrize("name, key", UNREAD_KEYS)
+def test_formats_and_weights_that_a_job_does_not_read_are_refused(name, key, tmp_path):
+    given = {"formats": ((".*", "int4"),), "policy": "runs/policy.json", "checkpoint": "runs/float"}
+    needed = {"checkpoint": "runs/float"} if name in ("palettize", "allocate") else {}
+    images = types.SimpleNamespace(splits=types.SimpleNamespace(fingerprint="of no images"))
+    with pytest.raises(ConfigError, match=rf"{key}.*[Ll]eave"):
+        JOBS[name](changed(**needed, **{key: given[key]}), tmp_path / "run", images)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_unknown_and_missing_keys():
@@ -218,6 +276,9 @@ def test_unknown_and_missing_keys():
         ({"sweep.grid": (("data.name", ("folder:/a",)),)}, ["namefolder:/a", "no /"]),
         ({"sweep.grid": (("series", ("x",)),)}, ["sweep.grid", "series"]),
         ({"sweep.baselines": (), "sweep.targets": ()}, ["no points"]),
+        ({"formats": ((".*", "int4"),)}, ["config.formats is", "sweep.baselines"]),
+        ({"policy": "runs/search/policy.json"}, ["config.policy is", "sweep.baselines"]),
+        ({"checkpoint": "runs/float"}, ["search_1.1", "config.checkpoint is", "from scratch"]),
         ({"sweep.sensitivity": "nope"}, ["sweep.sensitivity", "'nope'", "float, int8, int4"]),
         ({"sweep.stages": (("a", "ptq", {"ptq.steps": ("equalize",)}),)}, ["float_a", "ptq.steps"]),
         ({"sweep.spaces": (("a", {"search.samples": 1, "search.searcher": "critic"}),)},

@@ -352,7 +352,7 @@ def test_images_are_each_taken_once(folder, images):
     ],
 )
 def test_errors_of_the_job(folder, images, trained, changes, words, tmp_path):
-    with pytest.raises(from_config.ConfigError) as caught:
+    with pytest.raises((from_config.ConfigError, aqs.FormatError)) as caught:
         job.run(configured(folder, "float", **changes), tmp_path / "out", images)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "out" / "config.json").exists()

@@ -51,26 +51,41 @@ def gains_over_uniform(records: Sequence[Record]) -> tuple[Gain, ...]:
     range of costs with uniform points, of which there have to be two, are left out.
     """
     known = [r for r in records if r.error is None and math.isfinite(r.accuracy)]
-    uniform = [r for r in known if r.kind == "uniform" or _is_ptq(r, UNIFORM_SERIES)]
+    uniform = uniform_points(known)
     others: dict[str, list[Record]] = {}
     for record in known:
-        if record.kind in ("search", "random", "retrained") or _is_ptq(record, ALLOCATED_SERIES):
+        allocated = record.kind == "ptq" and record.series == ALLOCATED_SERIES
+        if allocated or record.kind in ("search", "random", "retrained"):
             others.setdefault(record.series, []).append(record)
     found = (_gain(series, members, uniform) for series, members in others.items())
     return tuple(gain for gain in found if gain is not None)
 
 
-def _is_ptq(record: Record, series: str) -> bool:
-    return record.kind == "ptq" and record.series == series
+def uniform_points(records: Sequence[Record]) -> list[Record]:
+    """The points in uniform formats: of the series that is called so, if there is one.
+
+    Else, as over sizes, all that were trained under fixed formats.
+    """
+    named = [r for r in records if r.series == UNIFORM_SERIES]
+    return named or [r for r in records if r.kind == "uniform"]
+
+
+def seed_gains(first: Sequence[Record], second: Sequence[Record]) -> list[float]:
+    """`accuracy_gain` of the first front over the second for each seed that both have.
+
+    Runs of a seed share their images: what these do to both fronts drops out of the difference.
+    Seeds whose fronts share no cost are left out.
+    """
+    seeds = {record.seed for record in first} & {record.seed for record in second}
+    gains = [accuracy_gain(_front(first, seed), _front(second, seed)) for seed in sorted(seeds)]
+    return [gain for gain in gains if math.isfinite(gain)]
 
 
 def _gain(series: str, members: Sequence[Record], uniform: Sequence[Record]) -> Gain | None:
-    gains = []
-    for seed in sorted({record.seed for record in members}):
-        own, other = (_front(records, seed) for records in (members, uniform))
-        if len(set(other[0])) > 1:
-            gains.append(accuracy_gain(own, other))
-    if not gains or not np.isfinite(gains).all():
+    if len({record.gbops for record in uniform}) < 2:
+        return None
+    gains = seed_gains(members, uniform)
+    if not gains:
         return None
     mean, reach = float(np.mean(gains)), math.nan
     if len(gains) > 1:

@@ -24,8 +24,9 @@ _HYPERVOLUME = (
 )
 _COMPARED = (
     "Between its points a front is a straight line in log cost, level from its last one on. The "
-    "difference is the mean over the costs that both series cover, the ratio the geometric mean "
-    "over the accuracies that both fronts cover; n/a where there are none."
+    "difference is the mean over the costs that both series cover, between the fronts of the same "
+    "seed and then over the seeds, as at the head of this page; the ratio is the geometric mean "
+    "over the accuracies that the fronts of the means cover; n/a where there are none."
 )
 _GAP = (
     "Accuracy of the final model on training images, not augmented, less that on test images. "

@@ -13,12 +13,18 @@ def cell(tag: str, content: str, style: str) -> str:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table of text, with a cell per title in every row; words in the first `text_columns`."""
+    """A table of text, with a cell per title in every row; words in the first `text_columns`.
+
+    Columns without any text are left out.
+    """
     styles = ["text"] * text_columns + ["number"] * (len(titles) - text_columns)
-    head = "".join(cell("th", title, style) for title, style in zip(titles, styles))
+    rows = list(rows)
+    columns = list(zip(titles, styles, *rows, strict=True))
+    shown = [column for column in columns if any(column[2:])]
+    head = "".join(cell("th", title, style) for title, style, *_ in shown)
     lines = []
-    for row in rows:
-        cells = "".join(cell("td", text, style) for text, style in zip(row, styles, strict=True))
+    for number in range(len(rows)):
+        cells = "".join(cell("td", texts[number], style) for _, style, *texts in shown)
         lines.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="scroll tall"><table><thead><tr>{head}</tr></thead>'

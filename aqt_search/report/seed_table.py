@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from aqt_search.report.against_uniform import uniform_points
 from aqt_search.report.front import Group, group_points
 from aqt_search.report.records import Record
-from aqt_search.report.table import reference_cost
+from aqt_search.report.table import dearest_cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def seed_rows(records: Sequence[Record]) -> tuple[SeedRow, ...]:
 
     Costs are relative to the dearest uniform point.
     """
-    uniform_cost = reference_cost(records, "uniform")
+    uniform_cost = dearest_cost(uniform_points(records))
     failed = [record.group for record in records if record.error is not None]
     return tuple(_row(g, uniform_cost, failed.count(g.name)) for g in group_points(records))
 

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
+from aqt_search.report.against_uniform import seed_gains
 from aqt_search.report.front import Group, group_points
 from aqt_search.report.records import Record
 from aqt_search.search.pareto import (
     Front,
-    accuracy_gain,
     cost_ratio,
     dominates,
     hypervolume,
@@ -40,9 +40,14 @@ class Series:
         return [g.gbops for g in self.groups], [g.accuracy for g in self.groups]
 
     @property
+    def members(self) -> list[Record]:
+        """The runs of all points."""
+        return [member for group in self.groups for member in group.members]
+
+    @property
     def seeds(self) -> int:
         """The number of different seeds among the runs."""
-        return len({member.seed for group in self.groups for member in group.members})
+        return len({member.seed for member in self.members})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +68,17 @@ class Comparison:
 
     @cached_property
     def accuracy_gain(self) -> float:
-        """Mean accuracy of the first less that of the second at equal cost, a fraction."""
-        return accuracy_gain(self.first.front, self.second.front)
+        """Mean accuracy of the first less that of the second at equal cost, a fraction.
+
+        The mean over the seeds that both have, as that of `gains_over_uniform`; NaN where their
+        fronts share no range of cost.
+        """
+        gains = seed_gains(self.first.members, self.second.members)
+        return float(np.mean(gains)) if gains else math.nan
 
     @cached_property
     def cost_ratio(self) -> float:
-        """Mean cost of the first over that of the second at equal accuracy."""
+        """Mean cost of the first over that of the second at equal accuracy, by the mean points."""
         return cost_ratio(self.first.front, self.second.front)
 
     @property

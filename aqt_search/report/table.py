@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from aqt_search.report.against_uniform import uniform_points
 from aqt_search.report.front import front_names
 from aqt_search.report.records import Record, bits_of_format
 
@@ -33,14 +34,14 @@ class Row:
 def table_rows(records: Sequence[Record]) -> tuple[Row, ...]:
     """One row per point. Costs are relative to the float point and to the dearest uniform one."""
     front = front_names(records)
-    float_cost = reference_cost(records, "float")
-    uniform_cost = reference_cost(records, "uniform")
+    float_cost = dearest_cost([record for record in records if record.kind == "float"])
+    uniform_cost = dearest_cost(uniform_points(records))
     return tuple(_row(r, r.name in front, float_cost, uniform_cost) for r in records)
 
 
-def reference_cost(records: Sequence[Record], kind: str) -> float | None:
-    """GBOPs of the dearest finished point of a kind; None if there is none."""
-    return max((r.gbops for r in records if r.kind == kind and r.error is None), default=None)
+def dearest_cost(records: Sequence[Record]) -> float | None:
+    """GBOPs of the dearest finished point; None if there is none."""
+    return max((r.gbops for r in records if r.error is None), default=None)
 
 
 def formats_summary(record: Record, most: int = 5) -> str:

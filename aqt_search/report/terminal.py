@@ -36,25 +36,31 @@ def format_table(records: Sequence[Record]) -> str:
     """The table as aligned plain text, with what was gained above and what columns mean below.
 
     One line per point; where points were run with several seeds, one line with the means over
-    them, and one for every run that failed.
+    them, and one for every run that failed. Columns that no point has a value for are left out.
     """
     if not records:
         return "no point has finished yet"
-    legend = ["cost/uniform: GBOPs relative to the dearest uniform point"]
     gains = [gain.sentence for gain in gains_over_uniform(records)]
     gains += [""] * bool(gains)
-    if not has_seeds(records):
-        return "\n".join(gains + _aligned(table_rows(records), _POINT_COLUMNS) + legend)
-    lines = gains + _aligned(seed_rows(records), _SEED_COLUMNS)
-    lines += [f"{r.name}: failed: {_one_line(r.error)}" for r in records if r.error is not None]
-    return "\n".join([*lines, "Means over the seeds. " + legend[0]])
+    by_seed = has_seeds(records)
+    rows = seed_rows(records) if by_seed else table_rows(records)
+    lines = gains + _aligned(rows, _SEED_COLUMNS if by_seed else _POINT_COLUMNS)
+    if by_seed:
+        lines += [f"{r.name}: failed: {_one_line(r.error)}" for r in records if r.error is not None]
+    legend = ["Means over the seeds."] if by_seed else []
+    if any(row.cost_to_uniform for row in rows):
+        legend.append("cost/uniform: GBOPs relative to the dearest uniform point")
+    return "\n".join([*lines, " ".join(legend)]).rstrip()
 
 
 def _aligned(rows: Sequence[Any], columns: Sequence[tuple[str, str]]) -> list[str]:
-    """Lines of text: a head, a rule, and the named fields of every row."""
+    """Lines of text: a head, a rule, and the named fields of every row, if some row has any."""
     aligned = []
     for field, title in columns:
-        cells = [title, *(_one_line(getattr(row, field)) for row in rows)]
+        texts = [_one_line(getattr(row, field)) for row in rows]
+        if not any(texts):
+            continue
+        cells = [title, *texts]
         width = max(map(len, cells))
         align = str.ljust if field in _LEFT_ALIGNED else str.rjust
         cells = [cells[0], "-" * width, *cells[1:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ class Schedule(NamedTuple):
     total_steps: int
     log_every: int
     checkpoint_every: int
+    epoch_steps: int = 0  # to say in which epoch a run goes on; 0: it has none
 
 
 class Run(NamedTuple):
@@ -139,10 +141,12 @@ def _run_together(
 ) -> list[LoopResult | RuntimeError]:
     lanes = [_Lane(run) for run in runs]
     done = _go_to_one_step(lanes)
+    names = ", ".join(run.workdir.name for run in runs)
+    if done:
+        print(f"{names}: {_where(done, schedule)}", file=sys.stderr)
     if done >= schedule.total_steps or all(lane.error for lane in lanes):
         return [lane.error or LoopResult(lane.state, lane.seconds) for lane in lanes]
     loop = _Loop(placement, placement.compile(step), schedule, lanes)
-    names = ", ".join(run.workdir.name for run in runs)
     with (
         contextlib.ExitStack() as writers,
         Progress(schedule.total_steps, initial=done, description=names) as progress,
@@ -170,6 +174,15 @@ def _run_together(
                     " Run the same command again to go on."
                 )
     return loop.results()
+
+
+def _where(done: int, schedule: Schedule) -> str:
+    """Where runs go on that have `done` steps behind them, in words."""
+    total, per_epoch = schedule.total_steps, schedule.epoch_steps
+    if done >= total:
+        return f"all {total} steps are done already."
+    epoch = f" (epoch {done / per_epoch:.4g} of {total / per_epoch:.4g})" if per_epoch else ""
+    return f"going on from step {done} of {total}{epoch}."
 
 
 def _go_to_one_step(lanes: Sequence[_Lane]) -> int:
@@ -213,7 +226,6 @@ class _Lane:
             self.seconds = found.extra["seconds"]
             self.recorded = found.extra.get("recorded", self.done)
             self.metrics = [(step, values) for step, values in found.extra.get("metrics", ())]
-            logging.info("Going on from the checkpoint of step %d in %s.", self.done, self.folder)
 
     def go_back(self, step: int) -> None:
         logging.warning(

@@ -38,21 +38,13 @@ _SEED_OFFSET = 6_000_011  # of the order of the training images
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for values of `config.palette` that cannot be."""
-    options = config.palette
+    """Raises ConfigError where there are no weights to store, or formats beside palettes."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose weights are stored."
         )
-    if config.formats or config.policy:
-        raise from_config.ConfigError(
-            "Weights with palettes are served in float: leave formats and policy empty."
-        )
-    if not options.epochs >= 0:
-        raise from_config.ConfigError(f"palette.epochs is {options.epochs}; expected at least 0.")
-    for key in ("restarts", "temperature", "iterations", "learning_rate"):
-        if not options[key] > 0:
-            raise from_config.ConfigError(f"palette.{key} is {options[key]}; expected above 0.")
+    why = "weights with palettes are served in float"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
 
 
 # --- Training through soft palettes ---------------------------------------------------------------
@@ -233,7 +225,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         trained = {"params": end.state.params, "batch_stats": stats["model"]}
         return store(config, workdir, parts, trained, stats["centroids"], end.seconds)
 
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "palettize")
     return Job(step, run._replace(identity=identity), schedule, finish)
 
 

@@ -2,228 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-import aqt_search as aqs
 from aqt_search import data, ptq
 from aqt_search.tracing.sites import is_unquantized
-from aqt_search.training import parallel
 from aqt_search.training.checkpoint import save_checkpoint
-from aqt_search.training.evaluation import StaticEvaluation, evaluate, reestimate_batch_stats
+from aqt_search.training.evaluation import StaticEvaluation, evaluate
 from aqt_search.training.loop import Run, Schedule
 from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
 from experiments.job import Job, claim_run, run_alone
+from experiments.ptq_steps import STEPS, Quantized, Setting
 
 PTQ_FILE = "ptq.json"
 WEIGHTS_FOLDER = "quantized"  # not the folder that training goes on from
 _SEED_OFFSET = 5_000_011
 
 
-class Quantized(NamedTuple):
-    """A model on its way into its formats."""
-
-    variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}
-    assignment: Mapping[str, aqs.SiteFormats]  # with calibrations that have state
-    state: Any  # static bounds, by site and operand
-    statistics: Any = None  # of BatchNorms by site, where there are no data
-
-
-@functools.lru_cache(maxsize=4)
-def _functions(model: Any) -> tuple[Callable, Callable]:
-    """The function of a model, plain and quantized: equal models share them, and so programs."""
-    plain = functools.partial(model.apply, train=False)
-    return plain, from_config.quantized(model, parallel.AXIS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the steps work with."""
-
-    model: Any
-    formats: Mapping[str, aqs.SiteFormats]  # as they were asked for
-    batches: Sequence[np.ndarray]  # calibration images
-    options: ml_collections.ConfigDict  # config.ptq
-
-    @property
-    def apply(self) -> Callable:
-        """apply(variables, images), in evaluation mode."""
-        return _functions(self.model)[0]
-
-    @property
-    def qapply(self) -> Callable:
-        """The quantized model, its static bounds among the variables."""
-        return _functions(self.model)[1]
-
-    def calibrated(self, variables: Mapping[str, Any], statistics: Any = None) -> Quantized:
-        """The model with bounds of these weights, and of the activations they lead to.
-
-        Args:
-          statistics: of the BatchNorms that tell the activations' bounds; None: the data do.
-        """
-        if statistics is None:
-            found = ptq.calibrate(self.apply, self.formats, variables, self.batches)
-            return Quantized(variables, *found)
-        bounds = dict(self.options.other_bounds)
-        image = jax.ShapeDtypeStruct(self.batches[0].shape, np.float32)
-        found = ptq.calibrate_data_free(
-            self.apply, self.formats, variables, image, statistics, other_bounds=bounds
-        )
-        return Quantized(variables, *found, statistics)
-
-
-# --- Steps ----------------------------------------------------------------------------------------
-
-
-def _fold(setting: Setting, model: Quantized) -> Quantized:
-    folded = ptq.fold_batch_norm(setting.apply, model.variables, setting.batches[0])
-    return setting.calibrated(folded, model.statistics)
-
-
-def _equalize(setting: Setting, model: Quantized) -> Quantized:
-    arguments = setting.apply, model.variables, setting.batches[0]
-    statistics = model.statistics
-    if statistics is not None:
-        scales = ptq.equalization_scales(*arguments)
-        statistics = {
-            name: found.divided_by(scales[name]) if name in scales else found
-            for name, found in statistics.items()
-        }
-    return setting.calibrated(ptq.equalize(*arguments), statistics)
-
-
-def _smooth(setting: Setting, model: Quantized) -> Quantized:
-    strength = setting.options.smoothing
-    return setting.calibrated(ptq.smooth(setting.apply, model.variables, setting.batches, strength))
-
-
-def _reestimate(setting: Setting, model: Quantized) -> Quantized:
-    """BatchNorm statistics under the quantized weights, whose bounds stay."""
-    variables = {**model.variables, "scales": model.state}
-    batches = ({"image": images} for images in setting.batches)
-    statistics = reestimate_batch_stats(setting.qapply, model.assignment, variables, batches)
-    again = setting.calibrated({**model.variables, "batch_stats": statistics})
-    sites = aqs.find_sites(setting.apply, model.variables, setting.batches[0])
-
-    def kept(name: str, side: str) -> Any:
-        is_activation = getattr(sites[name], side).role == "activation"
-        return (again if is_activation else model).state[name][side]
-
-    state = {n: {side: kept(n, side) for side in sides} for n, sides in again.state.items()}
-    return again._replace(state=state)
-
-
-def _adaround(setting: Setting, model: Quantized) -> Quantized:
-    rounded = ptq.adaround(
-        setting.apply, model.assignment, model.state, model.variables, setting.batches,
-        steps=setting.options.adaround_steps,
-    )  # fmt: skip
-    return model._replace(variables=rounded)
-
-
-def _gptq(setting: Setting, model: Quantized) -> Quantized:
-    rounded = ptq.gptq(
-        setting.apply, model.assignment, model.state, model.variables, setting.batches
-    )
-    return model._replace(variables=rounded)
-
-
-def _correct_bias(setting: Setting, model: Quantized) -> Quantized:
-    arguments = setting.apply, model.assignment, model.state, model.variables
-    if model.statistics is None:
-        return model._replace(variables=ptq.correct_bias(*arguments, setting.batches))
-    corrected = ptq.correct_bias_data_free(*arguments, setting.batches[0], model.statistics)
-    return model._replace(variables=corrected)
-
-
-class Step(NamedTuple):
-    """One step, and what has to come before it or may not."""
-
-    run: Callable[[Setting, Quantized], Quantized]
-    after: tuple[str, ...] = ()  # steps that must have been done
-    before: tuple[str, ...] = ()  # steps that must not
-    needs_data: bool = True
-
-
-_ROUNDINGS = ("adaround", "gptq")
-STEPS: Mapping[str, Step] = {
-    "fold_batch_norm": Step(_fold, (), _ROUNDINGS, needs_data=False),
-    "equalize": Step(_equalize, ("fold_batch_norm",), _ROUNDINGS, needs_data=False),
-    "smooth": Step(_smooth, (), _ROUNDINGS),
-    # Folded BatchNorms have the scale of their statistics in the weights.
-    "reestimate_batch_norm": Step(_reestimate, (), ("fold_batch_norm", "correct_bias")),
-    "adaround": Step(_adaround, (), _ROUNDINGS),
-    "gptq": Step(_gptq, (), _ROUNDINGS),
-    "correct_bias": Step(_correct_bias, needs_data=False),
-}
-
-
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError where there is nothing to quantize, or its steps do not go together."""
+    """Raises ConfigError where there is nothing to quantize."""
     if not config.checkpoint:
         raise from_config.ConfigError(
             "checkpoint is empty: give the workdir of a finished run, whose weights are quantized."
         )
-    check_steps(config.ptq.steps, config.ptq.data_free)
-
-
-def check_steps(names: Sequence[str], data_free: bool = False) -> None:
-    """Raises ConfigError for steps that do not exist or do not go together."""
-    done: list[str] = []
-    for name in names:
-        if name not in STEPS:
-            raise from_config.ConfigError(
-                f"Unknown step {name!r} in ptq.steps: expected {', '.join(STEPS)}."
-            )
-        step = STEPS[name]
-        missing = [other for other in step.after if other not in done]
-        if missing:
-            raise from_config.ConfigError(f"ptq.steps: {name!r} needs {missing[0]!r} before it.")
-        odd = [other for other in step.before if other in done]
-        if odd:
-            raise from_config.ConfigError(f"ptq.steps: {name!r} cannot come after {odd[0]!r}.")
-        if data_free and step.needs_data:
-            raise from_config.ConfigError(
-                f"ptq.steps: {name!r} needs data, and ptq.data_free is set. Leave one of them out."
-            )
-        done.append(name)
-
-
-# --- The job --------------------------------------------------------------------------------------
 
 
 def calibration_batches(
     config: ml_collections.ConfigDict, images: from_config.Images
 ) -> list[np.ndarray]:
-    """`ptq.images` training images, each once and not augmented, in full batches.
-
-    Raises:
-      ConfigError: there are fewer training images.
-    """
-    options = config.ptq
-    if options.images > len(images.splits.train):
-        raise from_config.ConfigError(
-            f"ptq.images is {options.images}, but there are {len(images.splits.train)} training"
-            " images."
-        )
-    size = min(options.batch_size, options.images)
+    """At most `ptq.images` training images, each once and not augmented, in equal batches."""
+    source, options = images.splits.train, config.ptq
+    count = from_config.available("ptq.images", options.images, len(source), "training images")
+    number, size = from_config.equal_batches(count, options.batch_size)
     stream = data.train_batches(
-        images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
+        source, batch_size=size, seed=config.seed + _SEED_OFFSET,
         mean=images.mean, std=images.std,
     )  # fmt: skip
-    return [batch["image"] for batch in itertools.islice(stream, options.images // size)]
+    return [batch["image"] for batch in itertools.islice(stream, number)]
 
 
 def quantize_in_steps(
@@ -264,8 +89,17 @@ def quantize_in_steps(
     return model, rows
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
-    """Quantization of a finished run: a job without training steps."""
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    images: from_config.Images,
+    targets: Mapping[str, float] | None = None,
+) -> Job:
+    """Quantization of a finished run: a job without training steps.
+
+    Args:
+      targets: by the name of the cost, what the formats were chosen to cost, for the result.
+    """
     check_options(config)
     there = finished_run.load(config, Path(config.checkpoint), images)
     model, sites = there.parts.model, there.parts.sites
@@ -288,17 +122,19 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         start = time.monotonic()
         quantized, rows = quantize_in_steps(setting, variables, judge)
         check_lock(workdir)
-        write_json(workdir / PTQ_FILE, {"images": config.ptq.images, "steps": rows})
+        write_json(workdir / PTQ_FILE, {"images": sum(map(len, batches)), "steps": rows})
         evaluation = judged_by(setting, variables, quantized)
         folder = workdir / WEIGHTS_FOLDER
         save_checkpoint(folder, 0, evaluation.variables, identity=identity)
         facts = {"kind": "ptq", "steps": 0, "seconds": time.monotonic() - start}
+        if targets:
+            facts |= results.against_targets(targets, there.parts.sites, formats)
         ended = results.Ended(
             config, workdir, there.parts, formats, quantized.variables, evaluation, variables
         )
         return results.finish(ended, facts)
 
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "ptq")
     return Job(None, Run(workdir, (), []), Schedule(0, 1, 1), finish)
 
 

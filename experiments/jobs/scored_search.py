@@ -68,7 +68,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         space.cost_table(aqs.cost.gbops).dearest.astype(np.int32),
     )
     # Claimed last, so that a refused configuration does not keep the folder.
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "search")
     stream = from_config.training_stream(config, images)
     turns = {setting.delay_steps + 1: decide}
     run = Run(workdir, state, [stream], describe=describe, turns=turns, identity=identity)

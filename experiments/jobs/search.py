@@ -27,8 +27,15 @@ from experiments.jobs.searched import Found, finish_search, probabilities_of
 from experiments.option_values import VALUES
 
 
+def check_options(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where formats or weights are given."""
+    why = "a search trains from scratch, and chooses formats from search.space"
+    from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
+
+
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
     """A search by its searcher: decided once, or by points that are sampled and judged."""
+    check_options(config)
     once = config.search.searcher in VALUES
     return (scored_search.prepare if once else prepare_sampled)(config, workdir, images)
 
@@ -74,7 +81,7 @@ def prepare_sampled(
         return probabilities_of(np.exp(log_p(logits)), setting.space)
 
     # Claimed last, so that a refused configuration does not keep the folder.
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "search")
     guard = QualityGuard(setting.delay_steps, images.splits.num_classes, examples)
     run = Run(
         workdir, state, streams, describe=describe, check=guard, looks_back=guard.window,

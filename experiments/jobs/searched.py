@@ -65,19 +65,14 @@ def finish_search(
     """Evaluates the weights as they are under the formats found, and writes the files."""
     write_search_files(workdir, setting.space)
     formats = setting.space.concrete_assignment(found.choices)
-    costs = {
-        name: float(from_config.cost_function(name)(parts.sites, formats)) for name in setting.costs
-    }
     return results.finish(
         results.Ended(config, workdir, parts, formats, found.variables),
         {
             "kind": found.kind,
             "steps": parts.schedule.total_steps,
             "seconds": found.seconds,
-            "targets": dict(setting.targets),
-            "costs": costs,
-            "target_gbops": setting.targets.get("gbops"),
             "final_entropy": found.entropy,
             "without_retraining": True,
-        },
+        }
+        | results.against_targets(setting.targets, parts.sites, formats),
     )

@@ -12,39 +12,21 @@ import ml_collections
 import numpy as np
 
 from aqt_search import data
-from aqt_search.numerics.formats import numeric_format
-from aqt_search.training.sensitivity import FLOAT, Sensitivity, sensitivity
-from aqt_search.training.workdir import check_lock, lock_workdir, write_bytes, write_json
+from aqt_search.training.sensitivity import Sensitivity, sensitivity
+from aqt_search.training.workdir import check_lock, write_bytes, write_json
 from experiments import finished_run, from_config
-from experiments.job import claim_run
+from experiments.job import claim_run, opened
 
 SENSITIVITY_FILE, FIGURE_FILE = "sensitivity.json", "sensitivity.png"
-SPLITS = ("reward", "train")
 _SEED_OFFSET = 4_000_037  # the order of the images is its own
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for values of `config.sensitivity` that cannot be."""
-    options = config.sensitivity
-    if not options.checkpoint:
+    """Raises ConfigError where there is no run to measure."""
+    if not config.sensitivity.checkpoint:
         raise from_config.ConfigError(
             "sensitivity.checkpoint is empty: give the workdir of a finished run of"
             " experiments.train or experiments.search."
-        )
-    if options.split not in SPLITS:
-        raise from_config.ConfigError(
-            f"sensitivity.split is {options.split!r}; expected 'reward', the held-out images, or"
-            " 'train'. Test images choose nothing."
-        )
-    for key in ("images", "chunk"):
-        if options[key] < 1:
-            raise from_config.ConfigError(f"sensitivity.{key} is {options[key]}; expected >= 1.")
-    with from_config.checked_values("sensitivity"):
-        for name in {*options.formats, options.reference} - {FLOAT}:
-            numeric_format(name)
-    if not options.formats or FLOAT in options.formats:
-        raise from_config.ConfigError(
-            f"sensitivity.formats is {tuple(options.formats)}; expected names of formats."
         )
 
 
@@ -58,19 +40,21 @@ def image_batches(
     Raises:
       ConfigError: there are none.
     """
-    source = getattr(images.splits, config.sensitivity.split)
-    count = min(config.sensitivity.images, len(source))
-    if not count:
+    options = config.sensitivity
+    source = getattr(images.splits, options.split)
+    if not len(source):
         raise from_config.ConfigError(
             "There are no held-out images: the run was trained with data.held_out=0. Train it with"
             " data.held_out, or set sensitivity.split to 'train'."
         )
-    batches = math.ceil(count / config.evaluation.batch_size)
+    what = {"reward": "held-out images", "train": "training images"}[options.split]
+    count = from_config.available("sensitivity.images", options.images, len(source), what)
+    batches, size = from_config.equal_batches(count, config.evaluation.batch_size)
     stream = data.train_batches(
-        source, batch_size=count // batches, seed=config.seed + _SEED_OFFSET,
+        source, batch_size=size, seed=config.seed + _SEED_OFFSET,
         mean=images.mean, std=images.std,
     )  # fmt: skip
-    mask = np.ones(count // batches, np.float32)
+    mask = np.ones(size, np.float32)
     return ({**batch, "mask": mask} for batch in itertools.islice(stream, batches))
 
 
@@ -131,11 +115,12 @@ def run(
     config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images | None = None
 ) -> Sensitivity:
     """Measures, and writes sensitivity.json and sensitivity.png."""
-    images = images or from_config.load_images(config)
-    with lock_workdir(workdir):
-        measure = prepare(config, images)
+    with opened(config, workdir, images) as found_images:
+        why = "the run of sensitivity.checkpoint has its own, and sites are put into formats alone"
+        from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
+        measure = prepare(config, found_images)
         # Claimed last, so that a refused configuration does not keep the folder.
-        claim_run(workdir, config, images)
+        claim_run(workdir, config, found_images, "sensitivity")
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
         check_lock(workdir)

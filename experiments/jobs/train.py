@@ -45,7 +45,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
             state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
-    identity = claim_run(workdir, config, images)
+    identity = claim_run(workdir, config, images, "train")
     run = Run(workdir, state, [stream], as_data(assignment), identity=identity)
     return Job(step, run, parts.schedule, finish)
 
