@@ -1,0 +1,1 @@
+"""Elastic networks: subnets of a model are the same model with masked variables."""
