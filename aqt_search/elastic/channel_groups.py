@@ -1,7 +1,7 @@
-"""Channel groups: the channels of a model that must be cut together, with a proof that they can be.
+"""Channel groups: channels of a model that must be cut together, with a proof that they can be.
 
     groups = channel_groups(model.apply, variables, images)
-    groups["block1/expand/kernel"].axes    # ("block1/expand/kernel", 3), ("block1/expand_bn/bias", 0)
+    groups["block1/expand/kernel"].axes     # (("block1/expand/kernel", 3), ...)
 
 Masking all of a group's parameters is cutting its channels if what they feed is 0 there: then no
 product, and no range of values that a scale is made of, sees them. This is proved by following the
@@ -118,10 +118,14 @@ class Channels:
         node = self.graph.site_nodes().get(name)
         if node is None:
             return []
-        _, of_kernel, _ = node.eqn.params["dimension_numbers"]
-        roots = [self._axes.group((node.inputs[1], axis)) for axis in of_kernel[2:]]
+        axes = self.window_axes(name)
+        roots = [self._axes.group((node.inputs[1], axis)) for axis in axes]
         found = [self._leaves.get(root, []) for root in roots]
         return [axes[0] for axes in found] if all(len(axes) == 1 for axes in found) else []
+
+    def window_axes(self, name: str) -> tuple[int, ...]:
+        """The axes of the window of a convolution, of its kernel as the site takes it."""
+        return tuple(self.graph.site_nodes()[name].eqn.params["dimension_numbers"][1][2:])
 
     def shape_of(self, leaf: str) -> tuple[int, ...]:
         """The shape of a leaf."""

@@ -41,6 +41,13 @@ class ArchitectureDecision:
     kind: str
     options: tuple[int | tuple[int, ...], ...]
     about: tuple[str, ...]
+    sites: tuple[str, ...] = ()  # whose formats it chooses
+    role: str = "architecture"
+
+    @property
+    def group(self) -> str:
+        """A group of its own."""
+        return self.name
 
     @property
     def labels(self) -> tuple[str, ...]:

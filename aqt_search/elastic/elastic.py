@@ -22,7 +22,7 @@ import numpy as np
 
 from aqt_search.elastic.channel_groups import Channels
 from aqt_search.elastic.choosing import Chosen, chosen_depths, chosen_kernels, chosen_widths
-from aqt_search.elastic.decisions import ArchitectureDecision, Factors, Times
+from aqt_search.elastic.decisions import ArchitectureDecision, Factors, Times, value_under
 from aqt_search.elastic.errors import ArchitectureError
 from aqt_search.elastic.leaf_masks import LeafMask
 from aqt_search.tracing.flat_graph import trace_graph
@@ -136,6 +136,37 @@ class Elastic:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: self._masked(path, leaf, choices), variables
         )
+
+    def masks(self, choices: jax.typing.ArrayLike, tree: Any) -> Any:
+        """1 where a subnet has an element of the variables `tree`, else 0; float32, broadcasts."""
+        choices = self._checked(choices)
+
+        def of(path, leaf):
+            mask = self._mask(path, choices)
+            return jnp.ones((), jnp.float32) if mask is None else mask.astype(jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def sites_of(self, decision: ArchitectureDecision) -> tuple[str, ...]:
+        """The sites that a decision is about, one of which has to be there for it to decide."""
+        if decision.kind == "depth":
+            return ()
+        about = set(decision.about)
+        return tuple(
+            name
+            for name in self.sites
+            if name in about or any(loop.group in about for loop in self.channels.of_site(name))
+        )
+
+    def active(self, choices: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+        """Whether a subnet has each of the sites: bool, []."""
+        choices = self._checked(choices)
+        return {
+            name: jnp.all(jnp.stack([value_under(f, choices) > 0 for f in self.gates[name]]))
+            if name in self.gates
+            else jnp.bool_(True)
+            for name in self.sites
+        }
 
     def where(self, choices: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
         """`new` variables where a subnet has them, `old` ones elsewhere.
