@@ -29,6 +29,7 @@ from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import check_lock, write_json
 from aqt_search.weights.statistics import weight_statistics
+from experiments.architecture import ARCHITECTURE, FORMATS
 from experiments.from_config import Parts, evaluation_batches, quantized, statistics_batches
 
 POLICY_FILE, SITES_FILE, RESULT_FILE = "policy.json", "sites.json", "result.json"
@@ -152,6 +153,8 @@ class Ended(NamedTuple):
     judged: StaticEvaluation | None = None
     # Weights before they were put on a grid, to compare with.
     float_variables: Mapping[str, Any] | None = None
+    # Of a model that was cut out of the configured one: what tells it from that.
+    architecture: Mapping[str, Any] | None = None
 
 
 def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +176,10 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     check_lock(workdir)
     write_json(workdir / SITES_FILE, sites_json(parts.sites))
     granularity = named_granularity(config.quantizers.weight_granularity)
-    write_json(workdir / POLICY_FILE, policy_json(assignment, granularity))
+    policy: dict[str, Any] = policy_json(assignment, granularity)
+    if ended.architecture is not None:
+        policy = {ARCHITECTURE: dict(ended.architecture), FORMATS: policy}
+    write_json(workdir / POLICY_FILE, policy)
     statistics = weights_json(
         parts.model, judged.assignment, variables, parts.images.splits.image_shape,
         judged.variables.get(SCALES), ended.float_variables,

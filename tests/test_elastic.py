@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
-from aqt_search.elastic.channel_groups import channel_groups
-from aqt_search.elastic.decisions import Times
-from aqt_search.elastic.elastic import elastic
-from aqt_search.elastic.errors import ArchitectureError
+from aqt_search.architecture.channel_groups import channel_groups
+from aqt_search.architecture.decisions import Times
+from aqt_search.architecture.elastic import elastic
+from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
 

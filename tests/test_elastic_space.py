@@ -10,10 +10,10 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import search
+from aqt_search.architecture.decisions import Times
+from aqt_search.architecture.elastic import elastic
+from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.costs import cost
-from aqt_search.elastic.decisions import Times
-from aqt_search.elastic.elastic import elastic
-from aqt_search.elastic.subnet_sites import subnet_sites
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
 from aqt_search.search.options import SpaceError

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_search.elastic.elastic import Elastic
-from aqt_search.elastic.subnet_sites import (
+from aqt_search.architecture.elastic import Elastic
+from aqt_search.architecture.subnet_sites import (
     Shares,
     SiteShares,
     site_shares,

@@ -207,8 +207,9 @@ def told_of_step(
     """The metrics that all searchers tell of a step.
 
     "quality" and "cost" are means over samples and replicas, "cost" of the first of the costs;
-    "entropy" is the mean over decisions in nats, by how often they were `active` in the samples; "expected_cost" is that of the policy sampled
-    from, and so is "expected_cost/<name>" for each further cost.
+    "entropy" is the mean over decisions in nats, by how often they were `active` in the samples;
+    "expected_cost" is that of the policy sampled from, and so is "expected_cost/<name>" for each
+    further cost.
     """
     cost = cost_ratios(costs, targets, choices)[:, 0] * targets[next(iter(costs))]
     means = jax.tree.map(jnp.mean, {"quality": quality, "cost": cost})

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.elastic.decisions import ArchitectureDecision
-from aqt_search.elastic.elastic import Elastic
+from aqt_search.architecture.decisions import ArchitectureDecision
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.formats import FormatError, NumericFormat, numeric_format
 from aqt_search.numerics.outline import outline
 from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers

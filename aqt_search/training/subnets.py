@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aqt_search.elastic.elastic import Elastic
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.search.space import Point
 from aqt_search.training.parallel import AXIS
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aqt_search.elastic.elastic import Elastic
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.learned_scales import merge_learned, split_learned
 from aqt_search.training.parallel import AXIS, replica_index
 from aqt_search.training.scales import SCALES, synchronized

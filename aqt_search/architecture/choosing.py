@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from aqt_search.elastic.channel_groups import ChannelGroup, Channels
-from aqt_search.elastic.decisions import ArchitectureDecision, Factor, Factors, Times
-from aqt_search.elastic.depth import checked_blocks, leaves_of, skipped_sites
-from aqt_search.elastic.errors import ArchitectureError
+from aqt_search.architecture.channel_groups import ChannelGroup, Channels
+from aqt_search.architecture.decisions import ArchitectureDecision, Factor, Factors, Times
+from aqt_search.architecture.depth import checked_blocks, leaves_of, skipped_sites
+from aqt_search.architecture.errors import ArchitectureError
 
 
 @dataclasses.dataclass

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.elastic.channel_groups import Channels
-from aqt_search.elastic.choosing import Chosen, chosen_depths, chosen_kernels, chosen_widths
-from aqt_search.elastic.decisions import ArchitectureDecision, Factors, Times, value_under
-from aqt_search.elastic.errors import ArchitectureError
-from aqt_search.elastic.leaf_masks import LeafMask
+from aqt_search.architecture.channel_groups import Channels
+from aqt_search.architecture.choosing import Chosen, chosen_depths, chosen_kernels, chosen_widths
+from aqt_search.architecture.decisions import ArchitectureDecision, Factors, Times, value_under
+from aqt_search.architecture.errors import ArchitectureError
+from aqt_search.architecture.leaf_masks import LeafMask
 from aqt_search.tracing.flat_graph import trace_graph
 from aqt_search.tracing.sites import Site, parameter_name
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.elastic.decisions import Factors, known_value, value_under
+from aqt_search.architecture.decisions import Factors, known_value, value_under
 
 
 @dataclasses.dataclass(frozen=True)

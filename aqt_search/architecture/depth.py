@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aqt_search.elastic.errors import ArchitectureError
+from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.tracing.cut_values import CutValues
 from aqt_search.tracing.flat_graph import FlatGraph, Node, Value
 

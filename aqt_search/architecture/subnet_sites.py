@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aqt_search.elastic.decisions import Factors, known_value
-from aqt_search.elastic.elastic import Elastic
+from aqt_search.architecture.decisions import Factors, known_value
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.tracing.sites import Operand, Site
 
 Shares = dict[int, np.ndarray]  # by decision: float64 [options], of 1 each

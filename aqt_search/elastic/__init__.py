@@ -1,1 +1,0 @@
-"""Elastic networks: subnets of a model are the same model with masked variables."""
