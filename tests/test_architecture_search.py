@@ -22,9 +22,10 @@ def config(tmp_path_factory):
     config = digits_mobilenet_v2.get_config("quick")
     config.update_from_flattened_dict({
         "data.data_dir": str(tmp_path_factory.mktemp("data")), "model.windows": (5,),
-        "model.depths": (1, 1, 2, 1), "epochs": 1.0, "optimizer.warmup_epochs": 0.0, "evaluation.calibration_batches": 2,
-        "log_every": 4, "search.architecture": "small_mobilenet_v2", "search.searcher": "critic",
-        "search.target": 0.4, "search.space": (("stem|head", "int8"), (".*", ("int4", "int8"))),
+        "model.depths": (1, 1, 2, 1), "epochs": 1.0, "optimizer.warmup_epochs": 0.0,
+        "evaluation.calibration_batches": 2, "log_every": 4, "search.target": 0.4,
+        "search.architecture": "small_mobilenet_v2", "search.searcher": "critic",
+        "search.space": (("stem|head", "int8"), (".*", ("int4", "int8"))),
     })  # fmt: skip
     return config
 
@@ -154,7 +155,8 @@ def test_widths_are_warmed_up():
 
 BAD = {
     "windows of the published net": ({"model.windows": ()}, "3 x 3.*config.model"),
-    "another network": ({"model.name": "resnet8", "model.form": "cifar", "model.windows": ()},
+    "another network": ({"model.name": "resnet8", "model.form": "cifar", "model.windows": (),
+                         "model.depths": ()},
                         "MobileNetV2 or MobileNetV3"),
     "rules of no group": ({"search.architecture": "", "search.architecture_rules": (
         ("width", "blok", (8, 16)),)}, "'blok' matches none"),
@@ -174,9 +176,9 @@ def test_an_architecture_that_the_model_has_not(config, images, tmp_path, change
     [({"search.searcher": "scores"}, "decides formats alone"),
      ({"search.architecture": "mobilenet_v9"}, "small_mobilenet_v2"),
      ({"search.architecture_rules": (("width", "^last/", (64, 128)),)}, "expected one of them"),
-     ({"search.architecture": "", "search.architecture_rules": (("wide", "a", (1, 2)),)}, "no rule"),
-     ({"search.architecture": "", "search.architecture_rules": (("width", "a", 3),)}, "'width', p"),
-     ({"model.windows": (3, 3)}, "windows.*7 blocks"), ({"model.windows": (4,)}, "odd"),
+     ({"search.architecture": "", "search.architecture_rules": (("wide", "a", 1),)}, "no rule"),
+     ({"search.architecture": "", "search.architecture_rules": (("width", "a", 3),)}, "'width'"),
+     ({"model.windows": (3, 3)}, "windows.*5 blocks"), ({"model.windows": (4,)}, "odd"),
      ({"model.depths": (1, 2)}, "4 stages")],
 )  # fmt: skip
 def test_settings_that_cannot_be(config, changes, message):
@@ -188,8 +190,8 @@ def test_settings_that_cannot_be(config, changes, message):
 
 def test_rules_of_a_configuration_are_arguments_of_elastic(config, images):
     rules = (
-        ("width", "^block4/project/", (8, 16)), ("expansion", "^block5/expand/", "^block4/project/",
-        (1, 6)), ("window", "^block2/depthwise/", (3, 5)), ("depth", ("block3",), (0, 1)),
+        ("width", "^block3/project/", (8, 16)), ("expansion", "^block4/expand/", "^block3/project/",
+        (1, 6)), ("window", "^block2/depthwise/", (3, 5)), ("depth", ("block4",), (0, 1)),
     )  # fmt: skip
     other = config.copy_and_resolve_references()
     other.search.architecture, other.search.architecture_rules = "", rules
