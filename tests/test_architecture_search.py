@@ -198,4 +198,4 @@ def test_rules_of_a_configuration_are_arguments_of_elastic(config, images):
     parts = from_config.build_parts(other, images)
     net = configured_net(other, parts.model, images.splits.image_shape)
     assert [d.options for d in net.decisions] == [(8, 16), (1, 6), (3, 5), (0, 1)]
-    assert parsed_architecture(rules)["depths"] == [(("block3",), (0, 1))]
+    assert parsed_architecture(rules)["depths"] == [(("block4",), (0, 1))]
