@@ -11,6 +11,10 @@ Packages are imported by name: `aqt_search.search` for searching formats while w
 `.ptq`, `.palette`, `.models`, `.data`, `.training` and `.report`.
 """
 
+from aqt_search.architecture.channel_groups import ChannelGroup, channel_groups
+from aqt_search.architecture.decisions import ArchitectureDecision, Times
+from aqt_search.architecture.elastic import Elastic, elastic
+from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.costs import cost, roofline
 from aqt_search.numerics.calibration import (
     Bounds,
@@ -84,9 +88,13 @@ __all__ = [
     "PER_TENSOR",
     "PER_TOKEN",
     "STRAIGHT_THROUGH",
+    "ArchitectureDecision",
+    "ArchitectureError",
     "AssignmentError",
     "Bounds",
     "Calibration",
+    "ChannelGroup",
+    "Elastic",
     "FormatError",
     "Frozen",
     "GradientRule",
@@ -102,15 +110,18 @@ __all__ = [
     "SiteError",
     "SiteFormats",
     "StatefulFunction",
+    "Times",
     "absmax",
     "assign",
     "batch_quant",
     "centred",
+    "channel_groups",
     "conv_general_dilated",
     "cost",
     "delayed",
     "dot_general",
     "einsum",
+    "elastic",
     "ewgs",
     "fake_quant",
     "fake_quant_with_state",

@@ -12,6 +12,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet8"  # aqt_search.models.MODELS lists them
     config.model.form = "cifar"  # for small images; "imagenet" for large ones
     config.model.width = 1.0  # multiplies the channels
+    # MobileNetV2 and V3; () as published. Windows and expansions of every block, or (n,) for all;
+    # depths: blocks of every stage.
+    config.model.windows = ()
+    config.model.expansions = ()
+    config.model.depths = ()
     config.model.activation = ""  # "" for the network's own; MobileNetV1 and V2: "relu6", "relu"
     config.model.dtype = "float32"  # of the computation; parameters are float32 always
 
@@ -134,6 +139,13 @@ def get_config() -> ml_collections.ConfigDict:
     # "activation" to either, which are then decided apart.
     config.search.space = ((".*", ("int4", "int8", "bf16")),)
     config.search.decide = "site"  # what shares a decision: site, block, rule, model, stack
+    # Of MobileNetV2 and V3 the architecture, too, by the name of a space ("fliqnas_mobilenet_v2",
+    # "small_mobilenet_v2", ...: aqt_search.architecture.named_spaces), or by rules such as
+    # ("width", "^last/", (64, 128)): experiments.architecture. config.model is the largest network.
+    config.search.architecture = ""
+    config.search.architecture_rules = ()
+    # Share of the run in which all widths are the largest with a probability that falls to 0.
+    config.search.filter_warm_up = 0.25
     # "scores" judges all options by gradients, once, at the end of the delay (search.scores),
     # "one_at_a_time" by a forward pass for each; "critic" (aqt_search.search.critic),
     # "policy_gradient" (FLIQS: beta, advantage, and what stands from cost_samples on, but for the

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_collections
 
 import aqt_search as aqs
-from aqt_search.training.workdir import read_json
-from experiments.from_config import ConfigError
+from experiments.architecture import ARCHITECTURE, FORMATS, read_policy_file
+from experiments.errors import ConfigError
 from experiments.quantizers import configured_quantizers
 
 
@@ -40,16 +41,16 @@ def _configured_formats(
 
 
 def read_policy(path: Path) -> dict[str, aqs.SiteFormats]:
-    """Reads a policy.json: what `aqs.to_json` gives.
+    """The formats in a policy.json: what `aqs.to_json` gives, alone or beside an architecture.
 
     Raises:
       ConfigError: there is no such file, or it holds something else.
       WorkdirError: it is not JSON.
     """
+    value = read_policy_file(path)
+    if isinstance(value, Mapping) and ARCHITECTURE in value:
+        value = value.get(FORMATS)
     try:
-        return aqs.from_json(read_json(path))
-    except OSError as error:
-        message = f"Cannot read the policy {path}: {error.strerror}. Give a run's policy.json."
-        raise ConfigError(message) from error
+        return aqs.from_json(value)
     except aqs.AssignmentError as error:
         raise ConfigError(f"In the policy {path}: {error}") from error

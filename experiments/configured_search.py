@@ -13,6 +13,7 @@ import numpy as np
 
 import aqt_search as aqs
 from aqt_search import search
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.formats import format_name
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.one_shot import Search, period
@@ -20,6 +21,7 @@ from aqt_search.search.options import Choice, SpaceError, parsed_rule
 from aqt_search.search.policy_gradient import REDUCTIONS
 from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, named_reward
 from aqt_search.search.space import Space, make_space
+from aqt_search.search.warm_up import widths_warmed_up
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.search_step import MEASURES, QUALITIES
 from experiments.from_config import ConfigError, checked_values, cost_function
@@ -43,7 +45,10 @@ class ConfiguredSearch(NamedTuple):
 
 
 def configured_search(
-    config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site], total_steps: int
+    config: ml_collections.ConfigDict,
+    sites: Mapping[str, aqs.Site],
+    total_steps: int,
+    net: Elastic | None = None,
 ) -> ConfiguredSearch:
     """Everything of `config.search`, checked.
 
@@ -51,13 +56,17 @@ def configured_search(
       ConfigError: values that cannot be, or not together.
       SpaceError: a target outside of the space.
     """
-    plain = plain_space(config, sites)
+    plain = plain_space(config, sites, net)
     space = with_quantizers(config, plain)
     costs = {name: space.cost_table(cost_function(name)) for name in cost_names(config)}
     targets = checked_targets(config, sites, costs)
     with checked_values("search"):
         one_shot = _one_shot(config.search, space, costs, total_steps)
         start = period(total_steps, config.search.delay).start
+        if one_shot is not None and net is not None and config.search.filter_warm_up:
+            one_shot = widths_warmed_up(
+                one_shot, space, round(config.search.filter_warm_up * total_steps)
+            )
     return ConfiguredSearch(space, costs, targets, plain, one_shot, start)
 
 
@@ -227,9 +236,11 @@ def configured_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.
     return with_quantizers(config, plain_space(config, sites))
 
 
-def plain_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> Space:
+def plain_space(
+    config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site], net: Elastic | None = None
+) -> Space:
     """The space of `config.search`, with scales of the formats alone."""
-    return make_space(sites, config.search.space, decide=config.search.decide)
+    return make_space(sites, config.search.space, decide=config.search.decide, net=net)
 
 
 def with_quantizers(config: ml_collections.ConfigDict, space: Space) -> Space:

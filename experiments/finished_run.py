@@ -16,9 +16,16 @@ from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.workdir import CONFIG_FILE, read_json
 from configs import base
 from experiments import from_config, results
+from experiments.architecture import (
+    ARCHITECTURE,
+    choices_of,
+    configured_net,
+    read_policy_file,
+)
 from experiments.assignment import configured_assignment
 from experiments.configured_search import configured_space, first_assignment
 from experiments.job import INPUTS, JOB, claimed_identity
+from experiments.subnet import subnet_of
 
 
 class FinishedRun(NamedTuple):
@@ -54,7 +61,24 @@ def load(
             " held out is not what would be held out now. Restore its data set, or train anew."
         )
     parts = from_config.build_parts(trained, images, axis_name=None)
-    return FinishedRun(trained, parts, trained_variables(trained, folder, parts))
+    variables = trained_variables(trained, folder, parts)
+    return FinishedRun(trained, *_as_found(trained, folder, parts, variables))
+
+
+def _as_found(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    parts: from_config.Parts,
+    variables: Mapping[str, Any],
+) -> tuple[from_config.Parts, Mapping[str, Any]]:
+    """The plain model that a search of the architecture found, cut out of the whole one."""
+    net = configured_net(config, parts.model, parts.images.splits.image_shape)
+    policy = read_policy_file(folder / results.POLICY_FILE) if net else {}
+    if net is None or ARCHITECTURE not in policy:
+        return parts, variables
+    choices = choices_of(net, policy[ARCHITECTURE]["choices"])
+    subnet = subnet_of(parts, net, choices, {}, variables)
+    return subnet.parts, subnet.variables
 
 
 def _images_there(folder: Path) -> str | None:

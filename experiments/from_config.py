@@ -18,6 +18,7 @@ from absl import logging
 
 import aqt_search as aqs
 from aqt_search import data, models
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.tracing.rules import match_rules
 from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
@@ -28,15 +29,13 @@ from aqt_search.training.schedules import learning_rate
 from aqt_search.training.train_step import TrainState, init_train_state
 from aqt_search.weights.dorefa import companded_model
 from aqt_search.weights.range_loss import ModelRangeLoss, range_loss
+from experiments.architecture import model_of, policy_architecture
+from experiments.errors import ConfigError
 
 # Streams of one run draw from the same seed; these keep their orders apart.
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
 _MOST_STEPS = 2**31 - 1  # of a counter in int32
 JUDGED_SPLITS = ("reward", "train")  # what choices may be judged by: test images choose nothing
-
-
-class ConfigError(ValueError):
-    """A configuration with a value that cannot be, or values that do not fit together."""
 
 
 @contextlib.contextmanager
@@ -111,6 +110,10 @@ def equal_batches(count: int, largest: int) -> tuple[int, int]:
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
     """The configured model. Raises ConfigError for an unknown name or a value it cannot have."""
     more = {"activation": config.model.activation} if config.model.activation else {}
+    for key in ("windows", "expansions", "depths"):
+        if config.model[key]:
+            values = tuple(config.model[key])
+            more[key] = values[0] if len(values) == 1 and key != "depths" else values
     with checked_values("model"):
         return models.build(
             config.model.name,
@@ -171,6 +174,8 @@ def build_parts(
     """Builds everything but the step. Raises ConfigError where values do not fit together."""
     check_devices(config)
     model = build_model(config, images.splits.num_classes, axis_name)
+    found = policy_architecture(config)
+    model = model if found is None else model_of(model, found)
     epoch = steps_per_epoch(config, images)
     total = max(1, math.ceil(config.epochs * epoch))
     if total > _MOST_STEPS:
@@ -226,7 +231,9 @@ def initial_state(
     return init_train_state(parts.model, parts.optimizer, shape, config.seed, **more)
 
 
-def make_update(config: ml_collections.ConfigDict, parts: Parts, qapply: Callable) -> Callable:
+def make_update(
+    config: ml_collections.ConfigDict, parts: Parts, qapply: Callable, net: Elastic | None = None
+) -> Callable:
     """The update of the weights: `train_step.make_update` with the configured losses."""
 
     def auxiliary_loss(params, state):
@@ -237,6 +244,7 @@ def make_update(config: ml_collections.ConfigDict, parts: Parts, qapply: Callabl
         parts.optimizer,
         label_smoothing=config.label_smoothing,
         auxiliary_loss=None if parts.range_loss is None else auxiliary_loss,
+        net=net,
     )
 
 

@@ -27,6 +27,7 @@ from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES
 from aqt_search.training.workdir import check_lock, write_json
 from aqt_search.weights.statistics import weight_statistics
+from experiments.architecture import ARCHITECTURE, FORMATS
 from experiments.from_config import (
     Parts,
     cost_function,
@@ -168,6 +169,8 @@ class Ended(NamedTuple):
     judged: StaticEvaluation | None = None
     # Weights before they were put on a grid, to compare with.
     float_variables: Mapping[str, Any] | None = None
+    # Of a model that was cut out of the configured one: what tells it from that.
+    architecture: Mapping[str, Any] | None = None
 
 
 def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +192,10 @@ def finish(ended: Ended, facts: Mapping[str, Any]) -> dict[str, Any]:
     check_lock(workdir)
     write_json(workdir / SITES_FILE, sites_json(apart(parts.sites, assignment)[0]))
     granularities = configured_quantizers(config).granularities.values()
-    write_json(workdir / POLICY_FILE, policy_json(assignment, *granularities))
+    policy: dict[str, Any] = policy_json(assignment, *granularities)
+    if ended.architecture is not None:
+        policy = {ARCHITECTURE: dict(ended.architecture), FORMATS: policy}
+    write_json(workdir / POLICY_FILE, policy)
     statistics = weights_json(
         parts.model, judged.assignment, variables, parts.images.splits.image_shape,
         judged.variables.get(SCALES), ended.float_variables,

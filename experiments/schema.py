@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+from aqt_search.architecture.named_spaces import NAMED_SPACES
 from aqt_search.models import MODELS
 from aqt_search.models.classifier import ACTIVATIONS
 from aqt_search.numerics import by_name
@@ -31,6 +32,7 @@ from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.sensitivity import FLOAT
 from aqt_search.weights.range_loss import RANGE_LOSSES
+from experiments.architecture import parsed_architecture
 from experiments.configured_search import NAMED_CONTROLS, check_controls, cost_names
 from experiments.from_config import JUDGED_SPLITS, ConfigError, build_model, cost_function
 from experiments.kinds import (
@@ -221,6 +223,9 @@ SCHEMA: Mapping[str, Kind] = {
     "model.name": one_of(MODELS),
     "model.form": text("a form of the network", "cifar"),
     "model.width": number(1.0, above=0, most=100),
+    "model.windows": several(whole(3, above=0, most=1000), example=(5,)),
+    "model.expansions": several(whole(6, above=0, most=1000), example=(6,)),
+    "model.depths": several(whole(2, above=0, most=1000), example=(1, 2, 2, 1)),
     "model.activation": one_of(("", *ACTIVATIONS)),
     "model.dtype": one_of(("float32", "bfloat16", "float16")),
     "data.name": text("digits, folder:PATH or a TFDS name", "folder:/path/to/images", empty=False),
@@ -294,6 +299,13 @@ SCHEMA: Mapping[str, Kind] = {
         "formats to choose from", _check_choice, ((".*", ("int4", "int8")),), least=1
     ),
     "search.decide": one_of(DECIDE),
+    "search.architecture": one_of(("", *NAMED_SPACES)),
+    "search.architecture_rules": Kind(
+        "a tuple of rules, a comma behind each",
+        (("width", "^last/", (64, 128)),),
+        parsed_architecture,
+    ),
+    "search.filter_warm_up": SHARE,
     "search.score_images": COUNT,
     "search.cost": COST,
     "search.target": TARGET,
@@ -391,6 +403,19 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     check_steps(config.ptq.steps, config.ptq.data_free)
     cost_names(config)
     check_controls(config)
+    _check_architecture(config.search)
+
+
+def _check_architecture(search: ml_collections.ConfigDict) -> None:
+    if search.architecture and search.architecture_rules:
+        raise ConfigError(
+            "config.search has both architecture and architecture_rules; expected one of them."
+        )
+    if (search.architecture or search.architecture_rules) and search.searcher in VALUES:
+        raise ConfigError(
+            f"config.search.searcher is {search.searcher!r}, which decides formats alone; to decide"
+            " about the architecture, too, set it to 'critic', 'policy_gradient' or 'random'."
+        )
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from aqt_search import models
 from aqt_search.costs import cost
 from aqt_search.models.channels import round_channels
 from aqt_search.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
-from aqt_search.models.mobilenet_v2 import MobileNetV2, Stage, mobilenet_v2
+from aqt_search.models.mobilenet_v2 import MobileNetV2, Stage, blocks_of, mobilenet_v2
 from aqt_search.models.mobilenet_v3 import Block, MobileNetV3, mobilenet_v3
 
 BUILDERS = {
@@ -230,7 +230,8 @@ def small(version, **fields):
     if version == "v1":
         return MobileNetV1((8, 12), (1, 1, 2), 4, 10, **fields)
     if version == "v2":
-        return MobileNetV2((Stage(1, 6, 1, 1), Stage(3, 8, 2, 2)), 4, 1, 12, 10, **fields)
+        blocks = blocks_of((Stage(1, 6, 1, 1), Stage(3, 8, 2, 2)), 4)
+        return MobileNetV2(blocks, 4, 1, 12, 10, **fields)
     blocks = (Block(3, 4, 6, False, False, 2), Block(5, 12, 6, True, True, 1))
     return MobileNetV3(blocks, 4, 2, 12, 14, 10, **fields)
 

@@ -21,8 +21,8 @@ from aqt_search.ptq.channel_moments import (
 from aqt_search.ptq.data_free import calibrate_data_free, correct_bias_data_free
 from aqt_search.ptq.equalization import equalization_scales, equalize
 from aqt_search.ptq.errors import PTQError, SkippedSite
-from aqt_search.ptq.flat_graph import trace_graph
 from aqt_search.ptq.static_bounds import calibrate
+from aqt_search.tracing.flat_graph import trace_graph
 
 MEAN = np.array([-2.0, -0.3, 0.0, 0.4, 3.0])
 DEVIATION = np.array([1.0, 0.5, 2.0, 0.1, 1.5])

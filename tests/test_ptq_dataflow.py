@@ -13,10 +13,10 @@ from aqt_search.models.mobilenet_v2 import mobilenet_v2
 from aqt_search.models.resnet import resnet
 from aqt_search.models.vit import deit
 from aqt_search.ptq.affine_producers import affine_producers
-from aqt_search.ptq.channels import Channels, moved
 from aqt_search.ptq.dataflow import OUTPUT, dataflow
 from aqt_search.ptq.elementwise import elementwise
-from aqt_search.ptq.flat_graph import trace_graph
+from aqt_search.tracing.channels import Channels, moved
+from aqt_search.tracing.flat_graph import trace_graph
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 

@@ -7,8 +7,8 @@ import pytest
 
 LIBRARY = pathlib.Path(__file__).parent.parent / "aqt_search"
 ROOMS = (
-    "numerics", "products", "tracing", "costs", "weights", "search", "training", "ptq", "palette",
-    "models", "data", "report",
+    "numerics", "products", "tracing", "costs", "weights", "architecture", "search", "training",
+    "ptq", "palette", "models", "data", "report",
 )  # fmt: skip
 ALONE = ("models", "data")
 

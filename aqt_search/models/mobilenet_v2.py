@@ -10,13 +10,14 @@ the blocks), `head`. Blocks count from 1 through all stages; those with an expan
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aqt_search.models.blocks import per_block, per_stage
 from aqt_search.models.channels import round_channels
 from aqt_search.models.classifier import (
     ACTIVATIONS,
@@ -68,18 +69,26 @@ LAST_CHANNELS = 1280
 TINY_LAST_RATIO = 4  # channels of `last` to those of the last block
 
 
+class Block(NamedTuple):
+    """One inverted residual block."""
+
+    window: int  # of the depthwise convolution
+    expanded: int  # channels of the depthwise convolution
+    channels: int
+    stride: int
+    expands: bool  # whether a convolution makes the expanded channels; else they are the input's
+    adds: bool  # whether the input is added to the result: stride 1, and the same channels
+
+
 class InvertedResidual(nn.Module):
     """project(relu6(depthwise(relu6(expand(x))))), each convolution with its BatchNorm.
 
-    Expand is 1x1 to `expansion` times the channels, and absent at an expansion of 1; depthwise is
-    3x3 with the stride; project is 1x1 to `features` and linear. x is added where the block has
-    stride 1 and keeps the number of channels.
-    [batch, height, width, channels] to [batch, ceil(height / stride), ..., features].
+    Expand is 1x1, depthwise has the window and the stride, project is 1x1 and linear; x is added
+    where `block.adds`. [batch, height, width, channels] to
+    [batch, ceil(height / stride), ..., block.channels].
     """
 
-    expansion: int
-    features: int
-    stride: int
+    block: Block
     dtype: Any
     norm: Callable[..., nn.Module]
     activation: Callable[[jax.Array], jax.Array]
@@ -87,15 +96,15 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Apply the block."""
+        window, hidden, features, stride, expands, adds = self.block
         conv = functools.partial(convolution, dtype=self.dtype)
-        x, hidden = inputs, inputs.shape[-1] * self.expansion
-        if self.expansion > 1:
+        x = inputs
+        if expands:
             x = self.activation(self.norm(name="expand_bn")(conv(hidden, 1, name="expand")(x)))
-        depthwise = conv(hidden, 3, self.stride, groups=hidden, name="depthwise")
+        depthwise = conv(hidden, window, stride, groups=hidden, name="depthwise")
         x = self.activation(self.norm(name="depthwise_bn")(depthwise(x)))
-        x = self.norm(name="project_bn")(conv(self.features, 1, name="project")(x))
-        keeps = self.stride == 1 and inputs.shape[-1] == self.features
-        return inputs + x if keeps else x
+        x = self.norm(name="project_bn")(conv(features, 1, name="project")(x))
+        return inputs + x if adds else x
 
 
 class MobileNetV2(nn.Module):
@@ -105,7 +114,7 @@ class MobileNetV2(nn.Module):
     gives `(logits, updates)`; with train=False the logits alone, and no rngs are needed.
 
     Attributes:
-        stages: the blocks, in order, as (expansion, channels, blocks, stride).
+        blocks: the blocks, in order.
         stem_channels: channels of the first convolution.
         stem_stride: its stride.
         last_channels: channels of the 1x1 convolution after the blocks.
@@ -119,7 +128,7 @@ class MobileNetV2(nn.Module):
         epsilon: BatchNorm, added to the variance.
     """
 
-    stages: tuple[Stage, ...]
+    blocks: tuple[Block, ...]
     stem_channels: int
     stem_stride: int
     last_channels: int
@@ -150,15 +159,38 @@ class MobileNetV2(nn.Module):
         conv = functools.partial(convolution, dtype=self.dtype)
         x = conv(self.stem_channels, 3, self.stem_stride, name="stem")(images.astype(self.dtype))
         x = activation(norm(name="stem_bn")(x))
-        blocks = [
-            (expansion, channels, stride if j == 0 else 1)
-            for expansion, channels, repeats, stride in self.stages
-            for j in range(repeats)
-        ]
-        for i, block in enumerate(blocks, start=1):
-            x = InvertedResidual(*block, self.dtype, norm, activation, name=f"block{i}")(x)
+        for i, block in enumerate(self.blocks, start=1):
+            x = InvertedResidual(block, self.dtype, norm, activation, name=f"block{i}")(x)
         x = activation(norm(name="last_bn")(conv(self.last_channels, 1, name="last")(x)))
         return head(pixel_mean(x), self.num_classes, dropout=self.dropout, train=train)
+
+
+def blocks_of(
+    stages: Iterable[Stage],
+    stem_channels: int,
+    windows: Sequence[int] | int = 3,
+    expansions: Sequence[int] | int | None = None,
+) -> tuple[Block, ...]:
+    """The blocks of stages, on the channels of the stem.
+
+    A block adds its input where it has stride 1 and as many channels; at an expansion of 1 it has
+    no expanding convolution.
+    """
+    stages = tuple(stages)
+    count = sum(stage.blocks for stage in stages)
+    windows = per_block("windows", windows, count)
+    published = [stage.expansion for stage in stages for _ in range(stage.blocks)]
+    own = published if expansions is None else per_block("expansions", expansions, count)
+    blocks, inputs = [], stem_channels
+    for stage in stages:
+        for number in range(stage.blocks):
+            window, expansion = windows[len(blocks)], own[len(blocks)]
+            stride = stage.stride if number == 0 else 1
+            adds = stride == 1 and inputs == stage.channels
+            expands = expansion > 1
+            blocks.append(Block(window, expansion * inputs, stage.channels, stride, expands, adds))
+            inputs = stage.channels
+    return tuple(blocks)
 
 
 def mobilenet_v2(
@@ -166,6 +198,9 @@ def mobilenet_v2(
     *,
     width: float = 1.0,
     form: Literal["imagenet", "cifar", "tiny"] = "imagenet",
+    windows: Sequence[int] | int = 3,
+    expansions: Sequence[int] | int | None = None,
+    depths: Sequence[int] | None = None,
     dropout: float = 0.2,
     activation: Literal["relu6", "relu"] = "relu6",
     dtype: Any = jnp.float32,
@@ -189,6 +224,9 @@ def mobilenet_v2(
         num_classes: number of logits.
         width: multiplier of the channels, above 0.
         form: "imagenet", "cifar" or "tiny".
+        windows: of the depthwise convolutions, odd: of every block, or one for all.
+        expansions: of every block, or one for all; None: as published.
+        depths: blocks of every stage; None: as published.
         dropout: rate before the head, in [0, 1).
         activation: "relu6" as published, or "relu"; see the module.
         dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV2`.
@@ -197,18 +235,22 @@ def mobilenet_v2(
         epsilon: BatchNorm epsilon.
 
     Raises:
-        ValueError: unknown form or activation, or a width, rate or class count out of range.
+        ValueError: unknown form or activation, or a width, rate or class count out of range;
+            windows, expansions or depths of another number of blocks or stages.
     """
     check_options("MobileNetV2", form, FORMS, num_classes, width, dropout)
     check_activation("MobileNetV2", activation)
     stem_channels, stem_stride, published = FORMS[form]
+    counts = per_stage("depths", depths, [stage.blocks for stage in published])
     stages = tuple(
-        stage._replace(channels=round_channels(stage.channels * width)) for stage in published
+        stage._replace(channels=round_channels(stage.channels * width), blocks=count)
+        for stage, count in zip(published, counts)
     )
     last = round_channels(LAST_CHANNELS * max(1.0, width))
+    stem_channels = round_channels(stem_channels * width)
     return MobileNetV2(
-        stages=stages,
-        stem_channels=round_channels(stem_channels * width),
+        blocks=blocks_of(stages, stem_channels, windows, expansions),
+        stem_channels=stem_channels,
         stem_stride=stem_stride,
         last_channels=TINY_LAST_RATIO * stages[-1].channels if form == "tiny" else last,
         num_classes=num_classes,

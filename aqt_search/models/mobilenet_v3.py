@@ -11,13 +11,15 @@ the first has no `expand`. `squeeze` and `excite` are Dense layers on the mean o
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aqt_search.models.blocks import per_block, per_stage
 from aqt_search.models.channels import round_channels
 from aqt_search.models.classifier import (
     batch_norm,
@@ -35,9 +37,13 @@ class Block(NamedTuple):
     window: int
     expanded: int  # channels of the depthwise convolution
     channels: int
-    squeezes: bool  # squeeze and excitation
+    squeezed: bool | int  # channels of squeeze and excitation: True for a quarter of the expanded
     hard_swish: bool  # instead of relu
     stride: int
+    # Whether a convolution makes the expanded channels, and whether the input is added to the
+    # result; None: if they are not the input's, and if it has its shape.
+    expands: bool | None = None
+    adds: bool | None = None
 
 
 class Variant(NamedTuple):
@@ -46,6 +52,14 @@ class Variant(NamedTuple):
     blocks: tuple[Block, ...]
     last_channels: int
     hidden_channels: int
+
+
+def _stage(
+    channels: int, inputs: int, squeezed: bool, hard_swish: bool, stride: int
+) -> tuple[Block, ...]:
+    """A stage of Once-for-all's largest subnet: four blocks of 7 x 7 windows and expansion 6."""
+    first = Block(7, 6 * inputs, channels, squeezed, hard_swish, stride)
+    return (first, *[first._replace(expanded=6 * channels, stride=1)] * 3)
 
 
 VARIANTS = {
@@ -79,6 +93,14 @@ VARIANTS = {
         Block(5, 576, 96, True, True, 1),
         Block(5, 576, 96, True, True, 1),
     ), 576, 1024),
+    "ofa": Variant((
+        Block(3, 16, 16, False, False, 1),
+        *_stage(24, 16, False, False, 2),
+        *_stage(40, 24, True, False, 2),
+        *_stage(80, 40, False, True, 2),
+        *_stage(112, 80, True, True, 1),
+        *_stage(160, 112, True, True, 2),
+    ), 960, 1280),
 }  # fmt: skip
 FORMS = ("imagenet", "cifar")
 STEM_CHANNELS = 16
@@ -86,14 +108,14 @@ SQUEEZE_RATIO = 4
 
 
 class InvertedResidual(nn.Module):
-    """Inverted residual block, with squeeze and excitation where `block.squeezes`.
+    """Inverted residual block, with squeeze and excitation where `block.squeezed`.
 
         h = act(depthwise(act(expand(x)))),  each convolution with its BatchNorm
         y = project(h * hard_sigmoid(excite(relu(squeeze(mean over pixels of h)))))
 
     act is hard-swish or relu; project is linear. Where `block.expanded` is the number of channels
     of x there is no expanding convolution. The result is x + y where the block has stride 1 and
-    keeps the number of channels; else y.
+    keeps the number of channels; else y. A block of its own may say otherwise.
     [batch, height, width, channels] to [batch, ceil(height / stride), ..., block.channels].
     """
 
@@ -104,24 +126,27 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Apply the block."""
-        window, hidden, features, squeezes, hard_swish, stride = self.block
+        window, hidden, features, squeezed, hard_swish, stride, expands, adds = self.block
         conv = functools.partial(convolution, dtype=self.dtype)
         activation = nn.hard_swish if hard_swish else nn.relu
         x = inputs
-        if hidden != x.shape[-1]:
+        if hidden != x.shape[-1] if expands is None else expands:
             x = activation(self.norm(name="expand_bn")(conv(hidden, 1, name="expand")(x)))
         depthwise = conv(hidden, window, stride, groups=hidden, name="depthwise")
         x = activation(self.norm(name="depthwise_bn")(depthwise(x)))
-        x = x * self._gate(x) if squeezes else x
+        x = x * self._gate(x) if squeezed else x
         x = self.norm(name="project_bn")(conv(features, 1, name="project")(x))
-        return inputs + x if stride == 1 and inputs.shape[-1] == features else x
+        same = stride == 1 and inputs.shape[-1] == features
+        return inputs + x if (same if adds is None else adds) else x
 
     def _gate(self, x: jax.Array) -> jax.Array:
         """The factor of each example and channel, [batch, 1, 1, channels], in [0, 1]."""
-        channels = x.shape[-1]
+        channels, squeezed = x.shape[-1], self.block.squeezed
+        if squeezed is True:
+            squeezed = round_channels(channels // SQUEEZE_RATIO)
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         gate = jnp.mean(x.astype(jnp.float32), axis=(1, 2), keepdims=True)
-        gate = nn.relu(dense(round_channels(channels // SQUEEZE_RATIO), name="squeeze")(gate))
+        gate = nn.relu(dense(squeezed, name="squeeze")(gate))
         return nn.hard_sigmoid(dense(channels, name="excite")(gate))
 
 
@@ -186,6 +211,34 @@ class MobileNetV3(nn.Module):
         return head(features, self.num_classes, dropout=self.dropout, train=train)
 
 
+def _stages(blocks: tuple[Block, ...]) -> list[list[Block]]:
+    """Blocks by stage: in a row, with the same number of channels."""
+    return [list(stage) for _, stage in itertools.groupby(blocks, lambda b: b.channels)]
+
+
+def _chosen_blocks(
+    blocks: tuple[Block, ...],
+    windows: Sequence[int] | int | None,
+    expansions: Sequence[int] | int | None,
+    depths: Sequence[int] | None,
+) -> tuple[Block, ...]:
+    """The first blocks of every stage, with windows and expansions of their own."""
+    stages = _stages(blocks)
+    counts = per_stage("depths", depths, [len(stage) for stage in stages])
+    longer = [
+        [*stage, *[stage[-1]._replace(stride=1)] * count] for stage, count in zip(stages, counts)
+    ]
+    kept = [block for stage, count in zip(longer, counts) for block in stage[:count]]
+    if windows is not None:
+        sizes = per_block("windows", windows, len(kept))
+        kept = [block._replace(window=size) for block, size in zip(kept, sizes)]
+    if expansions is not None:
+        ratios = per_block("expansions", expansions, len(kept))
+        inputs = [STEM_CHANNELS, *(block.channels for block in kept)]
+        kept = [b._replace(expanded=r * n) for b, r, n in zip(kept, ratios, inputs)]
+    return tuple(kept)
+
+
 def _scaled_blocks(blocks: tuple[Block, ...], width: float, form: str) -> tuple[Block, ...]:
     """Blocks at a width; in the CIFAR form the first that has a stride above 1 loses it.
 
@@ -209,6 +262,9 @@ def mobilenet_v3(
     *,
     width: float = 1.0,
     form: Literal["imagenet", "cifar"] = "imagenet",
+    windows: Sequence[int] | int | None = None,
+    expansions: Sequence[int] | int | None = None,
+    depths: Sequence[int] | None = None,
     dropout: float = 0.2,
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
@@ -227,10 +283,16 @@ def mobilenet_v3(
     large variant, and block 1 of the small one.
 
     Args:
-        variant: "large" or "small".
+        variant: "large" or "small"; "ofa" is the largest subnet of Once-for-all (Cai et al. 2020,
+            arXiv 1908.09791): 7 x 7 windows, expansions of 6 and four blocks in each stage.
         num_classes: number of logits.
         width: multiplier of the channels, above 0.
         form: "imagenet" for large images, "cifar" for small ones.
+        windows: of the depthwise convolutions, odd: of every block, or one for all; None: as
+            published.
+        expansions: of every block, or one for all: channels of the depthwise convolution to those
+            of the block's input at width 1. None: as published.
+        depths: blocks of every stage (blocks in a row with the same channels); None: as published.
         dropout: rate before the head, in [0, 1).
         dtype: type convolutions are computed in, e.g. bfloat16; see `MobileNetV3`.
         axis_name: mapped axis BatchNorm statistics are averaged over in training, or None.
@@ -238,13 +300,15 @@ def mobilenet_v3(
         epsilon: BatchNorm epsilon.
 
     Raises:
-        ValueError: unknown variant or form, or a width, rate or class count out of range.
+        ValueError: unknown variant or form, or a width, rate or class count out of range;
+            windows, expansions or depths of another number of blocks or stages.
     """
     if variant not in VARIANTS:
         known = ", ".join(VARIANTS)
         raise ValueError(f"unknown MobileNetV3 variant {variant!r}; known variants: {known}")
     check_options("MobileNetV3", form, FORMS, num_classes, width, dropout)
-    blocks, last_channels, hidden_channels = VARIANTS[variant]
+    published, last_channels, hidden_channels = VARIANTS[variant]
+    blocks = _chosen_blocks(published, windows, expansions, depths)
     return MobileNetV3(
         blocks=_scaled_blocks(blocks, width, form),
         stem_channels=round_channels(STEM_CHANNELS * width),

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from aqt_search.ptq.channels import MOVES, Channels, moved
-from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value
+from aqt_search.tracing.channels import MOVES, Channels, moved
+from aqt_search.tracing.flat_graph import FlatGraph, Leaf, Node, Value
 
 _MOST_TERMS = 8  # an expression with more is no affine operation of a layer
 

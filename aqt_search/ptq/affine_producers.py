@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from aqt_search.ptq.affine import Reader
-from aqt_search.ptq.channels import MOVES, Channels
 from aqt_search.ptq.dataflow import Consumer, read_by, site_flows
-from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value
+from aqt_search.tracing.channels import MOVES, Channels
+from aqt_search.tracing.flat_graph import FlatGraph, Leaf, Node, Value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 from aqt_search.ptq.affine import Factor, Reader, Term
 from aqt_search.ptq.dataflow import Tail, site_flows, weight_and_tail, why_not_changeable
 from aqt_search.ptq.errors import PTQError, SkippedSite
-from aqt_search.ptq.flat_graph import FlatGraph, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import SiteWeight
 from aqt_search.ptq.unrolling import unroll
+from aqt_search.tracing.flat_graph import FlatGraph, trace_graph
 
 
 def fold_batch_norm(apply: Callable, variables: Any, *args: Any) -> Any:

@@ -15,12 +15,12 @@ import numpy as np
 
 from aqt_search.ptq.affine import Factor
 from aqt_search.ptq.captures import check_site_names
-from aqt_search.ptq.channels import MOVES, POOLS, SUMS, Channels, moved
 from aqt_search.ptq.dataflow import SiteFlow, Tail, site_flows
 from aqt_search.ptq.elementwise import Elementwise, elementwise, single
 from aqt_search.ptq.errors import PTQError
-from aqt_search.ptq.flat_graph import FlatGraph, Node, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting
+from aqt_search.tracing.channels import MOVES, POOLS, SUMS, Channels, moved
+from aqt_search.tracing.flat_graph import FlatGraph, Node, Value, trace_graph
 
 DEVIATIONS = 6.0  # how many of them a normal variable is taken to reach
 _POINTS = 2001  # of the midpoint rule over +-8 deviations

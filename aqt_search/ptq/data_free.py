@@ -30,10 +30,10 @@ from aqt_search.ptq.channel_moments import (
 )
 from aqt_search.ptq.dataflow import SiteFlow, site_flows, weight_and_tail
 from aqt_search.ptq.errors import PTQError
-from aqt_search.ptq.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.static_bounds import static_assignment
 from aqt_search.tracing import static_leaves
+from aqt_search.tracing.flat_graph import FlatGraph, Value, trace_graph
 from aqt_search.tracing.sites import SIDES, SiteFormats, is_unquantized
 from aqt_search.tracing.transform import Assignment, CalibrationState, quantize_with_state
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from aqt_search.ptq.affine import Factor, Leaves, Reader, Term, negated
-from aqt_search.ptq.channels import MOVES, POOLS, Channels, moved
 from aqt_search.ptq.elementwise import Elementwise, elementwise
-from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value, trace_graph
 from aqt_search.ptq.site_weights import Axes, SiteWeight, product_axes, read_weight
+from aqt_search.tracing.channels import MOVES, POOLS, Channels, moved
+from aqt_search.tracing.flat_graph import FlatGraph, Leaf, Node, Value, trace_graph
 
 OUTPUT = "its result is an output of the function"
 _AFFINE = ("add", "add_any", "sub", "mul", "div")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.ptq.flat_graph import FlatGraph, Node, Value
+from aqt_search.tracing.flat_graph import FlatGraph, Node, Value
 
 _SAME = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
 _ELEMENTWISE = (

@@ -11,7 +11,7 @@ import numpy as np
 
 from aqt_search.ptq.dataflow import Tail
 from aqt_search.ptq.errors import PTQError, SkippedSite
-from aqt_search.ptq.flat_graph import Leaf
+from aqt_search.tracing.flat_graph import Leaf
 
 
 def warn_skipped(step: str, site: str, reason: str) -> None:

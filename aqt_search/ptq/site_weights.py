@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aqt_search.ptq.channels import MOVES
-from aqt_search.ptq.flat_graph import FlatGraph, Leaf, Node, Value
+from aqt_search.tracing.channels import MOVES
+from aqt_search.tracing.flat_graph import FlatGraph, Leaf, Node, Value
 
 
 class Axes(NamedTuple):

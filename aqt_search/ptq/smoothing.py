@@ -17,12 +17,12 @@ from aqt_search.ptq.affine_producers import Producer, affine_producers
 from aqt_search.ptq.captures import site_values
 from aqt_search.ptq.dataflow import Consumer, SiteFlow, site_flows
 from aqt_search.ptq.errors import PTQError
-from aqt_search.ptq.flat_graph import trace_graph
 from aqt_search.ptq.rewriting import Rewriting, warn_skipped
 from aqt_search.ptq.site_weights import Axes, SiteWeight, known_axis
 from aqt_search.ptq.static_bounds import check_batches
 from aqt_search.ptq.unrolling import unroll
 from aqt_search.tracing import static_leaves
+from aqt_search.tracing.flat_graph import trace_graph
 
 
 def smooth(apply: Callable, variables: Any, batches: Sequence[Any], strength: float = 0.5) -> Any:

@@ -239,6 +239,8 @@ def _read_policy(path: Path, sites: Mapping[str, SiteFacts], *, optional: bool) 
     if optional and not path.exists():
         return {name: (None, None) for name in sites}
     policy = read_object(path)
+    if "architecture" in policy:  # of a model that was cut out of the configured one
+        policy = value_of(policy, "formats", dict, path)
     if set(policy) != set(sites):
         odd = sorted(set(policy) ^ set(sites))
         raise ReportError(f"{path} and sites.json must name the same sites, but differ in {odd}")

@@ -48,6 +48,12 @@ def allocate(
             f"values have shape {np.shape(values)}; expected {mask.shape}, [decisions,"
             " max_options], finite where there is an option."
         )
+    if tables[0].shares is not None:
+        raise SpaceError(
+            "The space decides about the architecture, too: what an option of formats costs depends"
+            " on the widths around it, and is no sum that could be allocated. Search it by the"
+            " critic, the policy gradient or NSGA-II, or fix the architecture."
+        )
     first, second = tables[0].first, tables[0].second
     group, i, j = np.nonzero(tables[0].pairs)
     gain = np.asarray(values, float)[first[group], i]

@@ -27,9 +27,11 @@ from aqt_search.search import replicas
 from aqt_search.search.answer import most_probable, most_probable_on_target
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.one_shot import (
+    Active,
     Period,
     Search,
     SearchState,
+    active_of,
     answer_of,
     check_costs,
     check_judged,
@@ -92,6 +94,7 @@ def critic(
     return critic_over(
         space.mask, groups, costs, total_steps=total_steps, delay=delay, samples=samples,
         tolerance=tolerance, one_sided=one_sided, memory=memory, axis_name=axis_name,
+        active=active_of(space),
     )  # fmt: skip
 
 
@@ -107,12 +110,14 @@ def critic_over(
     one_sided: bool,
     memory: float,
     axis_name: Hashable | None,
+    active: Active = None,
 ) -> Search:
     """`critic` for decisions known by their options alone.
 
     Args:
       mask: [decisions, max_options], bool.
       groups: [groups, decisions], as of `groups_of`.
+      active: which decisions decide anything under some choices; None: always all.
     """
     steps = period(total_steps, delay)
     check_samples(samples, 2, ": a critic compares the points of a step")
@@ -121,7 +126,7 @@ def critic_over(
     if not memory > 0:
         raise ValueError(f"memory is {memory}; expected a share of the run, above 0.")
     keep = max(0.0, 1 - 1 / (memory * total_steps))
-    rule = _Rule(mask, groups, costs, steps, keep, tolerance, one_sided, axis_name)
+    rule = _Rule(mask, groups, costs, steps, keep, tolerance, one_sided, axis_name, active)
 
     def sample(state: SearchState, key: jax.Array) -> jax.Array:
         return policies.sample_many(key, log_probabilities(state, mask, steps.start), samples)
@@ -130,7 +135,7 @@ def critic_over(
         check_judged(choices, quality, samples, len(mask))
         log_p = log_probabilities(state, mask, steps.start)
         new, own = critic_step(rule, state, choices, quality)
-        shared = told_of_step(costs, state.targets, log_p, choices, quality, axis_name)
+        shared = told_of_step(costs, state.targets, log_p, choices, quality, axis_name, active)
         return new, shared | own
 
     def answer(state: SearchState) -> jax.Array:
@@ -167,6 +172,7 @@ def observe(
     quality: jax.Array,
     keep: float,
     axis_name: Hashable | None = None,
+    active: Active = None,
 ) -> CriticState:
     """One step of regression on the samples of a step, over all replicas.
 
@@ -177,7 +183,7 @@ def observe(
 
     the diagonal of recursive least squares with forgetting. The constant keeps the decisions, which
     all correct the same residual, from overshooting. Where a quality is not finite, nothing is
-    learned.
+    learned. Decisions that are not active under some choices have an x of 0 there.
 
     Args:
       critic: before.
@@ -185,9 +191,12 @@ def observe(
       quality: [samples].
       keep: what is kept of the past at a step, in (0, 1].
       axis_name: the mapped axis of the replicas; None without one.
+      active: which decisions decide anything under some choices; None: always all.
     """
     samples, decisions = choices.shape
     chosen = jax.nn.one_hot(choices, critic.value.shape[-1])
+    if active is not None:
+        chosen = chosen * jax.vmap(active)(choices)[..., None]
     residual = quality - jnp.einsum("sda,da->s", chosen, critic.value)
     residual = residual - jnp.mean(residual)
     x = chosen - jnp.mean(chosen, axis=0, keepdims=True)
@@ -315,6 +324,7 @@ class _Rule(NamedTuple):
     tolerance: float
     one_sided: bool
     axis_name: Hashable | None
+    active: Active = None
 
 
 def critic_step(
@@ -322,7 +332,7 @@ def critic_step(
 ) -> tuple[SearchState, dict[str, jax.Array]]:
     """The critic after a step's samples, and the policy of its values."""
     mask, step, targets = rule.mask, state.step, state.targets
-    seen = observe(state.policy, choices, quality, rule.keep, rule.axis_name)
+    seen = observe(state.policy, choices, quality, rule.keep, rule.axis_name, rule.active)
     values = pooled_values(seen, rule.groups, mask)
     share = (step - rule.period.start) / (rule.period.total - rule.period.start)
     tau = temperature(values, mask, jnp.clip(share, 0.0, 1.0))

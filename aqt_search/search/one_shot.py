@@ -27,6 +27,7 @@ from aqt_search.search import replicas
 from aqt_search.search.answer import most_probable, most_probable_on_target
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import SpaceError
+from aqt_search.search.space import Space
 
 SETTLED = 0.9  # the share of the search after which a critic samples its answer alone
 
@@ -57,6 +58,15 @@ class Search(NamedTuple):
     sample: Callable[[SearchState, jax.Array], jax.Array]
     update: Callable[..., tuple[SearchState, dict[str, jax.Array]]]
     answer: Callable[[SearchState], jax.Array]
+
+
+# Of choices [decisions], which of them decide anything: bool [decisions]; None: always all.
+Active = Callable[[jax.Array], jax.Array] | None
+
+
+def active_of(space: Decisions) -> Active:
+    """Which decisions of a space decide anything, where that depends on the architecture."""
+    return space.active if isinstance(space, Space) and space.net is not None else None
 
 
 class Decisions(Protocol):
@@ -192,17 +202,21 @@ def told_of_step(
     choices: jax.Array,
     quality: jax.Array,
     axis_name: Hashable | None,
+    active: Active = None,
 ) -> dict[str, jax.Array]:
     """The metrics that all searchers tell of a step.
 
     "quality" and "cost" are means over samples and replicas, "cost" of the first of the costs;
-    "entropy" is the mean over decisions in nats; "expected_cost" is that of the policy sampled
-    from, and so is "expected_cost/<name>" for each further cost.
+    "entropy" is the mean over decisions in nats, by how often they were `active` in the samples;
+    "expected_cost" is that of the policy sampled from, and so is "expected_cost/<name>" for each
+    further cost.
     """
     cost = cost_ratios(costs, targets, choices)[:, 0] * targets[next(iter(costs))]
     means = jax.tree.map(jnp.mean, {"quality": quality, "cost": cost})
     told = replicas.mean(means, axis_name)
-    told["entropy"] = jnp.mean(policies.entropy(log_p))
+    weight = None if active is None else jnp.mean(1.0 * jax.vmap(active)(choices), axis=0)
+    weight = None if weight is None else replicas.mean(weight, axis_name)
+    told["entropy"] = policies.mean_entropy(log_p, weight)
     for number, (name, table) in enumerate(costs.items()):
         suffix = f"/{name}" if number else ""
         told["expected_cost" + suffix] = table.expected(jnp.exp(log_p))

@@ -54,6 +54,14 @@ def entropy(log_p: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), axis=-1)
 
 
+def mean_entropy(log_p: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """The mean entropy of the decisions in nats, by `weight` [decisions] where there is one."""
+    found = entropy(log_p)
+    if weight is None:
+        return jnp.mean(found)
+    return jnp.sum(found * weight) / jnp.maximum(jnp.sum(weight), 1)
+
+
 def log_probability(log_p: jax.Array, choices: jax.Array) -> jax.Array:
     """log p of every choice taken, [decisions]."""
     return jnp.take_along_axis(log_p, choices[:, None], axis=-1)[:, 0]
@@ -68,6 +76,7 @@ def reinforce_loss(
     *,
     temperature: float,
     reduce: Callable[[jax.Array], jax.Array],
+    active: jax.Array | None = None,
 ) -> jax.Array:
     """The loss whose gradient is the policy gradient (FLIQS, arXiv 2308.03290).
 
@@ -83,7 +92,11 @@ def reinforce_loss(
       mask: [decisions, max_options], bool.
       temperature: of the softmax.
       reduce: jnp.sum (TuNAS) or jnp.mean (FLIQS) of log p over decisions.
+      active: [decisions], bool: those that decide anything under the choices; the others count
+        neither in log p nor in the entropy. None: all.
     """
     log_p = log_probabilities(logits, mask, temperature)
-    gain = jax.lax.stop_gradient(advantage) * reduce(log_probability(log_p, choices))
-    return -gain + entropy_weight * jnp.mean(entropy(log_p))
+    taken = log_probability(log_p, choices)
+    taken = taken if active is None else jnp.where(active, taken, 0.0)
+    gain = jax.lax.stop_gradient(advantage) * reduce(taken)
+    return -gain + entropy_weight * mean_entropy(log_p, active)

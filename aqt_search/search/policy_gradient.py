@@ -14,10 +14,12 @@ from aqt_search.search import policy as policies
 from aqt_search.search import replicas
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.one_shot import (
+    Active,
     Decisions,
     Period,
     Search,
     SearchState,
+    active_of,
     answer_of,
     check_costs,
     check_judged,
@@ -106,7 +108,7 @@ def policy_gradient(
         mask, costs, period(total_steps, delay), named_reward(reward), beta, baseline_momentum,
         cost_samples, annealed, optax.adam(learning_rate),
         entropy_weight_at(entropy_schedule, entropy_weight), temperature, log_probability,
-        axis_name,
+        axis_name, active_of(space),
     )  # fmt: skip
     _check(rule, samples)
     check_tolerance(tolerance)
@@ -148,6 +150,7 @@ class _Rule(NamedTuple):
     temperature: float
     log_probability: str
     axis_name: Hashable | None
+    active: Active = None
 
 
 def _check(rule: _Rule, samples: int) -> None:
@@ -201,7 +204,7 @@ def gradient_step(
     searching = (step >= rule.period.start) & jnp.all(jnp.isfinite(moved.logits))
     kept = jax.tree.map(lambda new, old: jnp.where(searching, new, old), moved, policy)
     told["reward"] = replicas.mean(jnp.mean(rewards), rule.axis_name)
-    shared = told_of_step(rule.costs, targets, log_p, choices, quality, rule.axis_name)
+    shared = told_of_step(rule.costs, targets, log_p, choices, quality, rule.axis_name, rule.active)
     return SearchState(step + 1, kept, targets), shared | told
 
 
@@ -244,6 +247,7 @@ def _policy_step(rule: _Rule, policy: PolicyState, groups, further, step: jax.Ar
                 lambda chosen, advantage, number=number: policies.reinforce_loss(
                     logits, chosen, advantage, 0.0 if number else weight, rule.mask,
                     temperature=rule.temperature, reduce=REDUCTIONS[rule.log_probability],
+                    active=None if rule.active is None else rule.active(chosen),
                 )
             )(choices, advantages)  # fmt: skip
             total += jnp.mean(losses)

@@ -6,16 +6,19 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.architecture.decisions import ArchitectureDecision
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.formats import FormatError, NumericFormat, numeric_format
 from aqt_search.numerics.outline import outline
 from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers
 from aqt_search.search.cost_table import CostTable
+from aqt_search.search.elastic_costs import FormatCosts, elastic_cost_table
 from aqt_search.search.options import Choice, SpaceError, option_label, parsed_rule
 from aqt_search.tracing.layers import layer_sites
 from aqt_search.tracing.rules import (
@@ -83,6 +86,13 @@ def _as_chosen(site: Site, formats: SiteFormats) -> SiteFormats:
     return formats
 
 
+class Point(NamedTuple):
+    """Formats and an architecture: what a subnet is called with in place of an assignment."""
+
+    assignment: dict[str, SiteFormats]
+    architecture: jax.Array  # [architecture decisions], int
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """All decisions over a model's sites.
@@ -93,10 +103,12 @@ class Space:
     """
 
     sites: Mapping[str, Site]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision | ArchitectureDecision, ...]
     fixed: Mapping[str, SiteFormats]  # of sites that no decision, or one for a role only, covers
     # What is done to every site's formats, fixed and chosen: how scales are made, say.
     adapt: Callable[[Site, SiteFormats], SiteFormats] = _as_chosen
+    # Of a space that decides about the architecture, too: its decisions are the first.
+    net: Elastic | None = None
 
     def __hash__(self) -> int:
         return hash(tuple((d.name, d.sites, d.labels, d.role) for d in self.decisions))
@@ -111,6 +123,11 @@ class Space:
         """[decisions, max_options], bool: which options exist."""
         return np.array([np.arange(self.max_options) < len(d.options) for d in self.decisions])
 
+    @property
+    def format_decisions(self) -> dict[int, Decision]:
+        """The decisions that are about formats, by their number."""
+        return {n: d for n, d in enumerate(self.decisions) if isinstance(d, Decision)}
+
     def assignment(self, choices: jax.typing.ArrayLike) -> dict[str, SiteFormats]:
         """The formats of every site under `choices` [decisions], int; may be traced.
 
@@ -118,6 +135,8 @@ class Space:
         options there are.
         """
         operands, decision_of, quantizers = self._quantizers()
+        if not operands:  # the architecture alone is decided
+            return self._adapted({name: self._fixed(name) for name in self.sites})
         table = jax.tree.map(lambda *columns: np.stack(columns), *(q.fmt for q in quantizers))
         gathered = _gather(jax.tree.map(jnp.asarray, table), jnp.asarray(choices)[decision_of])
         chosen: dict[str, dict[str, Quantizer]] = {}
@@ -128,14 +147,42 @@ class Space:
             {name: self._fixed(name)._replace(**chosen.get(name, {})) for name in self.sites}
         )
 
+    def architecture(self, choices: jax.typing.ArrayLike) -> jax.Array:
+        """The choices [decisions] that are about the architecture: int [architecture decisions]."""
+        return jnp.asarray(choices)[: 0 if self.net is None else len(self.net.decisions)]
+
+    def point(self, choices: jax.typing.ArrayLike) -> Point | dict[str, SiteFormats]:
+        """What a function of the whole model is called with: its assignment, or a `Point`."""
+        assignment = self.assignment(choices)
+        return assignment if self.net is None else Point(assignment, self.architecture(choices))
+
+    def active(self, choices: jax.typing.ArrayLike) -> jax.Array:
+        """Whether each decision decides anything, or is about what a subnet has not: [decisions].
+
+        The depth of some blocks, and what is there under all depths, always does.
+        """
+        if self.net is None:
+            return jnp.ones(len(self.decisions), bool)
+        present = self.net.active(self.architecture(choices))
+        return jnp.stack([self._any_present(d, present) for d in self.decisions])
+
+    def _any_present(
+        self, decision: Decision | ArchitectureDecision, present: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        assert self.net is not None
+        is_architecture = isinstance(decision, ArchitectureDecision)
+        names = self.net.sites_of(decision) if is_architecture else decision.sites
+        return jnp.any(jnp.stack([present[n] for n in names])) if names else jnp.bool_(True)
+
     def concrete_assignment(
         self, choices: Sequence[int] | np.ndarray | jax.Array
     ) -> dict[str, SiteFormats]:
         """As `assignment`, for known choices: plain Python numbers, None where nothing is done."""
         formats = {name: self._fixed(name) for name in self.sites}
-        for decision, choice in zip(self.decisions, choices, strict=True):
+        known = [int(choice) for _, choice in zip(self.decisions, choices, strict=True)]
+        for number, decision in self.format_decisions.items():
             for name in decision.sites:
-                chosen = decision.formats(self.sites[name], int(choice))
+                chosen = decision.formats(self.sites[name], known[number])
                 formats[name] = _merged(formats[name], chosen)
         return self._adapted(formats)
 
@@ -148,7 +195,7 @@ class Space:
     def _quantizers(self) -> tuple[list[tuple[str, str]], np.ndarray, list[Quantizer]]:
         """Searched operands, the decision of each, and their options: formats [max_options]."""
         operands, decision_of, quantizers = [], [], []
-        for number, decision in enumerate(self.decisions):
+        for number, decision in self.format_decisions.items():
             for name in decision.sites:
                 found = [
                     decision.formats(self.sites[name], i) for i in range(len(decision.options))
@@ -163,11 +210,24 @@ class Space:
         return operands, np.array(decision_of), quantizers
 
     def cost_table(self, cost: Callable[[Mapping[str, Site], Any], float]) -> CostTable:
-        """Tabulates a cost that is a sum over sites, such as `cost.gbops`."""
-        groups: dict[str, list[int]] = {}
-        for number, decision in enumerate(self.decisions):
-            groups.setdefault(decision.group or decision.name, []).append(number)
-        pairs = [(members[0], members[-1]) for members in groups.values()]
+        """Tabulates a cost that is a sum over sites, such as `cost.gbops`.
+
+        Raises:
+          SpaceError: the architecture is decided, too, and the cost is not linear in the sizes of
+            sites.
+        """
+        if self.net is not None:
+            pair_of = {
+                name: pair
+                for pair in self._pairs()
+                for number in pair
+                for name in self.decisions[number].sites
+            }
+            return elastic_cost_table(
+                self.net, self.mask, lambda name: self._formats_of(name, pair_of.get(name)), cost,
+                self.concrete_assignment,
+            )  # fmt: skip
+        pairs = self._pairs()
         table = np.zeros((len(pairs), self.max_options, self.max_options))
         for group, (first, second) in enumerate(pairs):
             for i, j in self._options_of(first, second):
@@ -177,6 +237,31 @@ class Space:
         fixed = float(cost(rest, self._adapted({name: self._fixed(name) for name in rest})))
         firsts, seconds = np.array(pairs).T
         return CostTable(table, firsts, seconds, fixed, self.mask)
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """The one or two decisions about each group of sites."""
+        groups: dict[str, list[int]] = {}
+        for number, decision in enumerate(self.decisions):
+            groups.setdefault(decision.group or decision.name, []).append(number)
+        return [(members[0], members[-1]) for members in groups.values()]
+
+    def _formats_of(self, name: str, pair: tuple[int, int] | None) -> FormatCosts:
+        """The formats of one site under every pair of options about it."""
+        if pair is None:
+            return FormatCosts(None, [(0, 0)], [self._adapted_site(name, self._fixed(name))])
+        options = list(self._options_of(*pair))
+        found = []
+        for chosen in options:
+            formats = self._fixed(name)
+            for number, option in dict(zip(pair, chosen)).items():
+                decision = self.format_decisions[number]
+                if name in decision.sites:
+                    formats = _merged(formats, decision.formats(self.sites[name], option))
+            found.append(self._adapted_site(name, formats))
+        return FormatCosts(pair, options, found)
+
+    def _adapted_site(self, name: str, formats: SiteFormats) -> dict[str, SiteFormats]:
+        return {name: self.adapt(self.sites[name], formats)}
 
     def _options_of(self, first: int, second: int) -> Iterable[tuple[int, int]]:
         count = [len(self.decisions[d].options) for d in (first, second)]
@@ -188,7 +273,7 @@ class Space:
         names = dict.fromkeys(name for d in pair for name in self.decisions[d].sites)
         formats = {name: self._fixed(name) for name in names}
         for number, option in zip(pair, options):
-            decision = self.decisions[number]
+            decision = self.format_decisions[number]
             for name in decision.sites:
                 chosen = decision.formats(self.sites[name], option)
                 formats[name] = _merged(formats[name], chosen)
@@ -200,6 +285,7 @@ def make_space(
     rules: Iterable[tuple[str, Any]],
     *,
     decide: str = "site",
+    net: Elastic | None = None,
 ) -> Space:
     """Builds a space from ordered rules: the first that matches a site's name holds for it.
 
@@ -211,6 +297,9 @@ def make_space(
         make_space(sites, [(".*", "fliqs_l_fp")], decide="block")
         make_space(sites, [(".*", {"weight": ("int2", "int4"), "activation": "int8"})])
 
+    With an elastic network its decisions come first: formats and architecture are chosen together
+    (FLIQNAS, arXiv 2308.03290, section 4), or the architecture alone under fixed formats.
+
     Args:
       sites: as `find_sites` returns them.
       rules: pairs of pattern and formats or options. Sites that no rule matches are not quantized.
@@ -219,7 +308,9 @@ def make_space(
         differs; inside of a part that holds numbered layers of several sites, each layer is one),
         "rule" all sites of a rule, "model" all sites, whose rules offer the same, "stack" the
         layers of a scan that are one site. For "site" and "block" a layer of a scan is a site of
-        its own (`layer_sites`), so that a model has the decisions of its unrolled twin.
+        its own (`layer_sites`), so that a model has the decisions of its unrolled twin (but beside
+        a `net`).
+      net: the architecture decisions, of the model with these sites.
 
     Raises:
       RuleError: rules that are no pairs; one that matches no site or is never reached.
@@ -233,20 +324,25 @@ def make_space(
         raise SpaceError(f"decide is {decide!r}; expected one of {', '.join(DECIDE)}.")
     rules = [(pattern, parsed_rule(pattern, spec)) for pattern, spec in rule_pairs(rules)]
     searched = {i: spec for i, (_, spec) in enumerate(rules) if isinstance(spec, Choice)}
-    if not searched:
+    if net is not None and sites.keys() != net.sites.keys():
+        raise SpaceError(
+            "The elastic network is of another model: its sites are not those of the space. Use"
+            " `net.sites`."
+        )
+    if not searched and net is None:
         raise SpaceError("The space has nothing to choose: give a rule a list of formats.")
     patterns = [pattern for pattern, _ in rules]
-    apart = decide in ("site", "block")
+    apart = decide in ("site", "block") and net is None
     sites = layer_sites(sites) if apart else with_named_layers(sites, patterns)
     taken = match_rules(sites, patterns)
     formats: dict[str, SiteFormats] = {}
-    for column in range(
-        max(len(o) for choice in searched.values() for o in choice.options.values())
-    ):
+    columns = [len(o) for choice in searched.values() for o in choice.options.values()]
+    for column in range(max(columns, default=1)):
         chosen = {i: choice.spec(column) for i, choice in searched.items()}  # checks every option
         formats = assign(sites, [(p, chosen.get(i, s)) for i, (p, s) in enumerate(rules)])
     decisions = []
-    for group, members, number in _groups(sites, rules, taken, searched, decide):
+    groups = _groups(sites, rules, taken, searched, decide) if searched else []
+    for group, members, number in groups:
         decisions += _decisions(sites, rules[number][0], group, members, searched[number])
     order = {name: index for index, name in enumerate(sites)}
     decisions.sort(key=lambda decision: order[decision.sites[0]])
@@ -255,8 +351,11 @@ def make_space(
     for number, choice in searched.items():
         if choice.fixed:
             fixed |= {name: site_formats(sites[name], choice.fixed) for name in taken[number]}
-    space = Space(sites, tuple(decisions), fixed)
-    space.assignment(np.zeros(len(decisions), int))  # raises where options cannot share a program
+    architecture = () if net is None else net.decisions
+    space = Space(sites, (*architecture, *decisions), fixed, net=net)
+    space.assignment(
+        np.zeros(len(space.decisions), int)
+    )  # raises where options cannot share a program
     return space
 
 

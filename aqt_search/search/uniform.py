@@ -14,6 +14,7 @@ from aqt_search.search.one_shot import (
     Decisions,
     Search,
     SearchState,
+    active_of,
     answer_of,
     check_costs,
     check_judged,
@@ -60,6 +61,7 @@ def uniform(
     check_tolerance(tolerance)
     mask = space.mask
     check_costs(mask, costs)
+    active = active_of(space)
 
     def init(targets: Mapping[str, Any]) -> SearchState:
         return first_state(costs, targets, UniformPolicy(jnp.zeros(mask.shape, jnp.float32)))
@@ -72,7 +74,7 @@ def uniform(
 
     def update(state: SearchState, choices, quality, key):
         check_judged(choices, quality, samples, len(mask))
-        told = told_of_step(costs, state.targets, log_p(state), choices, quality, axis_name)
+        told = told_of_step(costs, state.targets, log_p(state), choices, quality, axis_name, active)
         return state._replace(step=state.step + 1), told
 
     def answer(state: SearchState) -> jax.Array:

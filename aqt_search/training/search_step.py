@@ -43,8 +43,8 @@ def make_search_step(
     Each replica has its own samples; gradients of weights and policy are averaged over replicas.
 
     Args:
-      qapply: `quantize(model.apply)`.
-      update: of `train_step.make_update` on the same qapply.
+      qapply: `quantize(model.apply)`; of a space with an architecture `subnets.of_points` of it.
+      update: of `train_step.make_update` on the same qapply (and the space's `net`).
       space: the decisions.
       search: over the space, with `axis_name=AXIS`.
       measure: the quality: minus the cross-entropy in nats ("loss"), or the "accuracy" (the
@@ -65,7 +65,7 @@ def make_search_step(
             jax.random.fold_in(step_key(train), 1), 3
         )
         choices = search.sample(state.search, sample_key)
-        new_train, metrics, logits = update(train, space.assignment(choices[0]), batch)
+        new_train, metrics, logits = update(train, space.point(choices[0]), batch)
         if held_out is None:
             _check_one_sample(choices)
             judged = [_judge(logits, batch["label"], measure)]
@@ -94,7 +94,7 @@ def _logits(qapply, space: Space, train: TrainState, choices, batch: Batch, key)
     """Logits of a batch under `choices`, normalised by the batch's own statistics."""
     # One key for all samples of a step: what is dropped does not tell them apart.
     arguments = batch_arguments(train.variables, key)
-    logits = qapply(space.assignment(choices), train.variables, batch["image"], **arguments)
+    logits = qapply(space.point(choices), train.variables, batch["image"], **arguments)
     return logits[0] if "mutable" in arguments else logits
 
 

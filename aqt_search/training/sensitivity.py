@@ -202,7 +202,7 @@ def operand_sqnr(
     states hold the sums.
     """
     assignment = space.concrete_assignment([0] * len(space.decisions))
-    for decision in space.decisions:
+    for decision in space.format_decisions.values():
         site = space.sites[decision.sites[0]]
         if site.kind == "gather" or site.repeats is None:
             continue  # they take no calibration with state

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.learned_scales import merge_learned, split_learned
 from aqt_search.training.parallel import AXIS, replica_index
 from aqt_search.training.scales import SCALES, synchronized
+from aqt_search.training.subnets import mean_gradients, moved_where_had
 
 Batch = Mapping[str, jax.Array]  # "image": [B, H, W, C] float32, "label": [B] int32
 
@@ -100,6 +102,7 @@ def make_update(
     *,
     label_smoothing: float = 0.0,
     auxiliary_loss: Callable[[Any, Any], jax.Array] | None = None,
+    net: Elastic | None = None,
 ) -> Callable:
     """Returns `update(state, assignment, batch) -> (state, metrics, logits)`, inside `AXIS`.
 
@@ -112,6 +115,8 @@ def make_update(
       optimizer: applied to the averaged gradients.
       label_smoothing: share of the target spread over all classes, in [0, 1).
       auxiliary_loss: of `state.params` and `state.auxiliary`, added to the loss.
+      net: the subnets, where each replica trains one of its own: the assignment is a `Point` then,
+        and `qapply` of `subnets.of_points`. Parameters that no replica's subnet has stay.
 
     Raises:
       ValueError: a label smoothing out of its range.
@@ -142,13 +147,21 @@ def make_update(
         trained = (state.params, state.auxiliary, learned)
         grads, (logits, own, told) = jax.grad(loss_of, has_aux=True)(trained)
         own_stats = own.get("batch_stats", {})
-        grads, batch_stats, means = jax.lax.pmean((grads, own_stats, told), AXIS)
+        had = None
+        if net is not None:
+            own_grads, had = mean_gradients(net, assignment, grads[0])
+            grads = (own_grads, *jax.lax.pmean(grads[1:], AXIS))
+            batch_stats, means = jax.lax.pmean((own_stats, told), AXIS)
+        else:
+            grads, batch_stats, means = jax.lax.pmean((grads, own_stats, told), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         set_now, remembered = split_learned(
             synchronized(state.scales, own.get(SCALES, state.scales))
         )
         applied: Any = optax.apply_updates((*trained[:2], set_now), updates)
         params, auxiliary, learned = applied
+        if had is not None:
+            params = moved_where_had(had, params, state.params)
         metrics = means | {"gradient_norm": optax.tree.norm(grads)}
         new = TrainState(
             state.step + 1, params, batch_stats, opt_state, state.rng, auxiliary,

@@ -19,7 +19,9 @@ from aqt_search.training.guard import QualityGuard
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.parallel import unreplicate
 from aqt_search.training.search_step import ClassifierSearchState, make_search_step
+from aqt_search.training.subnets import of_points
 from experiments import from_config
+from experiments.architecture import configured_net
 from experiments.configured_search import ConfiguredSearch, configured_search
 from experiments.job import Job, claim_run, run_alone
 from experiments.jobs import scored_search
@@ -46,11 +48,12 @@ def prepare_sampled(
     """A search by points that are sampled; its cost targets are part of the state."""
     # Replicas hold different samples, so each normalises by its own batch.
     parts = from_config.build_parts(config, images, axis_name=None)
-    setting = configured_search(config, parts.sites, parts.schedule.total_steps)
+    net = configured_net(config, parts.model, images.splits.image_shape)
+    setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
     one_shot = setting.one_shot
     assert one_shot is not None  # of all that sample
-    qapply = from_config.quantized(parts.model)
-    update = from_config.make_update(config, parts, qapply)
+    qapply = of_points(from_config.quantized(parts.model), net)
+    update = from_config.make_update(config, parts, qapply, net)
     step = make_search_step(qapply, update, setting.space, one_shot, measure=config.search.measure)
     held_out = config.search.quality == "held_out"
     streams = [from_config.training_stream(config, images)]
@@ -101,13 +104,13 @@ def held_out_accuracy(
 
     As in the search, BatchNorm takes the statistics of each batch.
     """
-    qapply, images = from_config.quantized(parts.model), parts.images
+    qapply, images = of_points(from_config.quantized(parts.model), space.net), parts.images
     whole = min(count, len(images.splits.reward)) // config.evaluation.batch_size
     stream = from_config.evaluation_batches(config, images, "reward")
     batches = list(itertools.islice(stream, max(1, whole)))
 
     def judge(choices: np.ndarray) -> np.ndarray:
-        assignments = jax.vmap(space.assignment)(choices)
+        assignments = jax.vmap(space.point)(choices)
         return evaluate_assignments(qapply, assignments, variables, batches).accuracy
 
     return judge

@@ -15,6 +15,7 @@ from aqt_search.training.metrics import read_metrics
 from aqt_search.training.workdir import check_lock, write_json, write_text
 from experiments import from_config, results
 from experiments.configured_search import ConfiguredSearch
+from experiments.subnet import Subnet, subnet_of
 
 _PROBABILITY = "probability"
 
@@ -65,8 +66,20 @@ def finish_search(
     """Evaluates the weights as they are under the formats found, and writes the files."""
     write_search_files(workdir, setting.space)
     formats = setting.space.concrete_assignment(found.choices)
+    net, subnet = setting.space.net, Subnet(parts, formats, found.variables, None)
+    if net is not None:
+        own = np.asarray(setting.space.architecture(found.choices))
+        active = np.asarray(setting.space.active(found.choices))
+        subnet = subnet_of(parts, net, own, formats, found.variables, active)
     return results.finish(
-        results.Ended(config, workdir, parts, formats, found.variables),
+        results.Ended(
+            config,
+            workdir,
+            subnet.parts,
+            subnet.formats,
+            subnet.variables,
+            architecture=subnet.architecture,
+        ),
         {
             "kind": found.kind,
             "steps": parts.schedule.total_steps,
@@ -74,5 +87,5 @@ def finish_search(
             "final_entropy": found.entropy,
             "without_retraining": True,
         }
-        | results.against_targets(setting.targets, parts.sites, formats),
+        | results.against_targets(setting.targets, subnet.parts.sites, subnet.formats),
     )

@@ -47,18 +47,9 @@ def tilted_log_probabilities(costs: CostTable, target: float) -> np.ndarray:
     low, high = -_LARGEST_TILT, _LARGEST_TILT
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        above = _expected_cost(costs, np.exp(log_p(middle))) > target
+        above = costs.known_expected(np.exp(log_p(middle))) > target
         low, high = (middle, high) if above else (low, middle)
     return log_p((low + high) / 2)
-
-
-def _expected_cost(costs: CostTable, probabilities: np.ndarray) -> float:
-    """As `CostTable.expected`, in float64 and without a device."""
-    first, second = probabilities[costs.first], probabilities[costs.second]
-    joint = first[:, :, None] * second[:, None, :]
-    tied = costs.first == costs.second
-    joint[tied] = first[tied][:, :, None] * np.eye(joint.shape[-1])
-    return costs.fixed + float(np.sum(joint * costs.table))
 
 
 def distinct(points: np.ndarray) -> np.ndarray:

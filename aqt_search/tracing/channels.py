@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.ptq.flat_graph import FlatGraph, Node
+from aqt_search.tracing.flat_graph import FlatGraph, Node
 
 # Every element comes from one element of the first operand.
 MOVES = (

@@ -1,0 +1,1 @@
+"""Architecture choices as data: subnets of a model are the same model with masked variables."""

@@ -1,0 +1,263 @@
+"""Elastic networks: every subnet of a model is the same model with masked variables.
+
+    net = elastic(apply, variables, images, widths={"expand": (48, 96)},
+                  kernels={"depthwise": (3, 5)}, depths=[(("block3", "block4"), (0, 1, 2))])
+    logits = apply(net.variables(choices, variables), images)      # `choices` may be traced
+
+One compiled program serves all subnets; `jax.vmap` over choices evaluates many, and each replica
+under pmap can have its own. A subnet equals the model that is built without the channels, taps and
+blocks, to the order of sums (`net.extract` cuts its variables out); gradients of what it lacks are
+exactly 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.architecture.channel_groups import Channels
+from aqt_search.architecture.choosing import Chosen, chosen_depths, chosen_kernels, chosen_widths
+from aqt_search.architecture.decisions import ArchitectureDecision, Factors, Times, value_under
+from aqt_search.architecture.errors import ArchitectureError
+from aqt_search.architecture.leaf_masks import LeafMask
+from aqt_search.tracing.flat_graph import trace_graph
+from aqt_search.tracing.sites import Site, parameter_name
+
+
+def elastic(
+    apply: Callable,
+    variables: Any,
+    *args: Any,
+    widths: Mapping[str | tuple[str, ...], Sequence[Any] | Times] | None = None,
+    kernels: Mapping[str, Sequence[int]] | None = None,
+    depths: Sequence[tuple[Sequence[str], Sequence[int]]] = (),
+) -> Elastic:
+    """The subnets of `apply(variables, *args)` under architecture decisions; computes nothing.
+
+    Args:
+      apply: a function of variables and data, in evaluation mode.
+      variables: its first argument, of the largest subnet; may be abstract, as the data may.
+      *args: the data; use a batch of one, so that costs are of an example.
+      widths: by regexes of names of channel groups, the numbers of channels to choose from, or
+        `Times` another group's. Each group that a regex matches is decided on its own; a key of
+        several regexes, each of one group, decides about these together by options of one number
+        each: `{("block4/expand", "block4/squeeze"): ((48, 16), (72, 24))}`.
+      kernels: by regexes of names of convolutions, the windows to choose from.
+      depths: blocks in their order and how many of them, from the first, to choose from. A block is
+        named by the first part of the names of its parameters.
+
+    Raises:
+      ArchitectureError: what is to be chosen is not there, or cannot be cut out of the model: the
+        site and the reason are named.
+      SiteError: `apply` names a mapped axis that is not bound.
+    """
+    channels, chosen = Channels(trace_graph(apply, variables, *args)), Chosen()
+    chosen_widths(channels, widths or {}, chosen)
+    chosen_kernels(channels, kernels or {}, chosen)
+    chosen_depths(channels, depths, chosen)
+    if not chosen.decisions:
+        raise ArchitectureError(
+            "There is nothing to choose: give `widths`, `kernels` or `depths`. channel_groups lists"
+            " the channels that can be cut."
+        )
+    return Elastic(
+        channels.graph.sites, channels, tuple(chosen.decisions), _leaf_masks(channels, chosen),
+        chosen.widths, chosen.windows, chosen.skipped,
+    )  # fmt: skip
+
+
+def _leaf_masks(channels: Channels, chosen: Chosen) -> dict[str, LeafMask]:
+    masks: dict[str, LeafMask] = {}
+
+    def of(leaf: str) -> LeafMask:
+        return masks.get(leaf, LeafMask(channels.shape_of(leaf), (), (), ()))
+
+    for group, factors in chosen.widths.items():
+        for leaf, axis in channels.groups[group].axes:
+            mask = of(leaf)
+            masks[leaf] = dataclasses.replace(mask, widths=(*mask.widths, (axis, factors)))
+    for site, factors in chosen.windows.items():
+        taps = channels.taps(site)
+        leaf, axes = taps[0][0], tuple(axis for _, axis in taps)
+        mask = of(leaf)
+        masks[leaf] = dataclasses.replace(mask, windows=(*mask.windows, (axes, factors)))
+    for leaf, gates in chosen.absent.items():
+        masks[leaf] = dataclasses.replace(of(leaf), present=gates)
+    return masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Elastic:
+    """A model with architecture decisions; `elastic` makes one.
+
+    A point is an array `choices` [decisions] of option numbers, as for a `Space`.
+
+    Attributes:
+      sites: of the whole model.
+      channels: its channel groups.
+      decisions: what there is to choose.
+      leaf_masks: by name of a leaf, which of its elements subnets have.
+      widths: by channel group, how many channels subnets have of it.
+      windows: by site, the taps along each axis of its window.
+      gates: by site, whether it is there at all.
+    """
+
+    sites: Mapping[str, Site]
+    channels: Channels = dataclasses.field(repr=False)
+    decisions: tuple[ArchitectureDecision, ...]
+    leaf_masks: Mapping[str, LeafMask] = dataclasses.field(repr=False)
+    widths: Mapping[str, Factors] = dataclasses.field(repr=False)
+    windows: Mapping[str, Factors] = dataclasses.field(repr=False)
+    gates: Mapping[str, tuple[Factors, ...]] = dataclasses.field(repr=False)
+
+    @property
+    def largest(self) -> np.ndarray:
+        """The whole model as far as the decisions go: of each the largest option."""
+        return np.array([_argmost(d.options, max) for d in self.decisions])
+
+    @property
+    def smallest(self) -> np.ndarray:
+        """Of each decision the smallest option."""
+        return np.array([_argmost(d.options, min) for d in self.decisions])
+
+    def variables(self, choices: jax.typing.ArrayLike, variables: Any) -> Any:
+        """The variables of a subnet: 0 where it has no channel, tap or block.
+
+        Args:
+          choices: int [decisions]; may be traced.
+          variables: of the whole model.
+        """
+        choices = self._checked(choices)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._masked(path, leaf, choices), variables
+        )
+
+    def masks(self, choices: jax.typing.ArrayLike, tree: Any) -> Any:
+        """1 where a subnet has an element of the variables `tree`, else 0; float32, broadcasts."""
+        choices = self._checked(choices)
+
+        def of(path, leaf):
+            mask = self._mask(path, choices)
+            return jnp.ones((), jnp.float32) if mask is None else mask.astype(jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def sites_of(self, decision: ArchitectureDecision) -> tuple[str, ...]:
+        """The sites that a decision is about, one of which has to be there for it to decide."""
+        if decision.kind == "depth":
+            return ()
+        about = set(decision.about)
+        return tuple(
+            name
+            for name in self.sites
+            if name in about or any(loop.group in about for loop in self.channels.of_site(name))
+        )
+
+    def active(self, choices: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+        """Whether a subnet has each of the sites: bool, []."""
+        choices = self._checked(choices)
+        return {
+            name: jnp.all(jnp.stack([value_under(f, choices) > 0 for f in self.gates[name]]))
+            if name in self.gates
+            else jnp.bool_(True)
+            for name in self.sites
+        }
+
+    def where(self, choices: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
+        """`new` variables where a subnet has them, `old` ones elsewhere.
+
+        For what is kept beside the weights, such as running statistics and momenta: a channel that
+        a step did not have told it nothing.
+        """
+        choices = self._checked(choices)
+
+        def select(path, new, old):
+            mask = self._mask(path, choices)
+            return new if mask is None else jnp.where(mask, new, old)
+
+        return jax.tree_util.tree_map_with_path(select, new, old)
+
+    def _mask(self, path, choices: jax.Array) -> jax.Array | None:
+        found = self.leaf_masks.get(parameter_name(path))
+        return None if found is None else found.mask(choices)
+
+    def _masked(self, path, leaf, choices: jax.Array):
+        mask = self._mask(path, choices)
+        return leaf if mask is None else jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+    def _checked(self, choices: jax.typing.ArrayLike) -> jax.Array:
+        choices = jnp.asarray(choices)
+        if choices.shape != (len(self.decisions),):
+            raise ArchitectureError(
+                f"choices have shape {choices.shape}; expected one option number for each of the"
+                f" {len(self.decisions)} decisions. For many architectures use jax.vmap."
+            )
+        return choices
+
+    def extract(self, choices: jax.typing.ArrayLike, variables: Any) -> Any:
+        """The variables of a subnet, cut out: those of the model that is built like it.
+
+        Leaves of skipped blocks are left out, and dictionaries that are empty then.
+
+        Args:
+          choices: int [decisions], known numbers.
+          variables: of the whole model.
+        """
+        known = np.asarray(self._checked(choices))
+
+        def cut(path, leaf):
+            mask = self.leaf_masks.get(parameter_name(path))
+            return leaf if mask is None else mask.cut(leaf, known)
+
+        return _pruned(jax.tree_util.tree_map_with_path(cut, variables))
+
+    def description(self, choices: jax.typing.ArrayLike) -> dict[str, Any]:
+        """What a subnet has, by decision: {"block2/expand/kernel:width": 48, ...}."""
+        known = np.asarray(self._checked(choices))
+        return {d.name: d.options[int(c)] for d, c in zip(self.decisions, known)}
+
+    def sort(self, variables: Any) -> Any:
+        """The whole model with its channels in the order of their importance: the same function.
+
+        Importance is the sum of |w| over what reads a channel. Narrow subnets, which keep the first
+        channels, then keep those that matter most (Cai et al. 2020, arXiv 1908.09791, section 3.3).
+
+        Args:
+          variables: of the whole model, concrete.
+        """
+        flat, tree = jax.tree_util.tree_flatten_with_path(variables)
+        leaves = {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
+        for group in self.widths:
+            order = np.argsort(-self._importance(group, leaves), kind="stable")
+            for name, axis in self.channels.groups[group].axes:
+                leaves[name] = np.take(leaves[name], order, axis)
+        return jax.tree_util.tree_unflatten(
+            tree, [jnp.asarray(leaves[parameter_name(path)]) for path, _ in flat]
+        )
+
+    def _importance(self, group: str, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[channels], float64."""
+        total = np.zeros(self.channels.groups[group].size)
+        read = self.channels.reading(group) or self.channels.groups[group].axes
+        for name, axis in read:
+            others = tuple(a for a in range(leaves[name].ndim) if a != axis)
+            total += np.abs(leaves[name].astype(np.float64)).sum(others)
+        return total
+
+
+def _argmost(options: Sequence[Any], most: Callable) -> int:
+    return list(options).index(most(options))
+
+
+def _pruned(tree: Any) -> Any:
+    """The tree without what is None in its dictionaries, and without those that are empty then."""
+    if not isinstance(tree, Mapping):
+        return tree
+    parts = {key: _pruned(part) for key, part in tree.items()}
+    kept = {key: part for key, part in parts.items() if part is not None}
+    return kept if kept or not tree else None

@@ -1,0 +1,33 @@
+"""FLIQNAS on CIFAR-10 at 16 x 16: formats and architecture of a MobileNetV2, in one run on a CPU.
+
+    python -m experiments.search --config=configs/cifar10_16px_fliqnas.py --workdir=runs/fliqnas \
+        --config.data.name=folder:PATH
+    python -m experiments.train --config=configs/cifar10_16px_fliqnas.py --workdir=runs/retrained \
+        --config.data.name=folder:PATH --config.policy=runs/fliqnas/policy.json
+
+The space "small_mobilenet_v2": windows 3 and 5 and expansions 2, 4 and 6 of every block, half to
+all of the filters of every stage, one or two blocks of each; integer formats of 3 to 8 bits of
+weights and of activations. The target is in GBOPs: int4 in the MobileNetV2 of width 0.5 with
+windows of 3 costs 0.01599. `:float` offers float formats in place of the integers.
+"""
+
+from configs import cifar10_16px_mobilenet_v2
+
+FORMATS = {"int": ("int3", "int4", "int6", "int8"), "float": ("e2m0", "e2m1", "e3m2", "e4m3")}
+
+
+def get_config(kind: str = "int"):
+    """The search, with "int" or "float" formats."""
+    if kind not in FORMATS:
+        raise ValueError(f"unknown form {kind!r}: expected {' or '.join(FORMATS)}")
+    config = cifar10_16px_mobilenet_v2.get_config()
+    config.model.windows = (5,)
+    config.search.architecture = "small_mobilenet_v2"
+    config.search.searcher = "critic"
+    formats = FORMATS[kind]
+    config.search.space = (
+        ("stem|head", "int8"),
+        (".*", {"weight": formats, "activation": formats}),
+    )
+    config.search.target, config.search.relative_to = 0.0176, ""
+    return config

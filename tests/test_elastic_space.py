@@ -1,0 +1,198 @@
+"""Formats and architecture in one space: costs against those of extracted models, found anew."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aqt_search as aqs
+from aqt_search import search
+from aqt_search.architecture.decisions import Times
+from aqt_search.architecture.elastic import elastic
+from aqt_search.architecture.subnet_sites import subnet_sites
+from aqt_search.costs import cost
+from aqt_search.models import build
+from aqt_search.models.fitting import fitted
+from aqt_search.search.options import SpaceError
+from aqt_search.search.space import make_space
+
+IMAGE = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+
+
+@functools.cache
+def small_net():
+    model = build("mobilenet_v2", 10, form="tiny", width=0.5, windows=5, dropout=0.0)
+    variables = model.init(jax.random.key(0), jnp.zeros(IMAGE.shape))
+    net = elastic(
+        functools.partial(model.apply, train=False), variables, IMAGE,
+        widths={
+            "block2/project": (8, 16), "block4/project": (8, 16),
+            "block5/expand": Times("block4/project", (1, 3, 6)),
+            "block7/expand": Times("block6/project", (1, 6)),
+        },
+        kernels={"block(2|5)/depthwise": (1, 3, 5)},
+        depths=[(("block3",), (0, 1)), (("block5",), (0, 1))],
+    )  # fmt: skip
+    return model, variables, net
+
+
+RULES = {
+    "tied": [("stem|head", "int8"), (".*", ("int3", "int4", "int8"))],
+    "apart": [("stem|head", "int8"),
+              (".*", {"weight": ("int3", "int4", "int8"), "activation": ("int4", "int8")})],
+    "fixed": [(".*", "int4")],
+}  # fmt: skip
+
+
+@functools.cache
+def space_of(rules):
+    _, _, net = small_net()
+    return make_space(net.sites, RULES[rules], net=net)
+
+
+def random_points(space, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, space.mask.sum(1), (count, len(space.mask)))
+
+
+def found_anew(space, point):
+    """The sites of the model that is built like a subnet, and its formats, by its own names."""
+    model, variables, net = small_net()
+    architecture = np.asarray(space.architecture(point))
+    small, cut = fitted(model, net.extract(architecture, variables))
+    sites = aqs.find_sites(functools.partial(small.apply, train=False), cut, IMAGE)
+    mine = subnet_sites(net, architecture)
+    assignment = space.concrete_assignment(point)
+    assert [site.kind for site in sites.values()] == [site.kind for site in mine.values()]
+    return sites, {new: assignment[old] for new, old in zip(sites, mine)}, mine
+
+
+def test_sites_of_a_subnet_are_those_of_the_extracted_model():
+    space = space_of("tied")
+    for point in random_points(space, 8):
+        sites, _, mine = found_anew(space, point)
+        for site, other in zip(sites.values(), mine.values()):
+            assert (site.macs, site.lhs_shape, site.rhs_shape, site.out_shape) == (
+                other.macs, other.lhs_shape, other.rhs_shape, other.out_shape
+            )  # fmt: skip
+
+
+COSTS = {
+    "gbops": cost.gbops,
+    "bytes": cost.weight_bytes,
+    "codes": functools.partial(cost.weight_bytes, scales=False),
+    "macs": lambda sites, assignment: cost.total_macs(sites),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", COSTS)
+def test_tabulated_costs_are_those_of_the_extracted_models(rules, name):
+    space = space_of(rules)
+    table = space.cost_table(COSTS[name])
+    for point in random_points(space, 4, seed=1):
+        sites, assignment, _ = found_anew(space, point)
+        expected = float(COSTS[name](sites, assignment))
+        np.testing.assert_allclose(table.of_many(point[None])[0], expected, rtol=1e-12)
+        np.testing.assert_allclose(table.of(point), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rules", ["apart", "tied"])
+def test_expected_cost_is_the_mean_over_all_points(rules):
+    """Of four decisions that are open, the others certain: every point by name."""
+    space, rng = space_of(rules), np.random.default_rng(0)
+    table = space.cost_table(cost.gbops)
+    p = np.where(space.mask, rng.uniform(0.1, 1, space.mask.shape), 0.0)
+    kinds = [decision.kind if i < 10 else "format" for i, decision in enumerate(space.decisions)
+             if i < len(small_net()[2].decisions) or i == len(space.decisions) - 4]  # fmt: skip
+    open_ones = [0, 2, 7, len(space.decisions) - 4]
+    assert len(kinds) > 4
+    certain = random_points(space, 1)[0]
+    for decision in range(len(p)):
+        if decision not in open_ones:
+            p[decision] = np.arange(p.shape[1]) == certain[decision]
+    p /= p.sum(1, keepdims=True)
+    total = 0.0
+    for options in itertools.product(*(np.flatnonzero(space.mask[d]) for d in open_ones)):
+        point = certain.copy()
+        point[open_ones] = options
+        probability = np.prod([p[d, o] for d, o in zip(open_ones, options)])
+        sites = subnet_sites(space.net, point[: len(space.net.decisions)])
+        total += probability * float(cost.gbops(sites, space.concrete_assignment(point)))
+    np.testing.assert_allclose(table.known_expected(p), total, rtol=1e-12)
+    np.testing.assert_allclose(table.expected(jnp.asarray(p, jnp.float32)), total, rtol=1e-5)
+
+
+def test_gradient_of_the_expected_cost_is_what_an_option_changes():
+    space = space_of("tied")
+    table = space.cost_table(cost.gbops)
+    point = random_points(space, 1)[0]
+    one_hot = jnp.eye(space.max_options)[point]
+    gradient = jax.grad(table.expected)(one_hot)
+    for decision, exists in enumerate(space.mask):
+        other = point.copy()
+        other[decision] = (point[decision] + 1) % exists.sum()
+        expected = np.diff(table.of_many(np.stack([point, other])))[0]
+        found = gradient[decision, other[decision]] - gradient[decision, point[decision]]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_range_and_dearest_are_those_of_the_smallest_and_largest():
+    space = space_of("apart")
+    table = space.cost_table(cost.gbops)
+    low, high = table.range
+    smallest = [*space.net.smallest, *[0] * (len(space.decisions) - len(space.net.decisions))]
+    dearest = [*space.net.largest, *(np.array([len(d.options) for d in space.decisions]) - 1)]
+    dearest = np.array([*space.net.largest, *dearest[2 * len(space.net.decisions) :]])
+    np.testing.assert_allclose(low, table.of_many(np.array(smallest)[None])[0])
+    np.testing.assert_allclose(high, table.of_many(dearest[None])[0])
+    np.testing.assert_array_equal(table.dearest, dearest)
+    with pytest.raises(SpaceError, match="outside of the space"):
+        table.check_target(high * 1.01)
+
+
+def test_what_a_skipped_block_has_is_not_decided():
+    space = space_of("apart")
+    names = [decision.name for decision in space.decisions]
+    point = random_points(space, 1)[0]
+    point[names.index("block5:depth")] = 0
+    active = dict(zip(names, np.asarray(space.active(point))))
+    assert not active["block5/depthwise/kernel:window"]
+    assert not active["block5/expand/kernel:expansion"]
+    assert not active["block5/project/kernel:weight"]
+    off = {name for name, on in active.items() if not on}
+    assert all(name.startswith("block5/") or name.startswith("block3/") for name in off)
+    point[names.index("block5:depth")] = point[names.index("block3:depth")] = 1
+    assert np.all(space.active(point))
+
+
+def test_one_program_for_all_points():
+    model, variables, _ = small_net()
+    space = space_of("apart")
+    qapply = aqs.quantize(functools.partial(model.apply, train=False))
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+
+    @jax.jit
+    def logits(choices, variables):
+        point = space.point(choices)
+        return qapply(point.assignment, space.net.variables(point.architecture, variables), images)
+
+    found = [logits(point, variables) for point in random_points(space, 50)]
+    assert logits._cache_size() == 1
+    assert np.all(np.isfinite(found))
+
+
+def test_costs_that_are_not_linear_are_refused():
+    space = space_of("tied")
+    with pytest.raises(SpaceError, match="no sum of its multiply-accumulates"):
+        space.cost_table(lambda sites, _: sum(site.macs**0.5 for site in sites.values()))
+    table = space.cost_table(cost.gbops)
+    with pytest.raises(SpaceError, match="architecture"):
+        search.allocate(np.zeros(space.mask.shape), {"gbops": table}, {"gbops": 1.0})
+    _, _, net = small_net()
+    other = {name: site for name, site in net.sites.items() if name != "head/kernel"}
+    with pytest.raises(SpaceError, match="another model"):
+        make_space(other, RULES["tied"], net=net)
