@@ -1,5 +1,6 @@
 """Formats and architecture in one space: costs against those of extracted models, found anew."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -183,6 +184,23 @@ def test_one_program_for_all_points():
     found = [logits(point, variables) for point in random_points(space, 50)]
     assert logits._cache_size() == 1
     assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "why"),
+    [(aqs.percentile(99), "counts elements"), (aqs.mean_deviation(), "counts elements"),
+     (aqs.lsq("int4", "int8"), "counts elements"), (aqs.batch_quant(), "counts elements"),
+     (aqs.moving_average(aqs.percentile(99)), "counts"), (aqs.centred(aqs.absmax()), "no zero")],
+)  # fmt: skip
+def test_calibrations_that_see_the_zeros_of_subnets_are_refused(calibration, why):
+    def calibrated(site, formats):
+        side = "rhs" if "no zero" in why else "lhs"
+        spec = dataclasses.replace(aqs.quantizer(getattr(formats, side)), calibration=calibration)
+        return formats._replace(**{side: spec})
+
+    space = dataclasses.replace(space_of("fixed"), adapt=calibrated)
+    with pytest.raises(SpaceError, match=f"'stem/kernel'.*{why}.*absmax"):
+        space.point(np.zeros(len(space.decisions), int))
 
 
 def test_costs_that_are_not_linear_are_refused():

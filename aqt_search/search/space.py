@@ -86,6 +86,21 @@ def _as_chosen(site: Site, formats: SiteFormats) -> SiteFormats:
     return formats
 
 
+def _check_sees_no_zeros(name: str, formats: SiteFormats) -> None:
+    for spec in formats:
+        calibration = None if spec is None else quantizer(spec).calibration
+        if calibration is None:
+            continue
+        learned = calibration.derivative == "lsq"  # LSQ's start and BatchQuant's means count
+        if calibration.counts or calibration.centred or learned:
+            why = "has no zero on its grid" if calibration.centred else "counts elements"
+            raise SpaceError(
+                f"Site {name!r} has a calibration that {why}, so in a subnet its scale is not that"
+                " of the model that is cut out: expected absmax, min_max, mse, pact or fixed, or"
+                " moving bounds of these, beside architecture decisions."
+            )
+
+
 class Point(NamedTuple):
     """Formats and an architecture: what a subnet is called with in place of an assignment."""
 
@@ -152,9 +167,18 @@ class Space:
         return jnp.asarray(choices)[: 0 if self.net is None else len(self.net.decisions)]
 
     def point(self, choices: jax.typing.ArrayLike) -> Point | dict[str, SiteFormats]:
-        """What a function of the whole model is called with: its assignment, or a `Point`."""
+        """What a function of the whole model is called with: its assignment, or a `Point`.
+
+        Raises:
+          SpaceError: a calibration would see the zeros of a subnet: it counts elements, or its grid
+            has no zero.
+        """
         assignment = self.assignment(choices)
-        return assignment if self.net is None else Point(assignment, self.architecture(choices))
+        if self.net is None:
+            return assignment
+        for name, formats in assignment.items():
+            _check_sees_no_zeros(name, formats)
+        return Point(assignment, self.architecture(choices))
 
     def active(self, choices: jax.typing.ArrayLike) -> jax.Array:
         """Whether each decision decides anything, or is about what a subnet has not: [decisions].
