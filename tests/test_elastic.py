@@ -244,6 +244,39 @@ def test_sorting_keeps_the_function_and_brings_the_important_first(version):
     assert np.any(np.diff(before) > 0)
 
 
+def test_kernel_matrices_make_smaller_windows_of_larger_ones():
+    """Against the definition in float64; with the identity they are the middle."""
+    model, variables, net = v2_net()
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    matrices = net.matrices()
+    assert {name: [m.shape for m in own] for name, own in matrices.items()} == {
+        f"block{i}/depthwise/kernel": [(9, 9), (1, 1)] for i in (2, 3, 4, 5)
+    }  # fmt: skip
+    apply = jax.jit(lambda c, v, m: model.apply(net.variables(c, v, m), images, train=False))
+    rng = np.random.default_rng(0)
+    learned = jax.tree.map(
+        lambda m: m + jnp.asarray(rng.normal(size=m.shape) / 4, m.dtype), matrices
+    )
+    name = "block2/depthwise/kernel"
+    window = [d.name for d in net.decisions].index(f"{name}:window")
+    kernel = np.asarray(variables["params"]["block2"]["depthwise"]["kernel"], np.float64)
+    middle = kernel[1:4, 1:4].reshape(9, -1)
+    three = (np.asarray(learned[name][0], np.float64).T @ middle).reshape(3, 3, *kernel.shape[2:])
+    one = np.asarray(learned[name][1], np.float64)[0, 0] * three[1:2, 1:2]
+    for option, expected in enumerate((one, three, kernel)):
+        choices = net.largest
+        choices[window] = option
+        cut = net.extract(choices, variables, learned)["params"]["block2"]["depthwise"]["kernel"]
+        np.testing.assert_allclose(cut, expected, rtol=1e-5, atol=1e-6)
+        small, own = fitted(model, net.extract(choices, variables, learned))
+        found = apply(choices, variables, learned)
+        expected = small.apply(own, images, train=False)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    plain = model.apply(net.variables(net.smallest, variables), images, train=False)
+    found = apply(net.smallest, variables, matrices)
+    np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-5)
+
+
 def test_the_whole_model_is_the_largest():
     _, variables, net = v2_net()
     same = net.variables(net.largest, variables)

@@ -24,6 +24,7 @@ from aqt_search.architecture.channel_groups import Channels
 from aqt_search.architecture.choosing import Chosen, chosen_depths, chosen_kernels, chosen_widths
 from aqt_search.architecture.decisions import ArchitectureDecision, Factors, Times, value_under
 from aqt_search.architecture.errors import ArchitectureError
+from aqt_search.architecture.kernel_matrices import Matrices, chosen_kernel, identity_matrices
 from aqt_search.architecture.leaf_masks import LeafMask
 from aqt_search.tracing.flat_graph import trace_graph
 from aqt_search.tracing.sites import Site, parameter_name
@@ -125,17 +126,35 @@ class Elastic:
         """Of each decision the smallest option."""
         return np.array([_argmost(d.options, min) for d in self.decisions])
 
-    def variables(self, choices: jax.typing.ArrayLike, variables: Any) -> Any:
+    def variables(
+        self, choices: jax.typing.ArrayLike, variables: Any, matrices: Matrices | None = None
+    ) -> Any:
         """The variables of a subnet: 0 where it has no channel, tap or block.
 
         Args:
           choices: int [decisions]; may be traced.
           variables: of the whole model.
+          matrices: what makes smaller windows of larger ones, as of `matrices`; None: their middle.
         """
         choices = self._checked(choices)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self._masked(path, leaf, choices), variables
-        )
+
+        def masked(path, leaf):
+            name = parameter_name(path)
+            if name not in self.leaf_masks:
+                return leaf
+            mask = self.leaf_masks[name]
+            if matrices is not None and name in matrices:
+                leaf = chosen_kernel(leaf, mask, matrices[name], choices)
+            return jnp.where(mask.mask(choices), leaf, jnp.zeros((), leaf.dtype))
+
+        return jax.tree_util.tree_map_with_path(masked, variables)
+
+    def matrices(self) -> dict[str, tuple[jax.Array, ...]]:
+        """The kernel matrices that training starts from, by leaf: the identity for each window.
+
+        They are parameters like any other, learned beside the variables.
+        """
+        return identity_matrices(self.leaf_masks)
 
     def masks(self, choices: jax.typing.ArrayLike, tree: Any) -> Any:
         """1 where a subnet has an element of the variables `tree`, else 0; float32, broadcasts."""
@@ -186,9 +205,11 @@ class Elastic:
         found = self.leaf_masks.get(parameter_name(path))
         return None if found is None else found.mask(choices)
 
-    def _masked(self, path, leaf, choices: jax.Array):
-        mask = self._mask(path, choices)
-        return leaf if mask is None else jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+    def _known(self, choices: jax.typing.ArrayLike) -> np.ndarray:
+        """Known choices, also where a function is traced."""
+        known = np.asarray(choices)
+        self._checked(known)
+        return known
 
     def _checked(self, choices: jax.typing.ArrayLike) -> jax.Array:
         choices = jnp.asarray(choices)
@@ -199,26 +220,32 @@ class Elastic:
             )
         return choices
 
-    def extract(self, choices: jax.typing.ArrayLike, variables: Any) -> Any:
+    def extract(
+        self, choices: jax.typing.ArrayLike, variables: Any, matrices: Matrices | None = None
+    ) -> Any:
         """The variables of a subnet, cut out: those of the model that is built like it.
 
         Leaves of skipped blocks are left out, and dictionaries that are empty then.
 
         Args:
           choices: int [decisions], known numbers.
-          variables: of the whole model.
+          variables: of the whole model; may be traced.
+          matrices: as of `variables`.
         """
-        known = np.asarray(self._checked(choices))
+        known = self._known(choices)
 
         def cut(path, leaf):
-            mask = self.leaf_masks.get(parameter_name(path))
+            name = parameter_name(path)
+            mask = self.leaf_masks.get(name)
+            if mask is not None and matrices is not None and name in matrices:
+                leaf = chosen_kernel(leaf, mask, matrices[name], known)
             return leaf if mask is None else mask.cut(leaf, known)
 
         return _pruned(jax.tree_util.tree_map_with_path(cut, variables))
 
     def description(self, choices: jax.typing.ArrayLike) -> dict[str, Any]:
         """What a subnet has, by decision: {"block2/expand/kernel:width": 48, ...}."""
-        known = np.asarray(self._checked(choices))
+        known = self._known(choices)
         return {d.name: d.options[int(c)] for d, c in zip(self.decisions, known)}
 
     def sort(self, variables: Any) -> Any:
