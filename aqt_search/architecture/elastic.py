@@ -145,7 +145,8 @@ class Elastic:
             mask = self.leaf_masks[name]
             if matrices is not None and name in matrices:
                 leaf = chosen_kernel(leaf, mask, matrices[name], choices)
-            return jnp.where(mask.mask(choices), leaf, jnp.zeros((), leaf.dtype))
+            here = mask.mask(choices)
+            return leaf if here is None else jnp.where(here, leaf, jnp.zeros((), leaf.dtype))
 
         return jax.tree_util.tree_map_with_path(masked, variables)
 
@@ -238,7 +239,7 @@ class Elastic:
             name = parameter_name(path)
             mask = self.leaf_masks.get(name)
             if mask is not None and matrices is not None and name in matrices:
-                leaf = chosen_kernel(leaf, mask, matrices[name], known)
+                leaf = chosen_kernel(leaf, mask, matrices[name], jnp.asarray(known))
             return leaf if mask is None else mask.cut(leaf, known)
 
         return _pruned(jax.tree_util.tree_map_with_path(cut, variables))
