@@ -124,7 +124,7 @@ def test_it_learns_in_one_program():
 
     compiled = parallel.pmap_step(counted)
     state, losses = parallel.replicate(state_of(optimizer)), []
-    for number in range(60):
+    for number in range(120):
         state, told = compiled(state, {}, parallel.shard(batch_of(number % 4, 32)))
         losses.append([float(told[k][0]) for k in ("loss", "loss/smallest", "loss/random1")])
     assert len(traced) == 1  # for all subnets and formats
