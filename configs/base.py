@@ -181,6 +181,26 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.temperature = 1.0
     config.search.log_probability = "sum"  # over decisions: "sum" or "mean"
 
+    # experiments.supernet: weights whose subnets (search.architecture) all work, in all formats.
+    config.supernet = ml_collections.ConfigDict()
+    config.supernet.subnets = 2  # random ones in a step, beside the largest and the smallest
+    config.supernet.distillation = 1.0  # weight of the largest subnet's logits
+    config.supernet.kernel_matrices = True  # smaller windows are learned functions of larger ones
+    # (share of the run, kinds of decisions that random subnets are free in), one after another:
+    # "width", "expansion", "window", "depth", "formats"; then all are free.
+    config.supernet.phases = ()
+
+    # experiments.subnets: subnets of the supernet in the folder `checkpoint`.
+    config.subnets = ml_collections.ConfigDict()
+    config.subnets.checkpoint = ""
+    config.subnets.samples = 300  # random subnets that are judged, and the predictor learns from
+    config.subnets.images = 1000  # held-out images that they are judged on
+    config.subnets.evaluations = 20000  # points that NSGA-II asks the predictor for
+    config.subnets.points = 6  # of the front found, evaluated exactly as models of their own
+    config.subnets.target = (
+        0.0  # of search.cost, as search.relative_to says: this alone; 0: a front
+    )
+
     config.sweep = ml_collections.ConfigDict()
     # Points are run for each seed, and for each combination of `grid`: (key, values), ...
     config.sweep.seeds = (0,)

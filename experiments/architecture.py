@@ -21,6 +21,9 @@ from experiments.errors import ConfigError
 
 ARCHITECTURE, FORMATS = "architecture", "formats"  # what a policy.json with both holds
 
+# The kinds of decisions that a phase of a supernet's training may set free.
+KINDS = ("width", "expansion", "window", "depth", FORMATS)
+
 # By the first word of a rule of `search.architecture`, what stands behind it.
 FORMS = {
     "width": "('width', pattern of channel groups, numbers of channels)",

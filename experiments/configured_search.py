@@ -231,9 +231,11 @@ def checked_targets(
     return targets
 
 
-def configured_space(config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site]) -> Space:
+def configured_space(
+    config: ml_collections.ConfigDict, sites: Mapping[str, aqs.Site], net: Elastic | None = None
+) -> Space:
     """The space of `config.search`, with the quantizers of the configuration."""
-    return with_quantizers(config, plain_space(config, sites))
+    return with_quantizers(config, plain_space(config, sites, net))
 
 
 def plain_space(

@@ -13,6 +13,7 @@ import numpy as np
 
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
+from aqt_search.training.train_step import TrainState
 from aqt_search.training.workdir import CONFIG_FILE, read_json
 from configs import base
 from experiments import from_config, results
@@ -26,6 +27,8 @@ from experiments.assignment import configured_assignment
 from experiments.configured_search import configured_space, first_assignment
 from experiments.job import INPUTS, JOB, claimed_identity
 from experiments.subnet import subnet_of
+
+_SUPERNET = "supernet"  # the kind of a result
 
 
 class FinishedRun(NamedTuple):
@@ -61,7 +64,7 @@ def load(
             " held out is not what would be held out now. Restore its data set, or train anew."
         )
     parts = from_config.build_parts(trained, images, axis_name=None)
-    variables = trained_variables(trained, folder, parts)
+    variables = trained_state(trained, folder, parts).variables
     return FinishedRun(trained, *_as_found(trained, folder, parts, variables))
 
 
@@ -131,23 +134,57 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def trained_variables(
+class Supernet(NamedTuple):
+    """A run of experiments.supernet that has ended."""
+
+    config: ml_collections.ConfigDict
+    parts: from_config.Parts
+    variables: Mapping[str, Any]
+    matrices: Any  # of the kernels; () where smaller windows are plain middles
+
+
+def load_supernet(
+    config: ml_collections.ConfigDict, folder: Path, images: from_config.Images
+) -> Supernet:
+    """The supernet in `folder`, which `config` describes.
+
+    Raises:
+      ConfigError: there is none, or one of another model, data set or seed.
+      CheckpointError: its checkpoint is not whole.
+    """
+    trained = run_config(config, folder)
+    kind = (result_of(folder) or {}).get("kind")
+    if kind != _SUPERNET:
+        raise from_config.ConfigError(
+            f"The run in {folder} is no supernet (its kind is {kind!r}): give the workdir of a"
+            " finished run of experiments.supernet."
+        )
+    parts = from_config.build_parts(trained, images, axis_name=None)
+    train = trained_state(trained, folder, parts)
+    return Supernet(trained, parts, train.variables, train.auxiliary)
+
+
+def trained_state(
     config: ml_collections.ConfigDict, folder: Path, parts: from_config.Parts
-) -> Mapping[str, Any]:
-    """The weights and BatchNorm statistics at the end of the run in `folder`.
+) -> TrainState:
+    """The weights, statistics and what was learned beside them at the end of a run.
 
     Raises:
       CheckpointError: there is no whole checkpoint, or one of another model.
       ConfigError: there is no checkpoint at all.
     """
-    searched = read_json(folder / results.RESULT_FILE).get("kind") in ("search", "random")
+    kind = read_json(folder / results.RESULT_FILE).get("kind")
+    searched = kind in ("search", "random", _SUPERNET)
+    net = configured_net(config, parts.model, parts.images.splits.image_shape)
+    learned = kind == _SUPERNET and config.supernet.kernel_matrices
 
     def initial():
         if not searched:
             assignment = configured_assignment(config, parts.sites)
             return from_config.initial_state(config, parts, assignment)
-        assignment = first_assignment(configured_space(config, parts.sites))
-        return {"train": from_config.initial_state(config, parts, assignment)}
+        assignment = first_assignment(configured_space(config, parts.sites, net))
+        matrices = net.matrices() if net is not None and learned else ()
+        return {"train": from_config.initial_state(config, parts, assignment, matrices)}
 
     template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
     # Of a search the weights alone: what its policy remembers may be of another version.
@@ -159,5 +196,4 @@ def trained_variables(
         raise from_config.ConfigError(
             f"{folder} has no checkpoint in {CHECKPOINT_FOLDER}. Give another run, or run it again."
         )
-    train = restored.state["train"] if searched else restored.state
-    return train.variables
+    return restored.state["train"] if searched else restored.state

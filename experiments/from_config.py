@@ -143,10 +143,16 @@ def cost_function(name: str) -> Callable:
     raise ConfigError(f"Unknown cost {name!r}: expected one of {', '.join(known)}.")
 
 
+def abstract_variables(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of a model's variables."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda i: model.init(jax.random.key(0), i, train=False), image)
+
+
 def model_sites(model: Any, image_shape: tuple[int, ...]) -> dict[str, aqs.Site]:
     """The sites of one image's forward pass."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda i: model.init(jax.random.key(0), i, train=False), image)
+    variables = abstract_variables(model, image_shape)
     return aqs.find_sites(model.apply, variables, image, train=False)
 
 
@@ -216,9 +222,15 @@ def quantized(model: Any, axis_name: str | None = None) -> Callable:
 
 
 def initial_state(
-    config: ml_collections.ConfigDict, parts: Parts, assignment: Mapping[str, aqs.SiteFormats]
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    assignment: Mapping[str, aqs.SiteFormats],
+    auxiliary: Any = (),
 ) -> TrainState:
-    """The state that training under formats like those of `assignment` starts from."""
+    """The state that training under formats like those of `assignment` starts from.
+
+    `auxiliary` is learned beside the parameters, where there is no range loss that learns.
+    """
     shape = parts.images.splits.image_shape
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     apply = functools.partial(parts.model.apply, train=False)
@@ -226,8 +238,8 @@ def initial_state(
     def init_scales(variables: Any) -> Any:
         return aqs.quantize_with_state(apply).init(assignment, variables, image)
 
-    more = {} if parts.range_loss is None else {"init_auxiliary": parts.range_loss.init}
-    more["init_scales"] = init_scales
+    own = parts.range_loss.init if parts.range_loss is not None else lambda params: auxiliary
+    more = {"init_auxiliary": own, "init_scales": init_scales}
     return init_train_state(parts.model, parts.optimizer, shape, config.seed, **more)
 
 

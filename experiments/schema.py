@@ -32,7 +32,7 @@ from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.sensitivity import FLOAT
 from aqt_search.weights.range_loss import RANGE_LOSSES
-from experiments.architecture import parsed_architecture
+from experiments.architecture import KINDS, parsed_architecture
 from experiments.configured_search import NAMED_CONTROLS, check_controls, cost_names
 from experiments.from_config import JUDGED_SPLITS, ConfigError, build_model, cost_function
 from experiments.kinds import (
@@ -125,6 +125,13 @@ def changes(fixed: Collection[str]) -> Kind:
             require_part(key, changed, SCHEMA[known_key(key, fixed)])
 
     return Kind("a mapping of keys to values", {"epochs": 2.0}, check)
+
+
+def _check_phase(value: Any) -> None:
+    """One entry of `supernet.phases`."""
+    demand(is_tuple(value, 2, 2))
+    require_part("its share", value[0], number(0.25, above=0, most=1))
+    require_part("its kinds", value[1], several(one_of(KINDS), least=1))
 
 
 def _check_axis(value: Any) -> None:
@@ -324,6 +331,18 @@ SCHEMA: Mapping[str, Kind] = {
     "search.entropy_weight": number(0.1, least=0),
     "search.temperature": number(1.0, above=0),
     **{f"search.{name}": one_of(names) for name, names in NAMED_CONTROLS.items()},
+    "supernet.subnets": whole(2, least=0, most=64),
+    "supernet.distillation": WEIGHT,
+    "supernet.kernel_matrices": flag(),
+    "supernet.phases": several(
+        Kind("(share, kinds of decisions)", (0.25, ("window", "formats")), _check_phase)
+    ),
+    "subnets.checkpoint": WORKDIR,
+    "subnets.samples": whole(300, least=20, most=1_000_000),
+    "subnets.images": COUNT,
+    "subnets.evaluations": whole(20000, least=100, most=10_000_000),
+    "subnets.points": whole(6, above=0, most=1000),
+    "subnets.target": number(1.1, least=0),
     "sweep.seeds": several(SEED, least=1, example=(0, 1, 2)),
     "sweep.grid": several(Kind("a pair (key, values)", ("model.width", (0.5, 1.0)), _check_axis)),
     "sweep.baselines": several(
@@ -404,6 +423,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     cost_names(config)
     check_controls(config)
     _check_architecture(config.search)
+    shares = [share for share, _ in config.supernet.phases]
+    if sum(shares) >= 1:
+        raise ConfigError(
+            f"The shares of config.supernet.phases are {shares}; expected a sum below 1, as in the"
+            " rest of the run all decisions are free."
+        )
 
 
 def _check_architecture(search: ml_collections.ConfigDict) -> None:
@@ -429,7 +454,10 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return found
 
 
-_PATHS = ("data.data_dir", "checkpoint", "policy", "sensitivity.checkpoint", "searchers.checkpoint")
+_PATHS = (
+    "data.data_dir", "checkpoint", "policy", "sensitivity.checkpoint", "searchers.checkpoint",
+    "subnets.checkpoint",
+)  # fmt: skip
 
 
 def with_homes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

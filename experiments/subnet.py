@@ -31,6 +31,7 @@ def subnet_of(
     formats: Mapping[str, aqs.SiteFormats],
     variables: Mapping[str, Any],
     active: np.ndarray | None = None,
+    matrices: Any = None,
 ) -> Subnet:
     """The model that is built like a subnet, with formats and scales by its own names.
 
@@ -40,10 +41,11 @@ def subnet_of(
       formats: of sites of the whole model; {} for none.
       variables: of the whole model.
       active: [decisions], bool: those that decide anything, which are told; None: all.
+      matrices: of the kernels, as of `Elastic.extract`.
     """
     scales = variables.get(SCALES, {})
     rest = {name: part for name, part in variables.items() if name != SCALES}
-    model, cut = fitted(parts.model, net.extract(choices, rest))
+    model, cut = fitted(parts.model, net.extract(choices, rest, matrices or None))
     sites = from_config.model_sites(model, parts.images.splits.image_shape)
     names = dict(zip(sites, subnet_sites(net, choices), strict=True))
     own = {new: scales[old] for new, old in names.items() if old in scales}

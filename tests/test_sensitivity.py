@@ -290,12 +290,12 @@ def test_weights_of_a_search(folder, images):
     parts, state = leave_run(folder, images, "search", "search")
     run = folder / "search"
     config = finished_run.run_config(configured(folder, "search"), run)
-    found = finished_run.trained_variables(config, run, parts)
+    found = finished_run.trained_state(config, run, parts).variables
     jax.tree.map(np.testing.assert_array_equal, found["params"], state.train.params)
     jax.tree.map(np.testing.assert_array_equal, found["batch_stats"], state.train.batch_stats)
     write_json(run / "result.json", {"kind": "uniform"})
     with pytest.raises(CheckpointError, match="does not fit"):
-        finished_run.trained_variables(config, run, parts)
+        finished_run.trained_state(config, run, parts).variables
 
 
 def test_a_run_may_be_older_than_keys_of_the_configuration(folder, images):

@@ -13,7 +13,7 @@ from aqt_search.search.space import Point
 from aqt_search.training.parallel import AXIS
 
 
-def of_points(qapply: Callable, net: Elastic | None) -> Callable:
+def of_points(qapply: Callable, net: Elastic | None, matrices: Any = None) -> Callable:
     """`subnet(point, variables, ...)` of `qapply(assignment, variables, ...)`.
 
     The variables are those of the whole model, of which the subnet sees its own. Where collections
@@ -22,12 +22,13 @@ def of_points(qapply: Callable, net: Elastic | None) -> Callable:
     Args:
       qapply: a quantized function of the whole model, as Flax's `apply`.
       net: its subnets; None: points are assignments, and the function stays as it is.
+      matrices: of the kernels, as of `Elastic.variables`.
     """
     if net is None:
         return qapply
 
     def subnet(point: Point, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        own = net.variables(point.architecture, variables)
+        own = net.variables(point.architecture, variables, matrices or None)
         outputs = qapply(point.assignment, own, *args, **kwargs)
         if not kwargs.get("mutable"):
             return outputs

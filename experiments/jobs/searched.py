@@ -39,13 +39,18 @@ def probabilities_of(p: np.ndarray, space: Space) -> dict[str, float]:
     }
 
 
-def write_search_files(workdir: Path, space: Space) -> None:
-    """Writes space.json, and probabilities.jsonl from the metrics."""
+def write_space(workdir: Path, space: Space) -> None:
+    """Writes space.json."""
     decisions = {
         d.name: {"sites": list(d.sites), "options": list(d.labels)} for d in space.decisions
     }
     check_lock(workdir)
     write_json(workdir / "space.json", decisions)
+
+
+def write_search_files(workdir: Path, space: Space) -> None:
+    """Writes space.json, and probabilities.jsonl from the metrics."""
+    write_space(workdir, space)
     lines = []
     for record in read_metrics(workdir):
         table = {
