@@ -11,20 +11,21 @@ weights and of activations. The target is in GBOPs: int4 in the MobileNetV2 of w
 windows of 3 costs 0.01599. `:float` offers float formats in place of the integers.
 """
 
+import ml_collections
+
 from configs import cifar10_16px_mobilenet_v2
 
-FORMATS = {"int": ("int3", "int4", "int6", "int8"), "float": ("e2m0", "e2m1", "e3m2", "e4m3")}
+INT, FLOAT = ("int3", "int4", "int6", "int8"), ("e2m0", "e2m1", "e3m2", "e4m3")
 
 
-def get_config(kind: str = "int"):
-    """The search, with "int" or "float" formats."""
-    if kind not in FORMATS:
-        raise ValueError(f"unknown form {kind!r}: expected {' or '.join(FORMATS)}")
-    config = cifar10_16px_mobilenet_v2.get_config()
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = cifar10_16px_mobilenet_v2.get_config("quick" if arg == "quick" else "")
+    if arg not in ("", "quick", "float"):
+        raise ValueError(f"Unknown form {arg!r} of the config: expected none, quick or float.")
     config.model.windows = (5,)
     config.search.architecture = "small_mobilenet_v2"
     config.search.searcher = "critic"
-    formats = FORMATS[kind]
+    formats = FLOAT if arg == "float" else INT
     config.search.space = (
         ("stem|head", "int8"),
         (".*", {"weight": formats, "activation": formats}),

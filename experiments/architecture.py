@@ -140,7 +140,7 @@ def _option(value: Any) -> Any:
 
 def policy_architecture(config: ml_collections.ConfigDict) -> dict[str, Any] | None:
     """The architecture in the file `config.policy`, where there is one."""
-    if not config.policy:
+    if not config.policy or config.formats:  # of both together it is said elsewhere
         return None
     value = read_policy_file(Path(config.policy))
     return value.get(ARCHITECTURE) if isinstance(value, Mapping) else None

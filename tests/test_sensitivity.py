@@ -295,7 +295,7 @@ def test_weights_of_a_search(folder, images):
     jax.tree.map(np.testing.assert_array_equal, found["batch_stats"], state.train.batch_stats)
     write_json(run / "result.json", {"kind": "uniform"})
     with pytest.raises(CheckpointError, match="does not fit"):
-        finished_run.trained_state(config, run, parts).variables
+        finished_run.trained_state(config, run, parts)
 
 
 def test_a_run_may_be_older_than_keys_of_the_configuration(folder, images):

@@ -24,7 +24,7 @@ Segment = tuple[tuple[float, float], tuple[float, float]]  # both ends, in data 
 FRONT_INCHES = (10.0, 6.8)
 MARKERS = {
     "float": "D", "uniform": "s", "search": "*", "retrained": "v", "random": "X", "ptq": "P",
-    "palette": "h",
+    "palette": "h", "supernet": "o", "subnet": "^",
 }  # fmt: skip
 _COORDINATES = ("gbops", "accuracy")
 _ALL_NAMES = 16  # with more points than this, only those on the Pareto front are named

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from aqt_search.report.against_uniform import gains_over_uniform
+from aqt_search.report.architecture_section import architecture_section
 from aqt_search.report.canvas import NOT_QUANTIZED, ink_on
 from aqt_search.report.comparison_sections import (
     fronts_section,
@@ -104,6 +105,7 @@ def report_page(
         sensitivity_section(searches, sensitivity, figures.get("sensitivity")),
     ]
     if finished:
+        parts.append(architecture_section(finished))
         parts.append(_formats_section(finished, searches, figures, colours))
         parts.append(weights_section(finished, figures))
         parts.append(_curves_section(searches, figures))

@@ -16,7 +16,9 @@ from aqt_search.report.checked_json import (
 )
 from aqt_search.report.weight_file import WeightRow, read_weights
 
-KINDS = ("float", "uniform", "search", "retrained", "random", "ptq", "palette")
+KINDS = (
+    "float", "uniform", "search", "retrained", "random", "ptq", "palette", "supernet", "subnet",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Record:
     probabilities: tuple[tuple[int, Mapping[str, tuple[float, ...]]], ...] = ()
     space: Mapping[str, Decision] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, WeightRow] = dataclasses.field(default_factory=dict)
+    # Of a model that was cut out of a larger one: what was chosen, by decision.
+    architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -167,7 +171,9 @@ def _read_record(folder: Path) -> Record:
         error = value_of(result, "error", str, path)
         return Record(name=name, kind=kind, seed=seed, series=series, error=error)
     sites = _read_sites(folder / "sites.json")
-    space = _read_space(folder / "space.json", sites) if kind == "search" else {}
+    architecture = _read_architecture(folder / "policy.json")
+    known = None if architecture else sites
+    space = _read_space(folder / "space.json", known) if kind == "search" else {}
     return Record(
         name=name,
         kind=kind,
@@ -180,6 +186,7 @@ def _read_record(folder: Path) -> Record:
         space=space,
         probabilities=_read_probabilities(folder / "probabilities.jsonl", space),
         weights=read_weights(folder / "weights.json", sites),
+        architecture=architecture,
     )
 
 
@@ -263,7 +270,16 @@ def _format_label(formats: Any, side: str) -> Any:
     return value.get("format", 0) if isinstance(value, dict) else value
 
 
-def _read_space(path: Path, sites: Mapping[str, SiteFacts]) -> dict[str, Decision]:
+def _read_architecture(path: Path) -> dict[str, Any]:
+    """What was chosen by a search of the architecture; {} of any other point."""
+    policy = read_object(path) if path.exists() else {}
+    if "architecture" not in policy:
+        return {}
+    return value_of(value_of(policy, "architecture", dict, path), "choices", dict, path)
+
+
+def _read_space(path: Path, sites: Mapping[str, SiteFacts] | None) -> dict[str, Decision]:
+    """The decisions about formats; where the architecture was searched (None) not all sites stay."""
     space = {}
     for name, entry in read_object(path).items():
         if not isinstance(entry, dict):
@@ -271,8 +287,11 @@ def _read_space(path: Path, sites: Mapping[str, SiteFacts]) -> dict[str, Decisio
         options = value_of(entry, "options", list, path)
         if not options or not all(isinstance(option, str) for option in options):
             raise ReportError(f"{path}: decision {name!r} must have options that are format names")
-        space[name] = Decision(tuple(value_of(entry, "sites", list, path)), tuple(options))
-        if unknown := set(space[name].sites) - set(sites):
+        own = value_of(entry, "sites", list, path)
+        if not own:  # about the architecture
+            continue
+        space[name] = Decision(tuple(own), tuple(options))
+        if sites is not None and (unknown := set(space[name].sites) - set(sites)):
             raise ReportError(f"{path}: decision {name!r} covers unknown sites {sorted(unknown)}")
     return space
 
