@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.search.space import Point
 from aqt_search.training import parallel
 from aqt_search.training.scales import batch_arguments
 from aqt_search.training.train_step import cross_entropy
@@ -96,7 +97,8 @@ def evaluate_assignments(
       qapply: `quantize(model.apply)`; scales and statistics it shares over `parallel.AXIS` are
         those of the whole batch.
       assignments: an assignment whose format fields have a leading axis [n], such as
-        `jax.vmap(space.assignment)(choices)` of choices [n, decisions].
+        `jax.vmap(space.assignment)(choices)` of choices [n, decisions]; `Point`s alike, where
+        `qapply` is of `subnets.of_points`.
       variables: {"params": ..., "batch_stats": ...}, not replicated.
       batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them.
       chunk: assignments evaluated at once; memory grows with it where they are vectorized.
@@ -136,6 +138,15 @@ def evaluate_assignments(
 
 def _count(assignments: Any) -> int:
     """The length n of the leading axis."""
+    if isinstance(assignments, Point):
+        count, architectures = _count(assignments.assignment), np.shape(assignments.architecture)
+        if len(architectures) == 2 and architectures[0] == count:
+            return count
+        raise ValueError(
+            f"Points to evaluate have {count} assignments and architectures of shape"
+            f" {architectures}; expected [{count}, architecture decisions]. Make them with"
+            " jax.vmap(space.point)(choices) of choices [n, decisions]."
+        )
     shapes = sorted({np.shape(leaf) for leaf in jax.tree.leaves(assignments)})
     if len(shapes) == 1 and len(shapes[0]) == 1 and shapes[0][0]:
         return shapes[0][0]

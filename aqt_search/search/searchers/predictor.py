@@ -71,7 +71,13 @@ def _genes(choices: np.ndarray, mask: np.ndarray, active: np.ndarray) -> np.ndar
 def _fitted(genes: np.ndarray, qualities: np.ndarray, seed: int) -> Callable:
     mean, scale = qualities.mean(), qualities.std() or 1.0
     members = [
-        MLPRegressor((400, 400, 400), alpha=1e-3, max_iter=200, tol=1e-5, random_state=seed + n)
+        MLPRegressor(
+            hidden_layer_sizes=(400, 400, 400),
+            alpha=1e-3,
+            max_iter=200,
+            tol=1e-5,
+            random_state=seed + n,
+        )
         for n in range(_MEMBERS)
     ]
     targets = (qualities - mean) / scale
