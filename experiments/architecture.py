@@ -41,6 +41,7 @@ def parsed_architecture(rules: Any) -> dict[str, Any]:
       ConfigError: rules that are none.
     """
     found: dict[str, Any] = {"widths": {}, "kernels": {}, "depths": []}
+    rules = _tuples(rules)
     if not isinstance(rules, tuple):
         raise ConfigError(f"these are no rules; they are {'; '.join(FORMS.values())}")
     for rule in rules:
@@ -58,6 +59,11 @@ def parsed_architecture(rules: Any) -> dict[str, Any]:
         else:
             found["depths"].append((rest[0], rest[1]))
     return found
+
+
+def _tuples(value: Any) -> Any:
+    """With lists as tuples: a configuration that was read from a file has lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def configured_net(
@@ -82,8 +88,8 @@ def configured_net(
         return elastic(apply, variables, image, **options)
     except ArchitectureError as error:
         raise ConfigError(
-            f"config.search.architecture: {error} The whole model is built by config.model:"
-            " windows, expansions, depths, width and form."
+            f"config.search.architecture{'' if name else '_rules'}: {error} The whole model is"
+            " built by config.model: windows, expansions, depths, width and form."
         ) from error
 
 

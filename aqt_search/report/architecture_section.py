@@ -13,7 +13,7 @@ _NOTE = (
 
 
 def architecture_section(records: Sequence[Record]) -> str:
-    """A row for every decision, a column for every point; nothing where none has an architecture."""
+    """A row for every decision, a column for every point; nothing where none has one."""
     found = [record for record in records if record.architecture]
     if not found:
         return ""

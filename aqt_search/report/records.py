@@ -279,7 +279,7 @@ def _read_architecture(path: Path) -> dict[str, Any]:
 
 
 def _read_space(path: Path, sites: Mapping[str, SiteFacts] | None) -> dict[str, Decision]:
-    """The decisions about formats; where the architecture was searched (None) not all sites stay."""
+    """The decisions about formats; of a searched architecture (None) not all sites stay."""
     space = {}
     for name, entry in read_object(path).items():
         if not isinstance(entry, dict):

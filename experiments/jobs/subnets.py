@@ -19,6 +19,7 @@ import numpy as np
 from aqt_search import data
 from aqt_search.report import write_report
 from aqt_search.search.cost_table import CostTable
+from aqt_search.search.options import SpaceError
 from aqt_search.search.searchers.evolution import evolution
 from aqt_search.search.searchers.predictor import Predictor, fit_predictor
 from aqt_search.search.space import Space
@@ -131,30 +132,44 @@ def _image_batches(
         yield {**batch, "mask": np.ones(size, np.float32)}
 
 
-def found_by(setting: Setting, predictor: Predictor) -> dict[str, np.ndarray]:
+def target_of(setting: Setting) -> float | None:
+    """`subnets.target` in units of the cost; None for a whole front.
+
+    Raises:
+      SpaceError: no subnet has that cost.
+    """
+    config = setting.config.copy_and_resolve_references()
+    if not config.subnets.target:
+        return None
+    config.search.target, config.search.further_costs = config.subnets.target, ()
+    try:
+        found = checked_targets(config, setting.parts.sites, {cost_names(config)[0]: setting.costs})
+    except SpaceError as error:  # which was told its key as that of a search
+        message = str(error).replace("config.search.target", "config.subnets.target")
+        raise SpaceError(message) from error
+    return next(iter(found.values()))
+
+
+def found_by(setting: Setting, predictor: Predictor, target: float | None) -> dict[str, np.ndarray]:
     """The points to evaluate exactly, by name: that of the target, or some along the front."""
     config, costs = setting.config, setting.costs
     search = functools.partial(
         evolution, predictor.predict, costs, evaluations=config.subnets.evaluations,
         seed=config.seed, population=min(500, config.subnets.evaluations // 5),
     )  # fmt: skip
-    if config.subnets.target:
-        config = config.copy_and_resolve_references()
-        config.search.target, config.search.further_costs = config.subnets.target, ()
-        targets = checked_targets(config, setting.parts.sites, {cost_names(config)[0]: costs})
-        ((_, target),) = targets.items()
-        return {f"target_{config.search.target:g}": search(target=target).choices}
+    if target is not None:
+        return {f"target_{config.subnets.target:g}": search(target=target).choices}
     low, high = costs.range
     limits = np.geomspace(low, high, config.subnets.points + 2)[1:-1]
     front = search(target=high).front
     prices, qualities = costs.of_many(front), predictor.predict(front)
-    found: dict[bytes, np.ndarray] = {}
+    along: dict[bytes, np.ndarray] = {}
     for limit in limits:
         fits = prices <= limit
         if fits.any():
             best = front[fits][np.argmax(qualities[fits])]
-            found[best.tobytes()] = best
-    return {f"subnet_{n}": point for n, point in enumerate(found.values(), start=1)}
+            along[best.tobytes()] = best
+    return {f"subnet_{n}": point for n, point in enumerate(along.values(), start=1)}
 
 
 def evaluated(
@@ -195,6 +210,7 @@ def run(
         why = "the weights are those of subnets.checkpoint, and formats are searched"
         from_config.refuse_unread(config, ("formats", "policy", "checkpoint"), why)
         setting = load(config, found_images)
+        target = target_of(setting)
         # Claimed last, so that a refused configuration does not keep the folder.
         claim_run(workdir, config, found_images, "subnets", ignore=_NOT_OF_THE_SAMPLES)
         points, accuracies = sampled(setting, workdir)
@@ -203,7 +219,7 @@ def run(
             points, accuracies, setting.space.mask, lambda c: np.asarray(active(c)), config.seed
         )
         found = {}
-        for name, choices in found_by(setting, predictor).items():
+        for name, choices in found_by(setting, predictor, target).items():
             predicted = float(predictor.predict(choices[None])[0])
             found[name] = evaluated(setting, workdir, name, choices, predicted)
         answer = {

@@ -1,0 +1,144 @@
+"""experiments.supernet and experiments.subnets on scikit-learn's digits."""
+
+import numpy as np
+import pytest
+
+import aqt_search as aqs
+from aqt_search.search.options import SpaceError
+from aqt_search.search.searchers.predictor import fit_predictor
+from aqt_search.training.metrics import read_metrics
+from aqt_search.training.workdir import read_json
+from configs import digits_mobilenet_v2
+from experiments import from_config, schema
+from experiments.jobs import subnets, supernet
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = digits_mobilenet_v2.get_config("quick")
+    rules = (("width", "^block3/expand/", (16, 48)), ("window", "^block2/depthwise/", (1, 3)),
+             ("depth", ("block4",), (0, 1)))  # fmt: skip
+    config.update_from_flattened_dict({
+        "data.data_dir": str(tmp_path_factory.mktemp("data")), "model.depths": (1, 1, 2, 1),
+        "model.width": 0.25, "epochs": 1.0, "optimizer.warmup_epochs": 0.0, "log_every": 1,
+        "evaluation.calibration_batches": 2, "search.architecture_rules": rules,
+        "search.searcher": "critic", "supernet.subnets": 1, "subnets.samples": 20,
+        "supernet.phases": ((0.5, ("window",)),), "subnets.images": 100, "subnets.points": 1,
+        "subnets.evaluations": 200,
+        "search.space": (("stem|head", "int8"), (".*", ("int4", "int8"))),
+    })  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def images(config):
+    return from_config.load_images(config)
+
+
+@pytest.fixture(scope="module")
+def trained(config, images, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("supernet") / "run"
+    return workdir, supernet.run(config, workdir, images)
+
+
+@pytest.fixture(scope="module")
+def found(config, images, trained, tmp_path_factory):
+    workdir, own = tmp_path_factory.mktemp("subnets") / "run", config.copy_and_resolve_references()
+    own.subnets.checkpoint = str(trained[0])
+    return workdir, own, subnets.run(own, workdir, images)
+
+
+def test_a_supernet_trains_its_ends_and_random_subnets(trained):
+    workdir, result = trained
+    records = read_metrics(workdir)
+    assert {"loss", "loss/smallest", "loss/random1", "gradient_norm"} <= set(records[-1])
+    assert all(np.isfinite(list(record.values())).all() for record in records)
+    assert result["kind"] == "supernet"
+    assert len(read_json(workdir / "space.json")) > 10
+
+
+def test_phases_set_kinds_of_decisions_free(config, images):
+    parts = from_config.build_parts(config, images)
+    space = supernet.supernet_space(config, parts)
+    phases = supernet.allowed_by_step(config, space, 16)
+    assert list(phases) == [0, 8]
+    names = [decision.name for decision in space.decisions]
+    window = names.index("block2/depthwise/kernel:window")
+    assert phases[0].sum(1).tolist() == [2 if n == window else 1 for n in range(len(names))]
+    np.testing.assert_array_equal(phases[8], space.mask)
+
+
+def test_subnets_are_plain_models_and_other_targets_need_no_more_images(found, images, monkeypatch):
+    workdir, config, told = found
+    (name,) = told["subnets"]
+    point = workdir / "points" / name
+    policy = read_json(point / "policy.json")
+    assert set(policy["formats"]) == set(read_json(point / "sites.json"))
+    assert (workdir / "report.html").exists()
+    assert len(read_json(workdir / "samples.json")["accuracies"]) == 20
+
+    def judged_again(setting):
+        def judge(choices):
+            raise AssertionError("subnets were judged that are known")
+
+        return judge
+
+    monkeypatch.setattr(subnets, "judged_by", judged_again)
+    again = config.copy_and_resolve_references()
+    again.subnets.target = 0.9
+    answer = subnets.run(again, workdir, images)["subnets"]
+    parts = from_config.build_parts(config, images)
+    ends = {n: s for n, s in parts.sites.items() if "stem" in n or "head" in n}
+    formats = aqs.assign(parts.sites, [(".*", "int4")]) | aqs.assign(ends, [(".*", "int8")])
+    assert answer["target_0.9"]["gbops"] <= 0.9 * aqs.cost.gbops(parts.sites, formats) * 1.02
+    again.subnets.target = 0.001
+    with pytest.raises(SpaceError, match=r"config\.subnets\.target.*0\.001 times uniform int4"):
+        subnets.run(again, workdir, images)
+
+
+def test_a_predictor_learns_an_additive_quality():
+    """Of 8 decisions of 3 options, with noise of a tenth: ranks of points it never saw."""
+    rng = np.random.default_rng(0)
+    mask, values = np.ones((8, 3), bool), rng.normal(size=(8, 3))
+    points = rng.integers(0, 3, (200, 8))
+    qualities = values[np.arange(8), points].sum(1)
+    qualities = qualities + 0.1 * qualities.std() * rng.normal(size=200)
+    predictor = fit_predictor(points, qualities, mask, lambda c: np.ones((len(c), 8), bool), seed=0)
+    assert predictor.rank_correlation > 0.8
+    inactive = fit_predictor(points, qualities, mask, lambda c: np.arange(8)[None] < 7 + 0 * c, 0)
+    other = points.copy()
+    other[:, 7] = (other[:, 7] + 1) % 3
+    np.testing.assert_array_equal(inactive.predict(points), inactive.predict(other))
+    with pytest.raises(ValueError, match="at least 10 points; got 5"):
+        fit_predictor(points[:5], qualities[:5], mask, lambda c: c >= 0, 0)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_what_is_no_supernet_or_another_is_refused(config, images, trained, found, tmp_path):
+    other = config.copy_and_resolve_references()
+    with pytest.raises(from_config.ConfigError, match="is empty: give the workdir"):
+        subnets.run(other, tmp_path / "a", images)
+    other.subnets.checkpoint = str(found[0] / "points" / next(iter(found[2]["subnets"])))
+    with pytest.raises(from_config.ConfigError, match=r"no finished run|no supernet"):
+        subnets.run(other, tmp_path / "b", images)
+    other.subnets.checkpoint, other.model.width = str(trained[0]), 0.5
+    with pytest.raises(from_config.ConfigError, match=r"model\.width"):
+        subnets.run(other, tmp_path / "c", images)
+    plain = config.copy_and_resolve_references()
+    plain.search.architecture_rules = ()
+    with pytest.raises(from_config.ConfigError, match="a supernet has subnets"):
+        supernet.run(plain, tmp_path / "d", images)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [(((0.6, ("window",)), (0.4, ("depth",))), "sum below 1"), (((0.5, ("windows",)),), "window"),
+     (((2.0, ("window",)),), "share"), ((0.5, ("window",)), "phases")],
+)  # fmt: skip
+def test_phases_that_cannot_be(config, phases, message):
+    other = config.copy_and_resolve_references()
+    other.supernet.phases = phases
+    with pytest.raises(from_config.ConfigError, match=message):
+        schema.check(other)
