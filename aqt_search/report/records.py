@@ -288,7 +288,7 @@ def _read_space(path: Path, sites: Mapping[str, SiteFacts] | None) -> dict[str, 
         if not options or not all(isinstance(option, str) for option in options):
             raise ReportError(f"{path}: decision {name!r} must have options that are format names")
         own = value_of(entry, "sites", list, path)
-        if not own:  # about the architecture
+        if "about" in entry:  # the architecture
             continue
         space[name] = Decision(tuple(own), tuple(options))
         if sites is not None and (unknown := set(space[name].sites) - set(sites)):

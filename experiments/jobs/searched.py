@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from aqt_search.architecture.decisions import ArchitectureDecision
 from aqt_search.search.space import Space
 from aqt_search.training.metrics import read_metrics
 from aqt_search.training.workdir import check_lock, write_json, write_text
@@ -41,9 +42,12 @@ def probabilities_of(p: np.ndarray, space: Space) -> dict[str, float]:
 
 def write_space(workdir: Path, space: Space) -> None:
     """Writes space.json."""
-    decisions = {
-        d.name: {"sites": list(d.sites), "options": list(d.labels)} for d in space.decisions
-    }
+    decisions: dict[str, dict[str, list[str]]] = {}
+    for decision in space.decisions:
+        told = {"sites": list(decision.sites), "options": list(decision.labels)}
+        if isinstance(decision, ArchitectureDecision):
+            told["about"] = list(decision.about)
+        decisions[decision.name] = told
     check_lock(workdir)
     write_json(workdir / "space.json", decisions)
 
