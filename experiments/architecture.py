@@ -16,6 +16,7 @@ from aqt_search.architecture.decisions import Times
 from aqt_search.architecture.elastic import Elastic, elastic
 from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.architecture.named_spaces import architecture
+from aqt_search.models.fitting import FITTED
 from aqt_search.training.workdir import read_json
 from experiments.errors import ConfigError
 
@@ -77,6 +78,13 @@ def configured_net(
     name, rules = config.search.architecture, config.search.architecture_rules
     if not name and not rules:
         return None
+    if not isinstance(model, FITTED):  # or it would fail when all has trained
+        raise ConfigError(
+            f"config.model.name is {config.model.name!r}, but a job ends with a plain model of the"
+            f" architecture it found, which it can build of a MobileNetV2 or MobileNetV3 alone"
+            " (without quantizers.companded). Take one of these; a loop of one's own can search any"
+            " model by aqt_search.elastic."
+        )
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def apply(variables, images):

@@ -157,7 +157,7 @@ BAD = {
     "windows of the published net": ({"model.windows": ()}, "3 x 3.*config.model"),
     "another network": ({"model.name": "resnet8", "model.form": "cifar", "model.windows": (),
                          "model.depths": ()},
-                        "MobileNetV2 or MobileNetV3"),
+                        "'resnet8'.*MobileNetV2 or MobileNetV3"),
     "rules of no group": ({"search.architecture": "", "search.architecture_rules": (
         ("width", "blok", (8, 16)),)}, "'blok' matches none"),
 }  # fmt: skip

@@ -18,7 +18,9 @@ from aqt_search.costs import cost
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
 from aqt_search.search.options import SpaceError
-from aqt_search.search.space import make_space
+from aqt_search.search.space import Point, make_space
+from aqt_search.training.parallel import AXIS
+from aqt_search.training.subnets import mean_gradients, moved_where_had, of_points
 
 IMAGE = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
 
@@ -214,3 +216,48 @@ def test_costs_that_are_not_linear_are_refused():
     other = {name: site for name, site in net.sites.items() if name != "head/kernel"}
     with pytest.raises(SpaceError, match="another model"):
         make_space(other, RULES["tied"], net=net)
+
+
+def test_gradients_are_averaged_over_the_replicas_that_have_a_channel():
+    """Four replicas, of which one has channels 8 to 15 of a width, and none a block."""
+    _, variables, net = small_net()
+    names = [decision.name for decision in net.decisions]
+    width, depth = names.index("block2/project/kernel:width"), names.index("block3:depth")
+    choices = np.tile(net.largest, (4, 1))
+    choices[1:, width], choices[:, depth] = 0, 0
+    params = variables["params"]
+
+    def of_replica(choices, number):  # numbers 1 to 4, where the subnet has something
+        masks = net.masks(choices, {"params": params})["params"]
+        return jax.tree.map(lambda x, m: number * (jnp.ones_like(x) * m), params, masks)
+
+    gradients = jax.vmap(of_replica)(jnp.asarray(choices), jnp.arange(1.0, 5.0))
+
+    def averaged(choices, gradients):
+        found, had = mean_gradients(net, Point({}, choices), gradients)
+        old = jax.tree.map(jnp.zeros_like, params)
+        return found, moved_where_had(had, jax.tree.map(jnp.ones_like, params), old)
+
+    found, moved = jax.vmap(averaged, axis_name=AXIS)(jnp.asarray(choices), gradients)
+    kernel = found["block2"]["project"]["kernel"]
+    np.testing.assert_allclose(kernel[..., :8], 2.5)  # the mean of 1 to 4
+    np.testing.assert_allclose(kernel[..., 8:], 1.0)  # of the first alone
+    assert not np.any(found["block3"]["project"]["kernel"])
+    assert not np.any(moved["block3"]["project"]["kernel"])
+    assert np.all(moved["block2"]["project"]["kernel"] == 1)
+
+
+def test_subnets_give_back_what_they_have_not():
+    """Running statistics of channels that a subnet lacks stay; its own move."""
+    model, variables, net = small_net()
+    space = space_of("fixed")
+    qapply = of_points(aqs.quantize(model.apply), net)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    choices = np.array([*net.smallest], int)
+    _, updates = qapply(space.point(choices), variables, images, train=True,
+                        mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})  # fmt: skip
+    before, after = variables["batch_stats"], updates["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, before["block3"], after["block3"])
+    mean = (before["block2"]["project_bn"]["mean"], after["block2"]["project_bn"]["mean"])
+    np.testing.assert_array_equal(mean[0][8:], mean[1][8:])
+    assert np.all(mean[0][:8] != mean[1][:8])

@@ -7,6 +7,8 @@ from typing import Any
 from aqt_search.models.mobilenet_v2 import MobileNetV2
 from aqt_search.models.mobilenet_v3 import MobileNetV3
 
+FITTED = (MobileNetV2, MobileNetV3)
+
 
 def fitted(model: Any, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A plain model and its variables, of what is left of a larger model's.
@@ -23,7 +25,7 @@ def fitted(model: Any, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any
     Raises:
         TypeError: another model, whose own builder has to be told.
     """
-    if not isinstance(model, (MobileNetV2, MobileNetV3)):
+    if not isinstance(model, FITTED):
         raise TypeError(
             f"{type(model).__name__} has no blocks of which this could build a smaller one;"
             " expected a MobileNetV2 or MobileNetV3. Build the smaller model by hand: the shapes of"
