@@ -282,12 +282,14 @@ def space_with(quantized, fmt, net):
 
     def calibrated(site, formats):
         lhs, rhs, granularity = turns[site.name]
+        # BatchQuant's zero point is that of an integer; elsewhere fp32 leaves values as they are.
+        of_data = WIDE if fmt == "fp32" and lhs == aqs.batch_quant() else fmt
         return formats._replace(
-            lhs=aqs.Quantizer(formats.lhs, aqs.PER_TENSOR, lhs),
-            rhs=aqs.Quantizer(formats.rhs, granularity, rhs),
+            lhs=aqs.Quantizer(of_data, aqs.PER_TENSOR, lhs),
+            rhs=aqs.Quantizer(fmt, granularity, rhs),
         )
 
-    return dataclasses.replace(make_space(net.sites, [(".*", fmt)], net=net), adapt=calibrated)
+    return dataclasses.replace(make_space(net.sites, [(".*", "int8")], net=net), adapt=calibrated)
 
 
 def random_points(space, count, seed=0):
@@ -341,8 +343,8 @@ def extracted(execution, space, point, images):
 
 @pytest.mark.parametrize("shift", [0, 2])
 def test_bounds_in_subnets_are_those_of_extracted_models(shift):
-    """In a wide format: a value that is rounded otherwise hardly changes what comes after it."""
-    space, run = masked(shift, WIDE, "emulated")
+    """In wide formats: a value that is rounded otherwise hardly changes what comes after it."""
+    space, run = masked(shift, "fp32", "emulated")
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     for point in random_points(space, 2, seed=shift):
         _, states = run(point, images)
@@ -352,7 +354,7 @@ def test_bounds_in_subnets_are_those_of_extracted_models(shift):
             leaves = zip(jax.tree.leaves(states[site]), jax.tree.leaves(of_site), strict=True)
             for found, cut in leaves:
                 prefix = np.asarray(found)[tuple(slice(n) for n in np.shape(cut))]
-                np.testing.assert_allclose(prefix, cut, rtol=2e-4, atol=1e-6, err_msg=site)
+                np.testing.assert_allclose(prefix, cut, rtol=5e-5, atol=1e-6, err_msg=site)
 
 
 def test_outputs_in_int8_are_those_of_extracted_models_by_one_program():
@@ -364,7 +366,8 @@ def test_outputs_in_int8_are_those_of_extracted_models_by_one_program():
     assert np.all(np.isfinite(found))
     for outputs, point in zip(found[:2], points):
         expected, _ = extracted("int8", space, point, images)
-        np.testing.assert_allclose(outputs, expected, atol=0.01 * np.abs(expected).max())
+        # Bounds differ in their last bit, by which some codes do; without masks by half and more.
+        np.testing.assert_allclose(outputs, expected, atol=0.06 * np.abs(expected).max())
 
 
 def two_layers():

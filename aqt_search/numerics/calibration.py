@@ -35,7 +35,7 @@ class Over(NamedTuple):
     """What a bound is shared over: axes of the tensor and, under vmap or pmap, a mapped axis.
 
     `active` says which elements count, where some are cut out of a subnet: a calibration that
-    counts or averages takes `count` and `kept`. Others need it not: what is cut is 0.
+    counts or averages takes `elements` and `kept`. Others need it not: what is cut is 0.
     """
 
     axes: tuple[int, ...]
@@ -57,7 +57,7 @@ class Over(NamedTuple):
         """x, with `fill` in place of the elements that do not count."""
         return x if self.active is None else jnp.where(self.active, x, jnp.asarray(fill, x.dtype))
 
-    def count(self, x: jax.Array) -> int | jax.Array:
+    def elements(self, x: jax.Array) -> int | jax.Array:
         """How many elements share a bound, at least 1: float32, broadcasts, if not all of them."""
         if self.active is None:
             replicas = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
@@ -194,7 +194,7 @@ def mean_deviation(
             counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
             count = jnp.maximum(over.sum(counted.astype(x.dtype)), 1)
         else:
-            count = over.count(x)
+            count = over.elements(x)
         # In units of the largest power of two, so that squares stay within the dtype.
         unit = leading_power(over.max(jnp.abs(x)))
         unit = jnp.clip(unit, 2.0**-120, 2.0**120).astype(x.dtype)

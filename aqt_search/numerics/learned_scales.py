@@ -130,12 +130,12 @@ def lsq(*formats: str) -> Calibration:
         chosen = _row(formats, grid).reshape(-1, *(1,) * (step.ndim - 1)) > 0
 
         def started(step, x):
-            mean = over.sum(jnp.abs(over.kept(x))) / over.count(x)
+            mean = over.sum(jnp.abs(over.kept(x))) / over.elements(x)
             first = (2 * mean / jnp.sqrt(grid.max_value)).astype(jnp.float32)[None]
             return jnp.where(chosen & (step == 0) & jnp.isfinite(first), first, step)
 
         step = _while_unset(started, step, x)
-        factor = jax.lax.rsqrt(over.count(x) * grid.max_value.astype(jnp.float32))
+        factor = jax.lax.rsqrt(over.elements(x) * grid.max_value.astype(jnp.float32))
         factor = factor if over.active is None else factor[None]  # one for every scale
         scaled = {"step": Learned(scaled_gradient(step, factor))}
         return Bounds(read(scaled, grid).high.astype(x.dtype)), {"step": Learned(step)}
