@@ -188,6 +188,41 @@ class Elastic:
             for name in self.sites
         }
 
+    def active_elements(
+        self, choices: jax.typing.ArrayLike
+    ) -> dict[str, dict[str, jax.Array | None]]:
+        """What a subnet has of the operands and the result of each site, for `Quantizer.active`.
+
+        By site and by "lhs", "rhs" and "out" a mask: bool, of the array's rank, which broadcasts to
+        it; None where every subnet has all of it. Of a site that a subnet has not nothing is.
+        """
+        choices = self._checked(choices)
+        sides = ("lhs", "rhs", "out")
+        return {
+            name: {side: self._active_in(name, side, choices) for side in sides}
+            for name in self.sites
+        }
+
+    def _active_in(self, name: str, side: str, choices: jax.Array) -> jax.Array | None:
+        site = self.sites[name]
+        shape = site.out_shape if side == "out" else getattr(site, side).shape
+        widths = tuple((axis, self.widths[group]) for axis, group in self.groups_of(name, side))
+        has_window = side == "rhs" and name in self.windows
+        windows = ((self.channels.window_axes(name), self.windows[name]),) if has_window else ()
+        mask = LeafMask(shape, widths, windows, self.gates.get(name, ())).mask(choices)
+        # Whether a site is there is one number.
+        return mask if mask is None or mask.ndim else jnp.broadcast_to(mask, (1,) * len(shape))
+
+    def groups_of(self, name: str, side: str) -> list[tuple[int, str]]:
+        """The axes of a site's "lhs", "rhs" or "out" that are decided about, and their groups."""
+        node = self.channels.graph.site_nodes().get(name)
+        if node is None:
+            return []
+        values = dict(zip(self.sites[name].equation_sides, node.inputs)) | {"out": node.outputs[0]}
+        shape = self.channels.graph.shape(values[side])
+        found = ((axis, self.channels.group_of(values[side], axis)) for axis in range(len(shape)))
+        return [(axis, group) for axis, group in found if group in self.widths]
+
     def where(self, choices: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
         """`new` variables where a subnet has them, `old` ones elsewhere.
 

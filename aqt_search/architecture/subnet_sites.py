@@ -75,18 +75,7 @@ def _weight_groups(net: Elastic, name: str) -> list[tuple[int, str]]:
     """The axes of a site's weight whose channels are decided about, and their groups."""
     site = net.sites[name]
     side = "rhs" if site.weight is site.rhs else "lhs"
-    return [] if site.weight is None else _groups(net, name, side)
-
-
-def _groups(net: Elastic, name: str, side: str) -> list[tuple[int, str]]:
-    """The axes of an operand ("lhs" or "rhs") or the result ("out") that are decided about."""
-    node = net.channels.graph.site_nodes().get(name)
-    if node is None:
-        return []
-    values = dict(zip(net.sites[name].equation_sides, node.inputs)) | {"out": node.outputs[0]}
-    shape = net.channels.graph.shape(values[side])
-    found = ((axis, net.channels.group_of(values[side], axis)) for axis in range(len(shape)))
-    return [(axis, group) for axis, group in found if group in net.widths]
+    return [] if site.weight is None else net.groups_of(name, side)
 
 
 def subnet_sites(net: Elastic, choices: np.ndarray) -> dict[str, Site]:
@@ -128,7 +117,7 @@ def _cut(operand: Operand, shape: tuple[int, ...]) -> Operand:
 def _shape(net: Elastic, name: str, side: str, choices: np.ndarray) -> tuple[int, ...]:
     site = net.sites[name]
     shape = list(site.out_shape if side == "out" else getattr(site, side).shape)
-    for axis, group in _groups(net, name, side):
+    for axis, group in net.groups_of(name, side):
         shape[axis] = known_value(net.widths[group], choices)
     if side == "rhs" and name in net.windows:
         for axis in net.channels.window_axes(name):

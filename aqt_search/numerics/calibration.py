@@ -32,10 +32,15 @@ class Bounds(NamedTuple):
 
 
 class Over(NamedTuple):
-    """What a bound is shared over: axes of the tensor and, under vmap or pmap, a mapped axis."""
+    """What a bound is shared over: axes of the tensor and, under vmap or pmap, a mapped axis.
+
+    `active` says which elements count, where some are cut out of a subnet: a calibration that
+    counts or averages takes `elements` and `kept`. Others need it not: what is cut is 0.
+    """
 
     axes: tuple[int, ...]
     axis_name: Hashable | None = None
+    active: jax.Array | None = None  # bool, broadcasts to the tensor; None: all elements count
 
     def max(self, x: jax.Array) -> jax.Array:
         """The largest value, at least 0; 0 for no values."""
@@ -47,6 +52,30 @@ class Over(NamedTuple):
         """The sum."""
         total = jnp.sum(x, self.axes, keepdims=True)
         return total if self.axis_name is None else jax.lax.psum(total, self.axis_name)
+
+    def kept(self, x: jax.Array, fill: float = 0.0) -> jax.Array:
+        """x, with `fill` in place of the elements that do not count."""
+        return x if self.active is None else jnp.where(self.active, x, jnp.asarray(fill, x.dtype))
+
+    def elements(self, x: jax.Array) -> int | jax.Array:
+        """How many elements share a bound, at least 1: float32, broadcasts, if not all of them."""
+        if self.active is None:
+            replicas = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+            return max(1, math.prod(x.shape[axis] for axis in self.axes) * replicas)
+        # Along axes that the mask has not each element is one of many.
+        times = math.prod(x.shape[a] for a in self.axes if self.active.shape[a] == 1)
+        found = jnp.sum(self.active, self.axes, keepdims=True, dtype=np.int32)
+        found = found.astype(np.float32) * times
+        if self.axis_name is not None:
+            found = jax.lax.psum(found, self.axis_name)
+        return jnp.maximum(found, 1)
+
+    def any_active(self) -> jax.typing.ArrayLike:
+        """Whether any element counts: bool, []."""
+        if self.active is None:
+            return True
+        found = jnp.any(self.active)
+        return found if self.axis_name is None else jax.lax.pmax(found, self.axis_name)
 
     def values(self, x: jax.Array) -> jax.Array:
         """All values that share a bound, in a last axis of their own: [scale shape..., n]."""
@@ -79,6 +108,11 @@ class Calibration(NamedTuple):
     derivative: str | None = None
     # Whether the bounds hold an even number of levels around 0 (`centred`).
     centred: bool = False
+
+
+def counts_elements(calibration: Calibration) -> bool:
+    """Whether zeros beside what a tensor has would change bounds, or the gradient in them."""
+    return calibration.counts or calibration.derivative == "lsq"
 
 
 def _stateless(bounds: Callable, covers: bool = False, counts: bool = False) -> Calibration:
@@ -120,9 +154,21 @@ def percentile(share: float) -> Calibration:
         values = over.values(jnp.abs(x))
         if not values.size:
             return Bounds(jnp.zeros(values.shape[:-1], x.dtype))
-        return Bounds(jnp.quantile(values, np.asarray(share / 100, x.dtype), axis=-1))
+        quantile = np.asarray(share / 100, x.dtype)
+        if over.active is None:
+            return Bounds(jnp.quantile(values, quantile, axis=-1))
+        active = over.values(jnp.broadcast_to(over.active, x.shape))
+        return Bounds(_quantile_of(values, active, quantile))
 
     return _stateless(bounds, counts=True)
+
+
+def _quantile_of(values: jax.Array, active: jax.Array, quantile: np.ndarray) -> jax.Array:
+    """A quantile along the last axis of the elements that are active; 0 where there are none."""
+    nan = jnp.asarray(jnp.nan, values.dtype)
+    found = jnp.nanquantile(jnp.where(active, values, nan), quantile, axis=-1)
+    found = jnp.where(jnp.any(active & jnp.isnan(values), -1), nan, found)
+    return jnp.where(jnp.any(active, -1), found, jnp.zeros_like(found))
 
 
 @functools.cache
@@ -143,8 +189,12 @@ def mean_deviation(
         raise ValueError(f"mean_deviation takes finite weights; got {mean} and {deviation}.")
 
     def bounds(x, over, error):
-        counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
-        count = jnp.maximum(over.sum(counted.astype(x.dtype)), 1)
+        x = over.kept(x)
+        if over.active is None or exclude_zeros:
+            counted = jnp.where(x == 0, 0.0, 1.0) if exclude_zeros else jnp.ones_like(x)
+            count = jnp.maximum(over.sum(counted.astype(x.dtype)), 1)
+        else:
+            count = over.elements(x)
         # In units of the largest power of two, so that squares stay within the dtype.
         unit = leading_power(over.max(jnp.abs(x)))
         unit = jnp.clip(unit, 2.0**-120, 2.0**120).astype(x.dtype)
@@ -259,12 +309,12 @@ def _zeros(shape: tuple[int, ...], inner: Calibration) -> History:
 
 @functools.cache
 def is_asymmetric(calibration: Calibration) -> bool:
-    """Whether its bounds have a `low`, found by an abstract call on a scalar."""
+    """Whether its bounds have a `low`, found by an abstract call on one element."""
 
     def low():
-        x, state = jnp.ones(()), calibration.init(())
+        x, state = jnp.ones(1), calibration.init((1,))
         grid = as_grid(numeric_format("int8"), np.dtype(np.float32))
-        return calibration.apply(state, x, Over(()), grid, lambda b: b.high)[0].low
+        return calibration.apply(state, x, Over((0,)), grid, lambda b: b.high)[0].low
 
     return jax.eval_shape(low) is not None
 

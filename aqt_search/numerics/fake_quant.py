@@ -222,7 +222,7 @@ def fake_quant(
             "This calibration has state: use fake_quant_with_state(x, quantizer, state), with the"
             " first state from init_state(quantizer, x.shape)."
         )
-    tensor = in_one_format(x, q.fmt, q.key, how)
+    tensor = in_one_format(x, q, how)
     quantize = sharded_as(lambda q: fake_quantized(with_gradient_rule(q)), jax.typeof(x).sharding)
     return quantize(tensor)
 
@@ -248,5 +248,5 @@ def fake_quant_with_state(
     is returned as it is. The other arguments are those of `fake_quant`.
     """
     x, q, how = prepare(x, q, channel_axes, axis_name, "fake_quant_with_state")
-    tensor, state = calibrated(in_one_format(x, q.fmt, q.key, how), state, update=update)
+    tensor, state = calibrated(in_one_format(x, q, how), state, update=update)
     return fake_quantized(with_gradient_rule(tensor)), state

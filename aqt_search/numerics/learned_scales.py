@@ -64,15 +64,6 @@ def _scaled_gradient_jvp(primals, tangents):
     return scaled_gradient(*primals), primals[1] * tangents[0]
 
 
-def _replicas(over: Over) -> int:
-    return 1 if over.axis_name is None else jax.lax.axis_size(over.axis_name)
-
-
-def _count(x: jax.Array, over: Over) -> int:
-    """Elements that share a scale."""
-    return max(1, math.prod(x.shape[axis] for axis in over.axes) * _replicas(over))
-
-
 _FIELDS = ("min_value", "max_value", "min_power", "steps")  # what tells formats apart
 
 
@@ -139,12 +130,13 @@ def lsq(*formats: str) -> Calibration:
         chosen = _row(formats, grid).reshape(-1, *(1,) * (step.ndim - 1)) > 0
 
         def started(step, x):
-            mean = over.sum(jnp.abs(x)) / _count(x, over)
+            mean = over.sum(jnp.abs(over.kept(x))) / over.elements(x)
             first = (2 * mean / jnp.sqrt(grid.max_value)).astype(jnp.float32)[None]
             return jnp.where(chosen & (step == 0) & jnp.isfinite(first), first, step)
 
         step = _while_unset(started, step, x)
-        factor = jax.lax.rsqrt(_count(x, over) * grid.max_value.astype(jnp.float32))
+        factor = jax.lax.rsqrt(over.elements(x) * grid.max_value.astype(jnp.float32))
+        factor = factor if over.active is None else factor[None]  # one for every scale
         scaled = {"step": Learned(scaled_gradient(step, factor))}
         return Bounds(read(scaled, grid).high.astype(x.dtype)), {"step": Learned(step)}
 
@@ -239,6 +231,8 @@ def batch_quant(channel_axis: int = -1) -> Calibration:
         ends = [_mean_end(sign * x, channel_axis, over) for sign in (-1, 1)]
         low, high = (jnp.broadcast_to(s * e, state.low.shape) for s, e in zip((-1, 1), ends))
         counts = jnp.isfinite(low + high).all()
+        if over.active is not None:  # a tensor that a subnet has not tells nothing
+            counts = counts & over.any_active()
         share = jnp.where(counts, 1.0 / (state.updates + 1), 0.0)
         new = state._replace(
             low=jnp.where(counts, state.low + share * (low - state.low), state.low),
@@ -254,7 +248,12 @@ def batch_quant(channel_axis: int = -1) -> Calibration:
 def _mean_end(x: jax.Array, channel_axis: int, over: Over) -> jax.Array:
     """max(0, mean over channels of max x), float32, over all replicas' examples."""
     axis = channel_axis % x.ndim
-    largest = jnp.max(x, tuple(a for a in range(x.ndim) if a != axis)).astype(jnp.float32)
+    others = tuple(a for a in range(x.ndim) if a != axis)
+    largest = jnp.max(over.kept(x, -jnp.inf), others).astype(jnp.float32)
     if over.axis_name is not None:
         largest = jax.lax.pmax(largest, over.axis_name)
-    return jnp.maximum(jnp.mean(largest), 0)
+    if over.active is None:
+        return jnp.maximum(jnp.mean(largest), 0)
+    there = largest != -jnp.inf
+    mean = jnp.sum(jnp.where(there, largest, 0.0)) / jnp.maximum(jnp.sum(there), 1)
+    return jnp.maximum(mean, 0)

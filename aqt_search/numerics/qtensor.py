@@ -274,7 +274,7 @@ def quantize_tensor(
     sharding = jax.typeof(x).sharding
     whole = replicated(sharding)
     of_data = sharding if fmt in STORAGE_DTYPES else whole
-    tensor = in_one_format(x, fmt, q.key, how, bounds)
+    tensor = in_one_format(x, dataclasses.replace(q, fmt=fmt), how, bounds)
     data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))
     return QTensor(

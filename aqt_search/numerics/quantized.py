@@ -20,7 +20,7 @@ from aqt_search.numerics.explicit_axes import replicated, sharded_as
 from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
 from aqt_search.numerics.granularity import split_blocks
 from aqt_search.numerics.outline import where
-from aqt_search.numerics.quantizer import Recipe
+from aqt_search.numerics.quantizer import Quantizer, Recipe
 from aqt_search.numerics.scale import Scale, scale_of
 
 
@@ -55,6 +55,7 @@ class Quantized:
     row: jax.typing.ArrayLike  # [], int32: of the format in `grids`
     bounds: Bounds | None  # as a calibration with state gave them; None for one without
     key: jax.Array | None  # for stochastic rounding
+    active: jax.Array | None  # which elements calibrations count, broadcasts to x; None: all
     how: Recipe = dataclasses.field(metadata={"static": True})
 
     def grid(self) -> Grid:
@@ -78,15 +79,21 @@ class Quantized:
             )
         return split_blocks(self.x.astype(self.grids.dtype), self.how.granularity)
 
+    def active_blocks(self) -> jax.Array | None:
+        """Which elements of `blocks` count."""
+        if self.active is None or self.how.granularity.block_size is None:
+            return self.active
+        return split_blocks(jnp.broadcast_to(self.active, self.x.shape), self.how.granularity)
+
 
 def in_one_format(
-    x: jax.Array | None, fmt: NumericFormat, key: jax.Array | None, how: Recipe,
-    bounds: Bounds | None = None,
-) -> Quantized:  # fmt: skip
-    """A tensor on its way into a format that is packed for it alone."""
+    x: jax.Array | None, q: Quantizer, how: Recipe, bounds: Bounds | None = None
+) -> Quantized:
+    """A tensor on its way into the format of `q`, which is packed for it alone."""
     dtype = np.dtype(np.float32) if x is None else carrier_dtype(x.dtype)
     tensor = cast(jax.Array, x)  # None for a gradient
-    return Quantized(tensor, pack_grids([fmt], dtype), np.int32(0), bounds, key, how)
+    grids = pack_grids([q.fmt], dtype)
+    return Quantized(tensor, grids, np.int32(0), bounds, q.key, q.active, how)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def calibrated(
         return q, state
     stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
     run = sharded_as(
-        lambda q, state: _calibrate(q.blocks(), q.grid(), q.how, state),
+        lambda q, state: _calibrate(q, q.blocks(), q.grid(), state),
         replicated(jax.typeof(q.x).sharding),
     )
     if update:
@@ -137,10 +144,10 @@ def calibrated(
     return dataclasses.replace(q, bounds=bounds), state
 
 
-def _calibrate(x: jax.Array, grid: Grid, how: Recipe, state: Any) -> tuple[Bounds, Any]:
-    """Bounds of x (split into blocks) by the calibration, and its next state."""
-    ndim = x.ndim - (how.granularity.block_axis is not None)
-    over = how.over(ndim)
+def _calibrate(q: Quantized, x: jax.Array, grid: Grid, state: Any) -> tuple[Bounds, Any]:
+    """Bounds of x (`q.blocks()`) by the calibration, and its next state."""
+    how = q.how
+    over = how.over(q.x.ndim)._replace(active=q.active_blocks())
     nearest = how._replace(rounding="nearest_even")
 
     def error(bounds: Bounds) -> jax.Array:
@@ -182,7 +189,7 @@ def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
         random = split_blocks(random, how.granularity)
     x = q.blocks()
     if bounds is None:
-        bounds, _ = _calibrate(x, grid, how, ())
+        bounds, _ = _calibrate(q, x, grid, ())
     found = _encode(x, bounds, grid, how, random)
     if how.calibration.covers:
         return found

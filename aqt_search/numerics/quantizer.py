@@ -60,6 +60,9 @@ class Quantizer:
     # What stands for the derivative of rounding.
     gradient: GradientRule = dataclasses.field(default=STRAIGHT_THROUGH, metadata={"static": True})
     key: jax.Array | None = None  # random key of stochastic rounding; data
+    # Which elements of the tensor a subnet has, where calibrations count them (percentile,
+    # mean_deviation, lsq, batch_quant): bool, of its rank, broadcasts to it; data. None: all.
+    active: jax.Array | None = None
 
     def __post_init__(self):
         if isinstance(self.fmt, str):
@@ -164,8 +167,10 @@ def stack_quantizers(specs: Sequence[Quantizer | NumericFormat]) -> Quantizer:
     """
     quantizers = [quantizer(spec) for spec in specs]
     first = quantizers[0]
+    whole = dataclasses.replace(first, active=None)  # masks cannot be compared
     for other in quantizers[1:]:
-        if dataclasses.replace(other, fmt=first.fmt) != first:
+        alike = dataclasses.replace(other, fmt=first.fmt, active=None) == whole
+        if not alike or other.active is not first.active:
             raise FormatError(
                 f"Quantizers to choose from may differ in their format alone: {other} is not as"
                 f" {first}."
@@ -182,11 +187,12 @@ def spec_name(spec: NumericFormat | Quantizer) -> str:
     if not isinstance(spec, Quantizer):
         return format_name(spec)
     for name in NAMED_QUANTIZERS:
-        if quantizer(name) == spec:
+        if spec.active is None and quantizer(name) == spec:
             return name
     plain = Quantizer(spec.fmt)
-    fields = [field.name for field in dataclasses.fields(spec)]
+    fields = [field.name for field in dataclasses.fields(spec) if field.name != "active"]
     own = [name for name in fields if getattr(spec, name) != getattr(plain, name)]
+    own += [] if spec.active is None else ["active"]  # a mask, which `!=` compares by element
     if own:
         try:
             name = format_name(spec.fmt)
@@ -203,7 +209,7 @@ class Recipe(NamedTuple):
     """The static part of a quantizer for one tensor: what programs are compiled for.
 
     The granularity is resolved to the tensor's axes, and the mapped axis is known; what may be
-    traced (format, key) is left out.
+    traced (format, key, active elements) is left out.
     """
 
     granularity: Granularity

@@ -65,7 +65,7 @@ def _quantized(
             " aqt_search.quantize_with_state for the whole function, or fake_quant_with_state."
         )
     granularity = resolve(q.granularity or default, ndim, contracting)
-    tensor = in_one_format(x, q.fmt, q.key, recipe(q, granularity))
+    tensor = in_one_format(x, q, recipe(q, granularity))
     return tensor if x is None else with_gradient_rule(tensor)  # None: a gradient
 
 

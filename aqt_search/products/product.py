@@ -48,7 +48,7 @@ def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Qua
     _, pull = jax.vjp(through, operand.x, operand.bounds)
     x, bounds = pull(gradient)
     none: Any = None  # no gradient
-    return Quantized(x, none, none, bounds, none, operand.how)
+    return Quantized(x, none, none, bounds, none, none, operand.how)
 
 
 def _stopped(operand: OperandValue) -> OperandValue:

@@ -293,7 +293,7 @@ def _no_worse_than_nearest(
 
 def _static_grid(matrix: ProductMatrix, plan: Plan, state: Any, operand: jax.Array) -> StaticGrid:
     """The grid under the bounds of a calibration's state, as the matrix has its elements."""
-    tensor = in_one_format(operand, plan.quantizer.fmt, plan.quantizer.key, plan.how)
+    tensor = in_one_format(operand, plan.quantizer, plan.how)
     tensor, _ = calibrated(tensor, state, update=False)
     grid = tensor.grid()
     assert tensor.bounds is not None  # the calibration has a state

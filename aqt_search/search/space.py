@@ -14,6 +14,7 @@ import numpy as np
 
 from aqt_search.architecture.decisions import ArchitectureDecision
 from aqt_search.architecture.elastic import Elastic
+from aqt_search.numerics.calibration import counts_elements
 from aqt_search.numerics.formats import FormatError, NumericFormat, numeric_format
 from aqt_search.numerics.outline import outline
 from aqt_search.numerics.quantizer import Quantizer, quantizer, stack_quantizers
@@ -29,7 +30,7 @@ from aqt_search.tracing.rules import (
     site_formats,
     with_named_layers,
 )
-from aqt_search.tracing.sites import Site, SiteFormats, is_unquantized
+from aqt_search.tracing.sites import GRADIENTS, Site, SiteFormats, is_unquantized
 
 _UNQUANTIZED = numeric_format("fp32")  # an option of None: float32 rounds to itself
 
@@ -86,19 +87,24 @@ def _as_chosen(site: Site, formats: SiteFormats) -> SiteFormats:
     return formats
 
 
-def _check_sees_no_zeros(name: str, formats: SiteFormats) -> None:
-    for spec in formats:
-        calibration = None if spec is None else quantizer(spec).calibration
-        if calibration is None:
-            continue
-        learned = calibration.derivative == "lsq"  # LSQ's start and BatchQuant's means count
-        if calibration.counts or calibration.centred or learned:
-            why = "has no zero on its grid" if calibration.centred else "counts elements"
+def _in_subnet(
+    name: str, formats: SiteFormats, active: Mapping[str, jax.Array | None]
+) -> SiteFormats:
+    """Formats for a subnet: calibrations that count get what it has of "lhs", "rhs" and "out"."""
+
+    def of(field: str, spec: NumericFormat | Quantizer | None):
+        q = None if spec is None else quantizer(spec)
+        if q is not None and q.calibration.centred:
             raise SpaceError(
-                f"Site {name!r} has a calibration that {why}, so in a subnet its scale is not that"
-                " of the model that is cut out: expected absmax, min_max, mse, pact or fixed, or"
-                " moving bounds of these, beside architecture decisions."
+                f"Site {name!r} has a grid without a zero ({field}: centred), so what a subnet has"
+                " not would have values: expected a calibration that is not centred, beside"
+                " architecture decisions."
             )
+        if q is None or not counts_elements(q.calibration):
+            return spec
+        return dataclasses.replace(q, active=active.get("out" if field in GRADIENTS else field))
+
+    return SiteFormats(*(of(field, spec) for field, spec in formats._asdict().items()))
 
 
 class Point(NamedTuple):
@@ -169,16 +175,23 @@ class Space:
     def point(self, choices: jax.typing.ArrayLike) -> Point | dict[str, SiteFormats]:
         """What a function of the whole model is called with: its assignment, or a `Point`.
 
+        Calibrations that count elements are told which a subnet has (`Quantizer.active`).
+
         Raises:
-          SpaceError: a calibration would see the zeros of a subnet: it counts elements, or its grid
-            has no zero.
+          SpaceError: a grid has no zero, so the zeros of a subnet would have values.
         """
         assignment = self.assignment(choices)
         if self.net is None:
             return assignment
-        for name, formats in assignment.items():
-            _check_sees_no_zeros(name, formats)
-        return Point(assignment, self.architecture(choices))
+        architecture = self.architecture(choices)
+        specs = (spec for formats in assignment.values() for spec in formats if spec is not None)
+        counting = any(counts_elements(quantizer(spec).calibration) for spec in specs)
+        active = self.net.active_elements(architecture) if counting else {}
+        in_subnet = {
+            name: _in_subnet(name, formats, active.get(self.sites[name].stack, {}))
+            for name, formats in assignment.items()
+        }
+        return Point(in_subnet, architecture)
 
     def active(self, choices: jax.typing.ArrayLike) -> jax.Array:
         """Whether each decision decides anything, or is about what a subnet has not: [decisions].

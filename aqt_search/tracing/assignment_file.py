@@ -56,7 +56,7 @@ def _spec_to_json(site: str, field: str, spec: Any) -> str | dict[str, Any] | No
     if spec is None:
         return None
     try:
-        whole = dataclasses.replace(quantizer(spec), key=None)
+        whole = dataclasses.replace(quantizer(spec), key=None, active=None)
         if is_traced(whole.fmt):
             raise FormatError("the format is traced; give the assignment of known choices.")
         if any(np.ndim(number) for number in whole.fmt):

@@ -303,8 +303,18 @@ def _map_formats(fun: Callable, formats: SiteFormats) -> SiteFormats:
 
 
 def _concrete(spec: Any) -> Quantizer:
-    """A quantizer whose format is Python numbers, so that it can be static."""
+    """A quantizer whose format is Python numbers, so that it can be static.
+
+    Raises:
+      SiteError: it is of a subnet.
+    """
     q = quantizer(spec)
+    if q.active is not None:
+        raise SiteError(
+            "A subnet is frozen as a model of its own: this assignment says which elements are"
+            " `active`. Cut its variables out, `net.extract(choices, variables)`, and freeze the"
+            " model that is built like it, under `space.concrete_assignment(choices)`."
+        )
     return dataclasses.replace(q, fmt=concrete_format(q.fmt, "freeze"))
 
 

@@ -234,13 +234,24 @@ def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quant
 
     def quantized(key: Key, x: Any, numbers: Mapping[Path, jax.Array]) -> Quantized:
         plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
-        row, random_key = rows[key], plan.quantizer.key
+        row, random_key, active = rows[key], plan.quantizer.key, plan.quantizer.active
         if plan.layers:
             number = layer_number(trace.sites[key[0]], numbers)
             row = row + number
             keys = [p.quantizer.key for p in plan.layers if p.quantizer.key is not None]
             random_key = jnp.stack(keys)[number] if keys else None  # of all layers or of none
-        grid, random_key = entered((grids[dtype], random_key))
-        return Quantized(x, grid, row, None, random_key, plan.how)
+            active = _of_layers([p.quantizer.active for p in plan.layers], number)
+        grid, random_key, active = entered((grids[dtype], random_key, active))
+        return Quantized(x, grid, row, None, random_key, active, plan.how)
 
     return quantized
+
+
+def _of_layers(masks: Sequence[jax.Array | None], number: jax.Array) -> jax.Array | None:
+    """The mask of layer `number`; None says that all elements count."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    shape = jnp.broadcast_shapes(*map(jnp.shape, given))
+    every = [jnp.broadcast_to(True if mask is None else mask, shape) for mask in masks]
+    return jnp.stack(every)[number]

@@ -139,13 +139,13 @@ def evaluate_assignments(
 def _count(assignments: Any) -> int:
     """The length n of the leading axis."""
     if isinstance(assignments, Point):
-        count, architectures = _count(assignments.assignment), np.shape(assignments.architecture)
-        if len(architectures) == 2 and architectures[0] == count:
-            return count
+        lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(assignments)}
+        if len(lengths) == 1 and lengths != {()} and lengths != {(0,)}:
+            return lengths.pop()[0]
         raise ValueError(
-            f"Points to evaluate have {count} assignments and architectures of shape"
-            f" {architectures}; expected [{count}, architecture decisions]. Make them with"
-            " jax.vmap(space.point)(choices) of choices [n, decisions]."
+            f"Points to evaluate have formats and architectures with leading axes {lengths};"
+            " expected one, [n]. Make them with jax.vmap(space.point)(choices) of choices"
+            " [n, decisions]."
         )
     shapes = sorted({np.shape(leaf) for leaf in jax.tree.leaves(assignments)})
     if len(shapes) == 1 and len(shapes[0]) == 1 and shapes[0][0]:

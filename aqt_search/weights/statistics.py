@@ -135,8 +135,8 @@ def weight_statistics(
         for (name, (weight, tensors), loops), (plan, spec) in zip(parts, each):
             quantized = None
             if spec is not None:
-                fmt, random_key = _as_arrays(plan.quantizer.fmt), plan.quantizer.key
-                quantized = _served(*tensors, fmt, random_key, plan.how, loops)
+                own = dataclasses.replace(plan.quantizer, fmt=_as_arrays(plan.quantizer.fmt))
+                quantized = _served(*tensors, own, plan.how, loops)
             for label, w, served in _slices(name, weight, quantized, loops):
                 found[label] = _statistics(key, w, served, plan.quantizer.fmt)
     return found
@@ -256,12 +256,12 @@ def _as_arrays(fmt: NumericFormat) -> NumericFormat:
     return NumericFormat(*(np.asarray(field, dtype) for field, dtype in zip(fmt, dtypes)))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _served(weight, state, fmt: NumericFormat, key, how: Recipe, loops: int) -> _Served:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _served(weight, state, q: Quantizer, how: Recipe, loops: int) -> _Served:
     """Quantizes a weight, or under `loops` leading axes a stack of them."""
 
     def one(weight, state) -> _Served:
-        tensor, _ = calibrated(in_one_format(weight, fmt, key, how), state, update=False)
+        tensor, _ = calibrated(in_one_format(weight, q, how), state, update=False)
         grid = tensor.grid()
         found = codes_of_tensor(tensor, grid)
         steps = tensor.blocks() * (1 / found.scale.value())
