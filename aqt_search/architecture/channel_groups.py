@@ -56,7 +56,6 @@ class SiteLoop(NamedTuple):
     """A loop of a site's multiply-accumulates that runs along the channels of a group."""
 
     group: str
-    axes: tuple[tuple[str, int], ...]  # ("lhs" or "rhs", axis): of both if both have it
     summed: bool  # whether the product sums over it
 
 
@@ -69,7 +68,7 @@ class Channels:
     """
 
     def __init__(self, graph: FlatGraph):
-        self.graph = graph
+        self.graph, self._nodes = graph, graph.site_nodes()
         self._axes, self._cut = Axes(graph), CutValues(graph)
         self._leaves: dict[Axis, list[tuple[str, int]]] = {}
         for value, leaf in graph.leaves.items():
@@ -91,23 +90,22 @@ class Channels:
 
     def of_site(self, name: str) -> tuple[SiteLoop, ...]:
         """A site's loops along channels; one inside of a loop or a conditional has none."""
-        node = self.graph.site_nodes().get(name)
+        node = self._nodes.get(name)
         if node is None:
             return ()
-        sides, found = self.graph.sites[name].equation_sides, []
+        found = []
         for loop in product_loops(self.graph, node):
             (operand, axis), *_ = loop.axes
             group = self.group_of(node.inputs[operand], axis)
             if group is not None:
-                axes = tuple((sides[i], a) for i, a in loop.axes)
-                found.append(SiteLoop(group, axes, is_summed(self.graph, node, loop)))
+                found.append(SiteLoop(group, is_summed(self.graph, node, loop)))
         return tuple(found)
 
     def reading(self, group: str) -> list[tuple[str, int]]:
         """The axes, (leaf, axis), of the weights that are summed over the channels of a group."""
         readers = {
             self._weight(site)
-            for site in self.graph.site_nodes()
+            for site in self._nodes
             for loop in self.of_site(site)
             if loop.group == group and loop.summed
         }
@@ -115,7 +113,7 @@ class Channels:
 
     def taps(self, name: str) -> list[tuple[str, int]]:
         """The axes of the window of a convolution, (leaf, axis); [] where they are no leaf's."""
-        node = self.graph.site_nodes().get(name)
+        node = self._nodes.get(name)
         if node is None:
             return []
         axes = self.window_axes(name)
@@ -125,7 +123,7 @@ class Channels:
 
     def window_axes(self, name: str) -> tuple[int, ...]:
         """The axes of the window of a convolution, of its kernel as the site takes it."""
-        return tuple(self.graph.site_nodes()[name].eqn.params["dimension_numbers"][1][2:])
+        return tuple(self._nodes[name].eqn.params["dimension_numbers"][1][2:])
 
     def shape_of(self, leaf: str) -> tuple[int, ...]:
         """The shape of a leaf."""
@@ -141,7 +139,7 @@ class Channels:
         """The roots of groups with channels of a weight, and their names, in program order."""
         makers: dict[Axis, str] = {}
         readers: dict[Axis, str] = {}
-        for site, node in self.graph.site_nodes().items():
+        for site, node in self._nodes.items():
             weight = self._weight(site)
             if weight is None:
                 continue
@@ -171,7 +169,7 @@ class Channels:
         frozen = self._axes.frozen(root)
         if frozen is not None:
             return frozen
-        for site, node in self.graph.site_nodes().items():
+        for site, node in self._nodes.items():
             for side, value in zip(self.graph.sites[site].equation_sides, node.inputs):
                 for axis in range(len(self.graph.shape(value))):
                     if self._axes.group((value, axis)) != root:
