@@ -11,8 +11,11 @@ search: $(INSTALLED)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=2" $(RUN) -m experiments.sweep \
 		--config=configs/digits_mobilenet_v2.py --workdir=runs/digits_mobilenet_v2
 
+# A worker that crashes ends the run: xdist waits forever for the tests of a file begun by another.
+PYTEST := -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(RUN) $(PYTEST) --no-loadscope-reorder
 
 # What the library promises, without the jobs: for a second Python and jax.
 FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \
@@ -20,7 +23,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity c
 	stateful assignment_file cost roofline space policy critic answer searchers own_loop import))
 
 test-fast: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses auto --dist loadfile $(FAST)
+	$(RUN) $(PYTEST) $(FAST)
 
 # The random operations of the tests, ten times as many.
 fuzz: $(INSTALLED)

@@ -19,6 +19,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aqt_search_pr
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
+import pytest
 
 # As from a terminal: started in the background a process ignores it, and so do those it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,6 +29,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many short-lived objects; looking through all others for cycles as often as Python
 # does by default takes a twentieth of the suite.
 gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_file():
+    """Every compiled program is mapped into memory in several pieces, and Linux allows a process
+    65,530: a worker that keeps the programs of the whole suite crashes near its end.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 # The files that take longest, first: at the end no worker waits for the other.
 _FIRST = (
