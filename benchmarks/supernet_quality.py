@@ -99,7 +99,8 @@ def write_policy(setting: subnets.Setting, subnet: Subnet, folder: Path) -> None
 def compare_statistics(setting: subnets.Setting, count: int, policies: Path | None) -> None:
     """Prints every point's accuracies, and how those of points trained alone rank them."""
     shared, mine, alone = with_statistics_of_the_largest(setting), [], []
-    print(f"{'subnet':12} {'GBOPs':>9} {'own statistics':>15} {"the largest's":>14} {'alone':>7}")
+    titles = ("GBOPs", "own statistics", "of the largest", "alone")
+    print(f"{'subnet':12} {titles[0]:>9} {titles[1]:>15} {titles[2]:>15} {titles[3]:>7}")
     for name, choices in points_of(setting, count).items():
         subnet = cut_out(setting, choices, setting.variables)
         own = accuracy_of(setting, subnet, own_statistics=True)
