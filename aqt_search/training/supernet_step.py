@@ -91,23 +91,17 @@ def make_supernet_step(
             f"subnets is {subnets}, distillation {distillation} and label_smoothing"
             f" {label_smoothing}; expected at least 0, at least 0, and a share below 1."
         )
-    net, count = space.net, len(space.net.decisions)
+    logits_of = _logits_of(qapply, space, smallest)
 
-    def logits_of(kind: str, choices: jax.Array, params, matrices, scales, batch, key):
-        if kind == "random":
-            assignment = of_subnet(space, choices)
-        else:  # with nothing masked
-            assignment = space.assignment(choices)
-        if kind == "smallest":
-            variables = {"params": smallest.cut(params, matrices)}
-            assignment = {new: assignment[old] for new, old in smallest.names.items()}
-            own = {new: scales[old] for new, old in smallest.names.items() if old in scales}
-        else:
-            variables, own = {"params": params}, scales
-            if kind == "random":
-                variables = net.variables(choices[:count], variables, matrices or None)
-        return _trained(smallest.qapply if kind == "smallest" else qapply, assignment, variables,
-                        own, batch["image"], key)  # fmt: skip
+    def loss_of(trained, remembered, subnet, teacher, batch, key):
+        params, matrices, learned = trained
+        scales = merge_learned(learned, remembered)
+        logits, own = logits_of(subnet, params, matrices, scales, batch["image"], key)
+        loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
+        if teacher is not None:
+            soft = optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)).mean()
+            loss = (loss + distillation * soft) / (1 + distillation)
+        return loss, (logits, own)
 
     def step(whole: SupernetState, inputs: Any, batch: Batch):
         state, allowed = whole
@@ -116,32 +110,54 @@ def make_supernet_step(
         key = step_key(state)
         points = _sandwich(space, smallest, allowed, jax.random.fold_in(key, 0), subnets)
         total, teacher, set_now, told = None, None, state.scales, {}
-        for number, (kind, choices) in enumerate(points):
+        for number, subnet in enumerate(points):
             # The next subnet waits for the gradients of the one before.
             trained_now, total = jax.lax.optimization_barrier((trained, total))
-
-            def loss_of(trained, kind=kind, choices=choices, teacher=teacher, number=number):
-                params, matrices, learned = trained
-                scales = merge_learned(learned, remembered)
-                dropout = jax.random.fold_in(key, 1 + number)
-                logits, own = logits_of(kind, choices, params, matrices, scales, batch, dropout)
-                loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
-                if teacher is not None:
-                    soft = optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)).mean()
-                    loss = (loss + distillation * soft) / (1 + distillation)
-                return loss, (logits, own)
-
-            (loss, (logits, own)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained_now)
+            (loss, (logits, own)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+                trained_now, remembered, subnet, teacher, batch, jax.random.fold_in(key, 1 + number)
+            )
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-            if kind == "largest":
+            if subnet.kind == "largest":
                 teacher, set_now = jax.lax.stop_gradient(logits), own
-            told |= _told(kind, number, loss, logits, batch["label"])
+            told |= _told(subnet.kind, number, loss, logits, batch["label"])
         grads = jax.tree.map(lambda g: g / len(points), total)
         grads, means = jax.lax.pmean((grads, told), AXIS)
         means["gradient_norm"] = optax.tree.norm(grads)
         return SupernetState(_moved(state, optimizer, grads, set_now), allowed), means
 
     return step
+
+
+class _Subnet(NamedTuple):
+    """One of those that a step trains."""
+
+    kind: str  # "largest", "smallest" or "random"
+    choices: jax.Array  # [decisions]
+
+
+def _logits_of(qapply: Callable, space: Space, smallest: SmallestSubnet) -> Callable:
+    """(subnet, params, matrices, scales, images, key) -> logits, and the scales after it.
+
+    The largest subnet is the model as it is, the smallest the one cut out: nothing is masked.
+    """
+    net = space.net
+    assert net is not None
+
+    def logits_of(subnet: _Subnet, params, matrices, scales, images, key):
+        kind, choices = subnet
+        if kind == "smallest":
+            variables = {"params": smallest.cut(params, matrices)}
+            own = {new: scales[old] for new, old in smallest.names.items() if old in scales}
+            whole = space.assignment(choices)
+            assignment = {new: whole[old] for new, old in smallest.names.items()}
+            return _trained(smallest.qapply, assignment, variables, own, images, key)
+        if kind == "largest":
+            return _trained(qapply, space.assignment(choices), {"params": params}, scales, images,
+                            key)  # fmt: skip
+        masked = net.variables(choices[: len(net.decisions)], {"params": params}, matrices or None)
+        return _trained(qapply, of_subnet(space, choices), masked, scales, images, key)
+
+    return logits_of
 
 
 def of_subnet(space: Space, choices: jax.Array) -> Any:
@@ -164,18 +180,18 @@ def _trained(qapply, assignment, variables, scales, images, key) -> tuple[jax.Ar
 
 def _sandwich(
     space: Space, smallest: SmallestSubnet, allowed: jax.Array, key: jax.Array, subnets: int
-) -> list[tuple[str, jax.Array]]:
-    """(kind, choices) of the subnets of a step; the largest comes first."""
+) -> list[_Subnet]:
+    """The subnets of a step; the largest comes first."""
     assert space.net is not None
     keys = jax.random.split(key, 2 + subnets)
     ends = [
-        (kind, jnp.concatenate([jnp.asarray(own), _alike(k, allowed[len(own) :])]))
+        _Subnet(kind, jnp.concatenate([jnp.asarray(own), _alike(k, allowed[len(own) :])]))
         for kind, own, k in (("largest", space.net.largest, keys[0]),
                              ("smallest", smallest.choices, keys[1]))
     ]  # fmt: skip
     noise = [jax.random.gumbel(k, allowed.shape) for k in keys[2:]]
     drawn = [jnp.argmax(jnp.where(allowed, n, -jnp.inf), axis=-1) for n in noise]
-    return [*ends, *(("random", choices) for choices in drawn)]
+    return [*ends, *(_Subnet("random", choices) for choices in drawn)]
 
 
 def _alike(key: jax.Array, allowed: jax.Array) -> jax.Array:
