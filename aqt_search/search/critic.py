@@ -9,8 +9,10 @@ between the samples of a step, and from these values the policy in closed form,
 the distribution of largest mean value plus tau times entropy whose expected costs are their targets
 (m_k: the marginal costs of the options over the target). tau falls over the run; lambda_k is found
 anew at every step. So the expected cost is on its target from the first step on, and no weight of
-the cost has to be chosen. For the last tenth of the steps after the delay the policy is the answer:
-the most probable point on target, under which the weights train to the end.
+the cost has to be chosen. Decisions about the architecture have a tau of their own, which falls
+first: weights stand another format well, but have to be trained for what a network is. For the last
+tenth of the steps after the delay the policy is the answer: the most probable point on target, under
+which the weights train to the end.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ _TEMPERATURES = (4.0, 0.02)
 # Multipliers tried at once, and how often between two of them: a bisection would be a loop, and a
 # step of it a round trip on a GPU.
 _MULTIPLIERS, _REFINEMENTS = 32, 4
+_ARCHITECTURE_FIRST = 0.5  # the share of the steps after the delay in which its tau falls
 _LARGEST_MULTIPLIER = 12.0  # lambda / tau = sinh of up to this: 8e4
 _ANSWER_POINTS = 2**10  # that the answer is looked for among, at every step
 _SWEEPS = 3  # over the multipliers, where there are several costs
@@ -91,10 +94,12 @@ def critic(
       ValueError: an argument out of its range.
     """
     groups = groups_of([(d.role, d.labels) for d in space.decisions])
+    paces = np.ones(len(space.decisions))
+    paces[: len(space.net.decisions) if space.net is not None else 0] = 1 / _ARCHITECTURE_FIRST
     return critic_over(
         space.mask, groups, costs, total_steps=total_steps, delay=delay, samples=samples,
         tolerance=tolerance, one_sided=one_sided, memory=memory, axis_name=axis_name,
-        active=active_of(space),
+        active=active_of(space), paces=paces,
     )  # fmt: skip
 
 
@@ -111,6 +116,7 @@ def critic_over(
     memory: float,
     axis_name: Hashable | None,
     active: Active = None,
+    paces: np.ndarray | None = None,
 ) -> Search:
     """`critic` for decisions known by their options alone.
 
@@ -118,6 +124,8 @@ def critic_over(
       mask: [decisions, max_options], bool.
       groups: [groups, decisions], as of `groups_of`.
       active: which decisions decide anything under some choices; None: always all.
+      paces: [decisions], how much faster than the search the temperature of a decision falls;
+        None: as fast.
     """
     steps = period(total_steps, delay)
     check_samples(samples, 2, ": a critic compares the points of a step")
@@ -126,7 +134,10 @@ def critic_over(
     if not memory > 0:
         raise ValueError(f"memory is {memory}; expected a share of the run, above 0.")
     keep = max(0.0, 1 - 1 / (memory * total_steps))
-    rule = _Rule(mask, groups, costs, steps, keep, tolerance, one_sided, axis_name, active)
+    paces = np.ones(len(mask)) if paces is None else paces
+    rule = _Rule(
+        mask, groups, costs, steps, keep, tolerance, one_sided, axis_name, active, paces[:, None]
+    )
 
     def sample(state: SearchState, key: jax.Array) -> jax.Array:
         return policies.sample_many(key, log_probabilities(state, mask, steps.start), samples)
@@ -251,7 +262,7 @@ def pooled_values(critic: CriticState, groups: np.ndarray, mask: np.ndarray) -> 
 
 
 def temperature(values: jax.Array, mask: np.ndarray, share: jax.Array) -> jax.Array:
-    """tau at `share` (0 to 1) of the search: a falling multiple of the values' spread."""
+    """tau at `share` (0 to 1, of any shape) of the search: a falling multiple of the spread."""
     square = jnp.sum(jnp.square(_centred(values, mask))) / mask.sum()
     first, last = np.log(_TEMPERATURES)
     return jnp.sqrt(square + 1e-12) * jnp.exp(first + share * (last - first))
@@ -265,6 +276,7 @@ def logits_on_target(
     mask: np.ndarray,
     *,
     one_sided: bool = False,
+    steepness: jax.Array | float = 1.0,
 ) -> jax.Array:
     """`scores` less multiples of the marginal costs, such that the expected costs are the targets.
 
@@ -277,11 +289,12 @@ def logits_on_target(
       costs, targets: by name.
       mask: [decisions, max_options], bool.
       one_sided: whether expected costs may stay below their targets.
+      steepness: [decisions, 1], a factor of the multipliers: of one over the temperature.
     """
     p = jnp.exp(log_p)
     tables = [(table, targets[name]) for name, table in costs.items()]
     marginals = [
-        jnp.where(mask, jax.grad(lambda p, t=table: t.expected(p))(p) / target, 0.0)
+        steepness * jnp.where(mask, jax.grad(lambda p, t=table: t.expected(p))(p) / target, 0.0)
         for table, target in tables
     ]
 
@@ -324,7 +337,8 @@ class _Rule(NamedTuple):
     tolerance: float
     one_sided: bool
     axis_name: Hashable | None
-    active: Active = None
+    active: Active
+    paces: np.ndarray  # [decisions, 1]
 
 
 def critic_step(
@@ -335,11 +349,12 @@ def critic_step(
     seen = observe(state.policy, choices, quality, rule.keep, rule.axis_name, rule.active)
     values = pooled_values(seen, rule.groups, mask)
     share = (step - rule.period.start) / (rule.period.total - rule.period.start)
-    tau = temperature(values, mask, jnp.clip(share, 0.0, 1.0))
+    tau = temperature(values, mask, jnp.clip(share * rule.paces, 0.0, 1.0))
     log_p = policies.log_probabilities(state.policy.logits, mask)
     found = logits_on_target(
-        values / tau, log_p, rule.costs, targets, mask, one_sided=rule.one_sided
-    )
+        values / tau, log_p, rule.costs, targets, mask, one_sided=rule.one_sided,
+        steepness=jnp.max(tau) / tau,
+    )  # fmt: skip
     # All is computed at every step and the phase selects: a branch would be a round trip on a GPU.
     answer = most_probable_on_target(
         log_p, rule.costs, targets, rule.tolerance or np.inf, one_sided=rule.one_sided,
@@ -350,4 +365,4 @@ def critic_step(
     logits = jnp.where(step == rule.period.settles, settled, state.policy.logits)
     logits = jnp.where(searches, jnp.where(mask, found, 0.0), logits)
     new = SearchState(step + 1, seen._replace(logits=logits), targets)
-    return new, {"temperature": tau, "quality_noise": jnp.sqrt(seen.variance)}
+    return new, {"temperature": jnp.max(tau), "quality_noise": jnp.sqrt(seen.variance)}
