@@ -10,9 +10,9 @@ the distribution of largest mean value plus tau times entropy whose expected cos
 (m_k: the marginal costs of the options over the target). tau falls over the run; lambda_k is found
 anew at every step. So the expected cost is on its target from the first step on, and no weight of
 the cost has to be chosen. Decisions about the architecture have a tau of their own, which falls
-first: weights stand another format well, but have to be trained for what a network is. For the last
-tenth of the steps after the delay the policy is the answer: the most probable point on target, under
-which the weights train to the end.
+first: weights stand another format well, but have to be trained for what a network is. For the
+last tenth of the steps after the delay the policy is the answer: the most probable point on target,
+under which the weights train to the end.
 """
 
 from __future__ import annotations
