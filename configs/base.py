@@ -144,8 +144,10 @@ def get_config() -> ml_collections.ConfigDict:
     # ("width", "^last/", (64, 128)): experiments.architecture. config.model is the largest network.
     config.search.architecture = ""
     config.search.architecture_rules = ()
-    # Share of the run in which all widths are the largest with a probability that falls to 0.
-    config.search.filter_warm_up = 0.25
+    # Share of the run in which samples are the largest network with a probability that falls to 0,
+    # and the kinds of decisions for which it holds (widths and expansions: TuNAS's filter warm-up).
+    config.search.warm_up = 0.25
+    config.search.warm_up_kinds = ("width", "expansion", "window", "depth")
     # "scores" judges all options by gradients, once, at the end of the delay (search.scores),
     # "one_at_a_time" by a forward pass for each; "critic" (aqt_search.search.critic),
     # "policy_gradient" (FLIQS: beta, advantage, and what stands from cost_samples on, but for the

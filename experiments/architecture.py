@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from aqt_search.architecture.decisions import Times
+from aqt_search.architecture.decisions import KINDS, Times
 from aqt_search.architecture.elastic import Elastic, elastic
 from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.architecture.named_spaces import architecture
@@ -23,7 +23,7 @@ from experiments.errors import ConfigError
 ARCHITECTURE, FORMATS = "architecture", "formats"  # what a policy.json with both holds
 
 # The kinds of decisions that a phase of a supernet's training may set free.
-KINDS = ("width", "expansion", "window", "depth", FORMATS)
+PHASE_KINDS = (*KINDS, FORMATS)
 
 # By the first word of a rule of `search.architecture`, what stands behind it.
 FORMS = {

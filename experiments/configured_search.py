@@ -21,7 +21,7 @@ from aqt_search.search.options import Choice, SpaceError, parsed_rule
 from aqt_search.search.policy_gradient import REDUCTIONS
 from aqt_search.search.reward import ENTROPY_SCHEDULES, REWARDS, named_reward
 from aqt_search.search.space import Space, make_space
-from aqt_search.search.warm_up import widths_warmed_up
+from aqt_search.search.warm_up import warmed_up
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.search_step import MEASURES, QUALITIES
 from experiments.from_config import ConfigError, checked_values, cost_function
@@ -63,10 +63,9 @@ def configured_search(
     with checked_values("search"):
         one_shot = _one_shot(config.search, space, costs, total_steps)
         start = period(total_steps, config.search.delay).start
-        if one_shot is not None and net is not None and config.search.filter_warm_up:
-            one_shot = widths_warmed_up(
-                one_shot, space, round(config.search.filter_warm_up * total_steps)
-            )
+        if one_shot is not None and net is not None and config.search.warm_up:
+            steps = round(config.search.warm_up * total_steps)
+            one_shot = warmed_up(one_shot, space, steps, config.search.warm_up_kinds)
     return ConfiguredSearch(space, costs, targets, plain, one_shot, start)
 
 

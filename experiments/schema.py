@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+from aqt_search.architecture.decisions import KINDS
 from aqt_search.architecture.named_spaces import NAMED_SPACES
 from aqt_search.models import MODELS
 from aqt_search.models.classifier import ACTIVATIONS
@@ -32,7 +33,7 @@ from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.sensitivity import FLOAT
 from aqt_search.weights.range_loss import RANGE_LOSSES
-from experiments.architecture import KINDS, parsed_architecture
+from experiments.architecture import PHASE_KINDS, parsed_architecture
 from experiments.configured_search import NAMED_CONTROLS, check_controls, cost_names
 from experiments.from_config import JUDGED_SPLITS, ConfigError, build_model, cost_function
 from experiments.kinds import (
@@ -131,7 +132,7 @@ def _check_phase(value: Any) -> None:
     """One entry of `supernet.phases`."""
     demand(is_tuple(value, 2, 2))
     require_part("its share", value[0], number(0.25, above=0, most=1))
-    require_part("its kinds", value[1], several(one_of(KINDS), least=1))
+    require_part("its kinds", value[1], several(one_of(PHASE_KINDS), least=1))
 
 
 def _check_axis(value: Any) -> None:
@@ -312,7 +313,8 @@ SCHEMA: Mapping[str, Kind] = {
         (("width", "^last/", (64, 128)),),
         parsed_architecture,
     ),
-    "search.filter_warm_up": SHARE,
+    "search.warm_up": SHARE,
+    "search.warm_up_kinds": several(one_of(KINDS), least=1, example=KINDS),
     "search.score_images": COUNT,
     "search.cost": COST,
     "search.target": TARGET,

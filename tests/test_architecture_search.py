@@ -7,6 +7,7 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search import search as searches
+from aqt_search.architecture.decisions import KINDS
 from aqt_search.architecture.named_spaces import NAMED_SPACES, architecture
 from aqt_search.models import build
 from aqt_search.search.space import make_space
@@ -132,23 +133,28 @@ def test_once_for_all_has_its_published_number_of_subnets():
     assert f"{subnets:.5g}" == "2.1759e+19"
 
 
-def test_widths_are_warmed_up():
+@pytest.mark.parametrize("kinds", [("width", "expansion"), KINDS], ids=["widths", "all"])
+def test_the_largest_network_comes_first(kinds):
     model, variables, image = of_zoo("mobilenet_v2", 16, form="tiny", windows=5)
     net = aqs.elastic(model.apply, variables, image, **architecture("small_mobilenet_v2", model))
-    space = make_space(net.sites, [(".*", "int8")], net=net)
+    space = make_space(net.sites, [(".*", ("int4", "int8"))], net=net)
     costs = {"gbops": space.cost_table(aqs.cost.gbops)}
     plain = searches.uniform(space, costs, total_steps=100)
-    warmed = searches.widths_warmed_up(plain, space, 50)
+    warmed = searches.warmed_up(plain, space, 50, kinds)
     state = warmed.init({"gbops": costs["gbops"].range[1]})
-    widths = [d.kind in ("width", "expansion") for d in net.decisions]
+    count = len(net.decisions)
+    warm = np.array([d.kind in kinds for d in net.decisions])
     sample = jax.jit(lambda step, key: warmed.sample(state._replace(step=step), key)[0])
     keys = jax.random.split(jax.random.key(0), 200)
     for step, share in ((0, 1.0), (25, 0.5), (50, 0.0), (90, 0.0)):
         points = np.array([sample(jnp.int32(step), key) for key in keys])
-        whole = np.all(points[:, widths] == net.largest[widths], axis=1).mean()
+        whole = np.all(points[:, :count][:, warm] == net.largest[warm], axis=1).mean()
         # Five standard deviations of a mean of 200, and the chance that a sample is the largest.
         assert abs(whole - share) <= 5 * np.sqrt(0.25 / 200) * (0 < share < 1) + 1e-3
-        assert len(np.unique(points[:, ~np.array(widths)], axis=0)) > 20
+        rest = np.concatenate([points[:, :count][:, ~warm], points[:, count:]], axis=1)
+        assert len(np.unique(rest, axis=0)) > 20
+    with pytest.raises(ValueError, match="kinds to warm up.*windows"):
+        searches.warmed_up(plain, space, 50, ("windows",))
 
 
 # --- Bad input ------------------------------------------------------------------------------------

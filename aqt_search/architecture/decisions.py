@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+KINDS = ("width", "expansion", "window", "depth")
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -32,7 +34,7 @@ class ArchitectureDecision:
 
     Attributes:
       name: `block2/expand/kernel:width`, `block2/depthwise/kernel:window`, `block2..block4:depth`.
-      kind: "width", "expansion", "window" or "depth".
+      kind: of `KINDS`; an expansion is a multiple of another width.
       options: channels, ratios, windows or numbers of blocks.
       about: groups, sites or blocks.
     """

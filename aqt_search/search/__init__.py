@@ -18,7 +18,7 @@ from aqt_search.search.reward import Reward
 from aqt_search.search.scores import score
 from aqt_search.search.space import Decision, Space, make_space
 from aqt_search.search.uniform import uniform
-from aqt_search.search.warm_up import widths_warmed_up
+from aqt_search.search.warm_up import warmed_up
 
 __all__ = [
     "NAMED_OPTIONS",
@@ -36,5 +36,5 @@ __all__ = [
     "policy_gradient",
     "score",
     "uniform",
-    "widths_warmed_up",
+    "warmed_up",
 ]
