@@ -153,7 +153,7 @@ def test_the_largest_network_comes_first(kinds):
         assert abs(whole - share) <= 5 * np.sqrt(0.25 / 200) * (0 < share < 1) + 1e-3
         rest = np.concatenate([points[:, :count][:, ~warm], points[:, count:]], axis=1)
         assert len(np.unique(rest, axis=0)) > 20
-    with pytest.raises(ValueError, match="kinds to warm up.*windows"):
+    with pytest.raises(ValueError, match=r"kinds to warm up.*windows"):
         searches.warmed_up(plain, space, 50, ("windows",))
 
 
