@@ -19,7 +19,7 @@ def warmed_up(search: Search, space: Space, steps: int, kinds: Collection[str] =
     Subnets share their weights with the largest, whose own would start late: narrow subnets train
     the first channels in every step, and a network of random depth learns to do without its later
     blocks. Of widths and expansions alone it is the filter warm-up of TuNAS (Bender et al. 2020,
-    arXiv 2008.06120, section 4); of all kinds it does what Once-for-all's progressive shrinking does.
+    arXiv 2008.06120, section 4); of all kinds, what progressive shrinking is in Once-for-all.
 
     Args:
       search: over `space`.
