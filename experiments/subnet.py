@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import aqt_search as aqs
+from aqt_search.architecture.subnet_scales import cut_scales
 from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.models.fitting import fitted
 from aqt_search.training.scales import SCALES
@@ -43,7 +44,7 @@ def subnet_of(
       active: [decisions], bool: those that decide anything, which are told; None: all.
       matrices: of the kernels, as of `Elastic.extract`.
     """
-    scales = variables.get(SCALES, {})
+    scales = cut_scales(net, choices, variables.get(SCALES, {}))
     rest = {name: part for name, part in variables.items() if name != SCALES}
     model, cut = fitted(parts.model, net.extract(choices, rest, matrices or None))
     sites = from_config.model_sites(model, parts.images.splits.image_shape)

@@ -11,6 +11,7 @@ import pytest
 
 import aqt_search as aqs
 from aqt_search.architecture.elastic import elastic
+from aqt_search.architecture.subnet_scales import cut_scales
 from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
@@ -350,11 +351,13 @@ def test_bounds_in_subnets_are_those_of_extracted_models(shift):
         _, states = run(point, images)
         _, expected = extracted("emulated", space, point, images)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states))
+        cut = cut_scales(space.net, np.asarray(space.architecture(point)), states)
+        assert set(cut) == set(expected)
         for site, of_site in expected.items():
-            leaves = zip(jax.tree.leaves(states[site]), jax.tree.leaves(of_site), strict=True)
-            for found, cut in leaves:
-                prefix = np.asarray(found)[tuple(slice(n) for n in np.shape(cut))]
-                np.testing.assert_allclose(prefix, cut, rtol=5e-5, atol=1e-6, err_msg=site)
+            leaves = zip(jax.tree.leaves(cut[site]), jax.tree.leaves(of_site), strict=True)
+            for found, own in leaves:
+                assert np.shape(found) == np.shape(own)
+                np.testing.assert_allclose(found, own, rtol=5e-5, atol=1e-6, err_msg=site)
 
 
 def test_outputs_in_int8_are_those_of_extracted_models_by_one_program():

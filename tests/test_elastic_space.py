@@ -206,6 +206,15 @@ def test_grids_without_a_zero_are_refused_in_subnets(calibration, side):
         space.point(np.zeros(len(space.decisions), int))
 
 
+@pytest.mark.parametrize("calibration", [aqs.lsq(), aqs.moving_average(aqs.absmax())])
+def test_scales_that_stay_are_not_of_blocks(calibration):
+    q = aqs.Quantizer("int4", aqs.per_block(4), calibration)
+    adapt = lambda site, formats: formats._replace(rhs=q)  # noqa: E731
+    space = dataclasses.replace(space_of("fixed"), adapt=adapt)
+    with pytest.raises(SpaceError, match=r"'stem/kernel' learns or remembers scales of blocks"):
+        space.point(np.zeros(len(space.decisions), int))
+
+
 def test_costs_that_are_not_linear_are_refused():
     space = space_of("tied")
     with pytest.raises(SpaceError, match="no sum of its multiply-accumulates"):

@@ -22,6 +22,7 @@ def config(tmp_path_factory):
         "data.data_dir": str(tmp_path_factory.mktemp("data")), "model.depths": (1, 1, 2, 1),
         "model.width": 0.25, "epochs": 1.0, "optimizer.warmup_epochs": 0.0, "log_every": 1,
         "evaluation.calibration_batches": 2, "search.architecture_rules": rules,
+        "quantizers.weight": "lsq", "quantizers.activation": "batch_quant",  # as QFA has them
         "search.searcher": "critic", "supernet.subnets": 1, "subnets.samples": 20,
         "supernet.phases": ((0.5, ("window",)),), "subnets.images": 100, "subnets.points": 1,
         "subnets.evaluations": 200,

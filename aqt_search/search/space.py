@@ -100,11 +100,23 @@ def _in_subnet(
                 " not would have values: expected a calibration that is not centred, beside"
                 " architecture decisions."
             )
+        if q is not None and _keeps_blocks(q):
+            raise SpaceError(
+                f"Site {name!r} learns or remembers scales of blocks ({field}), which cannot be cut"
+                " for a subnet: expected one for each channel or for the tensor, beside"
+                " architecture decisions."
+            )
         if q is None or not counts_elements(q.calibration):
             return spec
         return dataclasses.replace(q, active=active.get("out" if field in GRADIENTS else field))
 
     return SiteFormats(*(of(field, spec) for field, spec in formats._asdict().items()))
+
+
+def _keeps_blocks(q: Quantizer) -> bool:
+    """Whether blocks have scales that stay from step to step."""
+    in_blocks = q.granularity is not None and q.granularity.block_size is not None
+    return in_blocks and bool(jax.tree.leaves(q.calibration.init((1,))))
 
 
 class Point(NamedTuple):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from aqt_search.architecture.subnet_scales import cut_scales
 from aqt_search.numerics.learned_scales import merge_learned, split_learned
 from aqt_search.search.space import Point, Space
 from aqt_search.training.parallel import AXIS
@@ -147,7 +148,8 @@ def _logits_of(qapply: Callable, space: Space, smallest: SmallestSubnet) -> Call
         kind, choices = subnet
         if kind == "smallest":
             variables = {"params": smallest.cut(params, matrices)}
-            own = {new: scales[old] for new, old in smallest.names.items() if old in scales}
+            kept = cut_scales(net, smallest.choices, scales)
+            own = {new: kept[old] for new, old in smallest.names.items() if old in kept}
             whole = space.assignment(choices)
             assignment = {new: whole[old] for new, old in smallest.names.items()}
             return _trained(smallest.qapply, assignment, variables, own, images, key)
