@@ -37,6 +37,7 @@ class FinishedRun(NamedTuple):
     config: ml_collections.ConfigDict
     parts: from_config.Parts
     variables: Mapping[str, Any]  # {"params": ..., "batch_stats": ...}, "scales" if any
+    architecture: Mapping[str, Any] | None  # what tells the model from the configured one
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -73,15 +74,17 @@ def _as_found(
     folder: Path,
     parts: from_config.Parts,
     variables: Mapping[str, Any],
-) -> tuple[from_config.Parts, Mapping[str, Any]]:
+) -> tuple[from_config.Parts, Mapping[str, Any], Mapping[str, Any] | None]:
     """The plain model that a search of the architecture found, cut out of the whole one."""
-    net = configured_net(config, parts.model, parts.images.splits.image_shape)
-    policy = read_policy_file(folder / results.POLICY_FILE) if net else {}
-    if net is None or ARCHITECTURE not in policy:
-        return parts, variables
-    choices = choices_of(net, policy[ARCHITECTURE]["choices"])
-    subnet = subnet_of(parts, net, choices, {}, variables)
-    return subnet.parts, subnet.variables
+    path = folder / results.POLICY_FILE
+    told = read_policy_file(path).get(ARCHITECTURE) if path.exists() else None
+    # A model that was trained by a policy has been built with its architecture.
+    whole = told is not None and not config.policy
+    net = configured_net(config, parts.model, parts.images.splits.image_shape) if whole else None
+    if told is None or net is None:
+        return parts, variables, told
+    subnet = subnet_of(parts, net, choices_of(net, told["choices"]), {}, variables)
+    return subnet.parts, subnet.variables, told
 
 
 def _images_there(folder: Path) -> str | None:

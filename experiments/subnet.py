@@ -57,5 +57,10 @@ def subnet_of(
         parts._replace(model=model, sites=sites),
         {new: formats[old] for new, old in names.items() if old in formats},
         cut | ({SCALES: own} if scales else {}),
-        {**model_json(model), "choices": told},
+        {
+            **model_json(model),
+            "choices": told,
+            # Blocks behind a skipped one move up: the names that those have in the whole model.
+            "sites": {new: old for new, old in names.items() if new != old},
+        },
     )

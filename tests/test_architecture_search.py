@@ -81,9 +81,13 @@ def test_its_policy_is_trained_and_its_weights_are_quantized(finished, config, i
     assert trained["kind"] == "retrained"
     assert trained["gbops"] == pytest.approx(result["gbops"])
     after = config.copy_and_resolve_references()
-    after.checkpoint, after.formats, after.ptq.images = str(workdir), ((".*", "int8"),), 100
-    after.ptq.batch_size = 100
-    assert ptq.run(after, tmp_path / "ptq", images)["kind"] == "ptq"
+    after.formats, after.ptq.images, after.ptq.batch_size = ((".*", "int8"),), 100, 100
+    architecture = read_json(workdir / "policy.json")["architecture"]
+    for folder in (workdir, tmp_path / "retrained"):
+        after.checkpoint, quantized = str(folder), tmp_path / f"{folder.name}_ptq"
+        assert ptq.run(after, quantized, images)["kind"] == "ptq"
+        for each in (folder, quantized):
+            assert read_json(each / "policy.json")["architecture"] == architecture
 
 
 # --- Spaces ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Matplotlib is used through its object API with the Agg backend: no global state,
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,25 @@ def log_cost_axis(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def merged(sequences: Iterable[Iterable[str]]) -> list[str]:
+    """All names in one order: each behind the one it follows in the first sequence that has it.
+
+    For networks of which one has what another has not: what both have stays in its place. Names
+    that begin a sequence go before the first that is known of it, or to the end.
+    """
+    order: list[str] = []
+    for sequence in sequences:
+        names = list(sequence)
+        place = next((order.index(name) for name in names if name in order), len(order))
+        for name in names:
+            if name in order:
+                place = order.index(name)
+            else:
+                order.insert(place, name)
+            place += 1
+    return order
 
 
 def ink_on(colour: str) -> str:

@@ -16,6 +16,7 @@ from aqt_search.report.canvas import (
     elided,
     ink_on,
     legend_text,
+    merged,
     plain,
     png,
     thinned,
@@ -40,7 +41,7 @@ def format_map_figure(records: Sequence[Record], colours: Mapping[str, str]) -> 
     """
     records = [r for r in records if r.sites]
     shown = mapped_records(records)
-    sites = list(dict.fromkeys(name for r in shown for name in r.sites))
+    sites = merged(r.sites for r in shown)
     rows, cols = max(len(sites), 1), max(len(shown), 1)
     header, footer = 1.15 if cols <= 15 else 1.6, 0.6
     height = min(header + footer + 0.15 + 0.26 * rows, MAX_HEIGHT_INCHES)

@@ -86,9 +86,10 @@ def report_page(
     """The whole page as text.
 
     `figures` holds PNGs: front; formats and training if a point finished; search and policy/<name>
-    if a search finished; gap if a point has one; sensitivity if there are some; weights and, of the
-    first seed of every point, weights/<name> where runs have statistics of them. `colours` holds
-    the hex colour of every format.
+    if a search finished; architecture if a point was cut out of a larger model; gap if a point has
+    one; sensitivity if there are some; weights and, of the first seed of every point,
+    weights/<name> where runs have statistics of them. `colours` holds the hex colour of
+    every format.
     """
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -105,7 +106,7 @@ def report_page(
         sensitivity_section(searches, sensitivity, figures.get("sensitivity")),
     ]
     if finished:
-        parts.append(architecture_section(finished))
+        parts.append(architecture_section(finished, figures.get("architecture")))
         parts.append(_formats_section(finished, searches, figures, colours))
         parts.append(weights_section(finished, figures))
         parts.append(_curves_section(searches, figures))
@@ -219,6 +220,11 @@ def _formats_section(
     )
     if len(mapped_records(finished)) < len(finished):
         caption = f"{caption} Of points with several seeds the first is shown."
+    if any(record.architecture for record in finished):
+        caption = (
+            f"{caption} Sites have the names of the whole network; what a point does not have is "
+            "blank. MACs are those of the first point that has the site."
+        )
     parts = ["<h2>Formats</h2>", figure(figures["formats"], "formats of all points", caption)]
     for record in searches:
         parts.append(f"<h3>{escape(record.name)}: formats by site</h3>{_map(record, colours)}")

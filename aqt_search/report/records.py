@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aqt_search.report.architecture_file import (
+    ElasticDecision,
+    read_choices,
+    read_elastic,
+    read_whole_names,
+)
 from aqt_search.report.checked_json import (
     ReportError,
     number_of,
@@ -50,7 +56,8 @@ class Record:
     (its kind where the sweep named none), `pair` the search whose formats a retrained point has.
     `policy` maps a site to the formats of (lhs, rhs), None for an operand that is not quantized, in
     network order as `sites`. `weights` holds statistics of the weights by site, {} for runs that
-    did not write any.
+    did not write any. In all of these the sites of a model that was cut out of a larger one have
+    the names that they have there.
     """
 
     name: str
@@ -82,8 +89,10 @@ class Record:
     probabilities: tuple[tuple[int, Mapping[str, tuple[float, ...]]], ...] = ()
     space: Mapping[str, Decision] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, WeightRow] = dataclasses.field(default_factory=dict)
-    # Of a model that was cut out of a larger one: what was chosen, by decision.
+    # Of a model that was cut out of a larger one: what was chosen, by decision, and what there was
+    # to choose ({} of older runs of experiments.subnets, which did not tell).
     architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    elastic: Mapping[str, ElasticDecision] = dataclasses.field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -171,10 +180,10 @@ def _read_record(folder: Path) -> Record:
         error = value_of(result, "error", str, path)
         return Record(name=name, kind=kind, seed=seed, series=series, error=error)
     sites = _read_sites(folder / "sites.json")
-    architecture = _read_architecture(folder / "policy.json")
+    architecture = read_choices(folder / "policy.json")
     known = None if architecture else sites
     space = _read_space(folder / "space.json", known) if kind == "search" else {}
-    return Record(
+    record = Record(
         name=name,
         kind=kind,
         seed=seed,
@@ -187,7 +196,9 @@ def _read_record(folder: Path) -> Record:
         probabilities=_read_probabilities(folder / "probabilities.jsonl", space),
         weights=read_weights(folder / "weights.json", sites),
         architecture=architecture,
+        elastic=read_elastic(folder / "space.json") if architecture else {},
     )
+    return _in_whole_model(record, read_whole_names(folder / "policy.json", sites))
 
 
 def _measurements(result: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -270,12 +281,20 @@ def _format_label(formats: Any, side: str) -> Any:
     return value.get("format", 0) if isinstance(value, dict) else value
 
 
-def _read_architecture(path: Path) -> dict[str, Any]:
-    """What was chosen by a search of the architecture; {} of any other point."""
-    policy = read_object(path) if path.exists() else {}
-    if "architecture" not in policy:
-        return {}
-    return value_of(value_of(policy, "architecture", dict, path), "choices", dict, path)
+def _in_whole_model(record: Record, names: Mapping[str, str]) -> Record:
+    """A record whose sites have the names of the model that its own was cut out of."""
+    return dataclasses.replace(
+        record,
+        sites={names[site]: facts for site, facts in record.sites.items()},
+        policy={names[site]: formats for site, formats in record.policy.items()},
+        weights={
+            # A label is the site's name, or begins with it.
+            label.replace(row.site, names[row.site], 1): dataclasses.replace(
+                row, site=names[row.site]
+            )
+            for label, row in record.weights.items()
+        },
+    )
 
 
 def _read_space(path: Path, sites: Mapping[str, SiteFacts] | None) -> dict[str, Decision]:

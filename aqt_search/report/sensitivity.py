@@ -79,7 +79,7 @@ def rank_correlation(record: Record, sensitivity: Mapping[str, Any]) -> Correlat
     losses = {site: row[column] for site, row in zip(sensitivity["sites"], sensitivity["loss"])}
     decided = {site for decision in record.space.values() for site in decision.sites}
     pairs = []
-    for site in sorted(decided & set(losses)):
+    for site in sorted(decided & set(losses) & set(record.sites)):  # a skipped block has none
         loss, bits = losses[site], _mean_bits(record, site)
         if loss is not None and math.isfinite(loss) and bits is not None:
             increase = loss - sensitivity["reference_loss"]

@@ -15,6 +15,7 @@ from aqt_search.report.canvas import (
     legend_text,
     line_styles,
     log_cost_axis,
+    merged,
     plain,
     png,
     style,
@@ -42,9 +43,9 @@ def ranges_figure(records: Sequence[Record]) -> bytes:
     """max|w| / std(w) of every site (rows), a mark per point, or per series of many points."""
     groups = range_groups(records)
     marks = _marks(groups)
-    everywhere = [label for g in groups for member in g.members for label in member.weights]
+    everywhere = merged(member.weights for g in groups for member in g.members)
     known = {label for values in marks.values() for label in values}
-    labels = [label for label in dict.fromkeys(everywhere) if label in known]
+    labels = [label for label in everywhere if label in known]
     rows = max(len(labels), 1)
     header, footer = 0.15 + 0.22 * math.ceil(len(marks) / 4), 0.6
     height = min(header + footer + 0.28 * rows, MAX_HEIGHT_INCHES)

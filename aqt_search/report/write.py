@@ -46,7 +46,14 @@ def _figures(
     records: Sequence[Record], sensitivity: Mapping[str, Any] | None, colours: Mapping[str, str]
 ) -> dict[str, bytes]:
     """PNGs by the names that `report_page` wants."""
-    from aqt_search.report import curve_plot, format_plot, front_plot, gap_plot, weight_plot
+    from aqt_search.report import (
+        architecture_plot,
+        curve_plot,
+        format_plot,
+        front_plot,
+        gap_plot,
+        weight_plot,
+    )
 
     finished = [r for r in records if r.error is None]
     searches = [r for r in finished if r.kind == "search"]
@@ -54,6 +61,8 @@ def _figures(
     if finished:
         figures["formats"] = format_plot.format_map_figure(finished, colours)
         figures["training"] = curve_plot.training_figure(finished)
+    if any(r.architecture for r in finished):
+        figures["architecture"] = architecture_plot.architecture_figure(finished)
     if any(math.isfinite(r.gap) for r in finished):
         figures["gap"] = gap_plot.gap_figure(finished)
     if sensitivity is not None:

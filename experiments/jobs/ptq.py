@@ -130,8 +130,9 @@ def prepare(
         if targets:
             facts |= results.against_targets(targets, there.parts.sites, formats)
         ended = results.Ended(
-            config, workdir, there.parts, formats, quantized.variables, evaluation, variables
-        )
+            config, workdir, there.parts, formats, quantized.variables, evaluation, variables,
+            there.architecture,
+        )  # fmt: skip
         return results.finish(ended, facts)
 
     identity = claim_run(workdir, config, images, "ptq")

@@ -31,6 +31,7 @@ from experiments import finished_run, from_config, results
 from experiments.configured_search import checked_targets, cost_names
 from experiments.from_config import cost_function
 from experiments.job import claim_run, opened
+from experiments.jobs.searched import write_space
 from experiments.jobs.supernet import supernet_space
 from experiments.subnet import subnet_of
 
@@ -199,6 +200,7 @@ def evaluated(
     }  # fmt: skip
     with lock_workdir(folder):
         save_checkpoint(folder / WEIGHTS_FOLDER, 0, subnet.variables)
+        write_space(folder, space)
         return results.finish(ended, facts)
 
 

@@ -13,6 +13,7 @@ from aqt_search.training.evaluation import as_data
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.train_step import TrainState
 from experiments import finished_run, from_config, results
+from experiments.architecture import policy_architecture
 from experiments.assignment import configured_assignment
 from experiments.job import Job, claim_run, run_alone
 
@@ -34,7 +35,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         facts = {"kind": kind, "steps": steps, "seconds": trained.seconds}
         if config.policy:
             facts["pair"] = Path(config.policy).parent.name
-        ended = results.Ended(config, workdir, parts, assignment, trained.state.variables)
+        ended = results.Ended(
+            config, workdir, parts, assignment, trained.state.variables,
+            architecture=policy_architecture(config),
+        )  # fmt: skip
         return results.finish(ended, facts)
 
     state = from_config.initial_state(config, parts, assignment)
