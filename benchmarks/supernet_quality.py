@@ -71,7 +71,7 @@ def with_statistics_of_the_largest(setting: subnets.Setting) -> Mapping[str, Any
     parts, space = setting.parts, setting.space
     formats = space.concrete_assignment(most_bits(space))
     found = results.estimated(setting.config, parts, formats, setting.variables)
-    return {**setting.variables, "batch_stats": found.variables["batch_stats"]}
+    return {**setting.variables, "batch_stats": found.variables["own"]["batch_stats"]}
 
 
 def points_of(setting: subnets.Setting, count: int) -> dict[str, np.ndarray]:
