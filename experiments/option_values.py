@@ -18,6 +18,7 @@ from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.loop import DivergedError
 from aqt_search.training.scales import SCALES, batch_arguments
+from aqt_search.training.subnets import of_points
 from aqt_search.training.train_step import Batch, cross_entropy
 from experiments import from_config
 
@@ -77,8 +78,8 @@ def one_at_a_time(
         {**batch, "mask": np.ones(len(batch["label"]), np.float32)}
         for batch in judged_batches(config, parts.images)
     ]
-    assignments = jax.jit(jax.vmap(space.assignment))(choices)
-    qapply = from_config.quantized(parts.model)
+    assignments = jax.jit(jax.vmap(space.point))(choices)
+    qapply = of_points(from_config.quantized(parts.model), space.net)
     losses = evaluate_assignments(qapply, assignments, _own(variables), batches).loss
     if not np.isfinite(losses).all():
         raise DivergedError("The loss of some format alone is not finite: look at the weights.")

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 import aqt_search as aqs
 from aqt_search import search
+from aqt_search.search.elastic_allocation import allocate_subnet
+from aqt_search.search.space import Space
 from aqt_search.training import parallel
 from aqt_search.training.loop import LoopResult, Run
+from aqt_search.training.subnets import of_points
 from aqt_search.training.train_step import Batch, TrainState
 from experiments import from_config
+from experiments.architecture import configured_net
 from experiments.configured_search import configured_search
 from experiments.job import Job, claim_run
 from experiments.jobs.searched import Found, finish_search, probabilities_of
@@ -38,20 +43,29 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     """A search that decides at the end of its delay; the point is part of the state."""
     parts = from_config.build_parts(config, images)
     alone = from_config.build_parts(config, images, axis_name=None)  # scores on one device
-    setting = configured_search(config, parts.sites, parts.schedule.total_steps)
-    space, primary = setting.space, next(iter(setting.costs.values()))
-    qapply = from_config.quantized(parts.model, parallel.AXIS)
-    update = from_config.make_update(config, parts, qapply)
+    net = configured_net(config, parts.model, images.splits.image_shape)
+    setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
+    space, (name, primary) = setting.space, next(iter(setting.costs.items()))
+    qapply = of_points(from_config.quantized(parts.model, parallel.AXIS), net)
+    update = from_config.make_update(config, parts, qapply, net)
 
     def step(state: ScoredState, inputs, batch: Batch):
-        train, metrics, _ = update(state.train, space.assignment(state.choices), batch)
-        cost = primary.of(state.choices)
+        choices = state.choices
+        if net is not None:  # the same on all replicas, whose batches are normalised together
+            key = jax.random.fold_in(jax.random.key(config.seed), state.train.step)
+            drawn = _random_half(space, choices, key)
+            choices = jnp.where(state.train.step < setting.delay_steps, drawn, choices)
+        train, metrics, _ = update(state.train, space.point(choices), batch)
+        cost = primary.of(choices)
         return ScoredState(train, state.choices), metrics | {"cost": cost}
 
     def decide(state: ScoredState) -> ScoredState:
         judged = VALUES[config.search.searcher]
         values = judged(config, alone, setting.plain, state.train.variables)
-        choices = search.allocate(values, setting.costs, setting.targets)
+        if net is not None:
+            choices = allocate_subnet(values, space, primary, setting.targets[name])
+        else:
+            choices = search.allocate(values, setting.costs, setting.targets)
         return state._replace(choices=choices.astype(np.int32))
 
     def describe(state: ScoredState) -> dict[str, float]:
@@ -73,3 +87,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     turns = {setting.delay_steps + 1: decide}
     run = Run(workdir, state, [stream], describe=describe, turns=turns, identity=identity)
     return Job(step, run, parts.schedule, finish)
+
+
+def _random_half(space: Space, choices: jax.Array, key: jax.Array) -> jax.Array:
+    """`choices` or, in half of the draws, an architecture at random with the same formats."""
+    assert space.net is not None
+    kept, random = jax.random.split(key)
+    noise = jax.random.gumbel(random, space.mask.shape)
+    drawn = jnp.argmax(jnp.where(space.mask, noise, -jnp.inf), axis=-1)
+    is_architecture = np.arange(len(space.decisions)) < len(space.net.decisions)
+    return jnp.where(is_architecture & (jax.random.uniform(kept) < 0.5), drawn, choices)

@@ -1,0 +1,68 @@
+"""The subnet and the formats of largest value at a cost, where values add up and costs do not."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from aqt_search.search.cost_table import CostTable
+from aqt_search.search.searchers.evolution import evolution
+from aqt_search.search.searchers.points import single_changes
+from aqt_search.search.space import Space
+
+
+def allocate_subnet(
+    values: np.ndarray,
+    space: Space,
+    costs: CostTable,
+    target: float,
+    *,
+    evaluations: int = 20_000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Choices [decisions] that maximise the sum of the values of what is there, at most at `target`.
+
+        max over c with cost(c) <= target of the sum over decisions d of active(c)[d] values[d, c[d]]
+
+    What an option costs depends on the widths around it, so it is no knapsack: NSGA-II looks for the
+    point, and changes of one and of two decisions at a time improve it while they can.
+
+    Args:
+      values: [decisions, max_options], as of `score`.
+      space: with an elastic network.
+      costs: of the space.
+      target: in the units of the costs.
+      evaluations: of sums, in NSGA-II.
+      seed: of NSGA-II.
+
+    Raises:
+      SpaceError: no point costs as little, or the target is above all of them.
+    """
+    active = jax.jit(jax.vmap(space.active))
+    rows = np.arange(len(values))
+
+    def worth(points: np.ndarray) -> np.ndarray:
+        size = 2 ** int(np.ceil(np.log2(len(points))))  # few programs
+        filled = np.resize(points, (size, points.shape[1]))
+        return np.where(active(filled), values[rows, filled], 0.0).sum(1)[: len(points)]
+
+    found = evolution(
+        worth, costs, target, evaluations, seed, tolerance=0.0, population=evaluations // 100
+    )
+    best = found.choices
+    while True:
+        near = _changed_twice(best, space.mask)
+        near = near[costs.of_many(near) <= target]
+        if not len(near):
+            return best
+        sums = worth(near)
+        if sums.max() <= worth(best[None])[0] + 1e-12:
+            return best
+        best = near[np.argmax(sums)]
+
+
+def _changed_twice(start: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Points that differ from `start` in one or two decisions: [n, decisions]."""
+    ones = single_changes(start, mask)[mask]
+    twos = [single_changes(point, mask)[mask] for point in ones]
+    return np.unique(np.concatenate([ones, *twos]), axis=0)
