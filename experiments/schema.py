@@ -441,8 +441,8 @@ def _check_architecture(search: ml_collections.ConfigDict) -> None:
     if (search.architecture or search.architecture_rules) and search.searcher == SCORES:
         raise ConfigError(
             f"config.search.searcher is {search.searcher!r}, which decides formats alone; to decide"
-            " about the architecture, too, set it to 'one_at_a_time', 'critic', 'policy_gradient' or"
-            " 'random'."
+            " about the architecture, too, set it to 'one_at_a_time', 'critic', 'policy_gradient'"
+            " or 'random'."
         )
 
 

@@ -20,12 +20,12 @@ def allocate_subnet(
     evaluations: int = 20_000,
     seed: int = 0,
 ) -> np.ndarray:
-    """Choices [decisions] that maximise the sum of the values of what is there, at most at `target`.
+    """Choices [decisions] of largest value among those that cost at most `target`.
 
-        max over c with cost(c) <= target of the sum over decisions d of active(c)[d] values[d, c[d]]
-
-    What an option costs depends on the widths around it, so it is no knapsack: NSGA-II looks for the
-    point, and changes of one and of two decisions at a time improve it while they can.
+    The value of choices c is the sum over decisions d of active(c)[d] * values[d, c[d]]: what is
+    not there is worth nothing. What an option costs depends on the widths around it, so this is no
+    knapsack: NSGA-II looks for the point, and changes of one and of two decisions at a time improve
+    it while they can.
 
     Args:
       values: [decisions, max_options], as of `score`.
