@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from aqt_search.training.evaluation import StaticEvaluation, evaluate
 from aqt_search.training.workdir import CONFIG_FILE, read_json, write_json
-from experiments import from_config, results
+from experiments import finished_run, from_config, results
 from experiments.architecture import ARCHITECTURE, FORMATS
 from experiments.job import INPUTS, JOB
 from experiments.jobs import subnets
@@ -142,16 +142,42 @@ def compare_with_random_search(setting: subnets.Setting, workdir: Path) -> None:
               f" {setting.costs.of_many(best[None])[0]:9.5f}", flush=True)  # fmt: skip
 
 
+def compare_sorted(setting: subnets.Setting, trained: Path, count: int) -> None:
+    """Prints accuracies of random widths of a network that was trained as a whole, in most bits."""
+    space = setting.space
+    net = space.net
+    assert net is not None
+    images = setting.parts.images
+    plain = finished_run.load(setting.config, trained, images).variables
+    by_order = {"as trained": plain, "sorted": dict(net.sort(plain))}
+    rng, most = np.random.default_rng(0), most_bits(space)
+    found: dict[str, list[float]] = {name: [] for name in by_order}
+    for _ in range(count):
+        choices = most.copy()
+        for number, decision in enumerate(net.decisions):
+            if decision.kind in ("width", "expansion"):
+                choices[number] = rng.integers(len(decision.options))
+        for name, variables in by_order.items():
+            cut = cut_out(setting._replace(matrices=()), choices, variables)
+            found[name].append(accuracy_of(setting, cut, own_statistics=True))
+    for name, accuracies in found.items():
+        print(f"{count} random widths of {trained.name}, {name}: mean {np.mean(accuracies):.2f},"
+              f" {' '.join(f'{a:.1f}' for a in accuracies)}")  # fmt: skip
+
+
 def main() -> None:
     """Runs the benchmark of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--supernet", type=Path, required=True, help="workdir of a supernet")
     parser.add_argument("--points", type=int, default=12, help="random subnets")
     parser.add_argument("--policies", type=Path, help="folder of subnets to train alone")
+    parser.add_argument("--trained", type=Path, help="workdir of the largest network, trained")
     parser.add_argument("--subnets", type=Path, help="workdir of experiments.subnets")
     args = parser.parse_args()
     setting = setting_of(args.supernet)
     compare_statistics(setting, args.points, args.policies)
+    if args.trained is not None:
+        compare_sorted(setting, args.trained, 8)
     if args.subnets is not None:
         compare_with_random_search(setting, args.subnets)
 
