@@ -11,7 +11,9 @@ statistics would be. With --policies the subnets are written there, each to be t
 
 and where those runs have ended, the same command tells how both rank the subnets. With
 --subnets=runs/subnets (of experiments.subnets) it compares what the predictor found with random
-search: for every point found, the best of as many random subnets that cost no more.
+search: for every point found, the best of as many random subnets that cost no more. With
+--trained=runs/alone, a trained largest network, it cuts narrow subnets out of that, as it is and
+sorted by importance.
 """
 
 from __future__ import annotations
