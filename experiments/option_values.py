@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -34,7 +35,8 @@ def by_gradients(
 ) -> np.ndarray:
     """`search.score` on about `search.score_images` training images: [decisions, max_options].
 
-    BatchNorm takes the statistics of each batch.
+    BatchNorm takes the statistics of each batch. What a network has is no small change, as a format
+    is: options of the architecture have the values of `one_at_a_time`.
 
     Args:
       config: of a run.
@@ -43,10 +45,22 @@ def by_gradients(
       variables: {"params": ..., "batch_stats": ...}; "scales" are left out.
 
     Raises:
-      DivergedError: the gradients are not finite.
+      DivergedError: the gradients, or a loss, are not finite.
     """
+    values = np.zeros(space.mask.shape)
+    numbers = list(space.format_decisions)
+    if len(numbers) < len(values):
+        is_architecture = np.ones(len(values), bool)
+        is_architecture[numbers] = False
+        values = _by_losses(config, parts, space, variables, is_architecture)
+    if not numbers:
+        return values
+    of_formats = dataclasses.replace(
+        space, decisions=tuple(space.format_decisions.values()), net=None
+    )
     batches = judged_batches(config, parts.images)
-    values = search.score(*_model_and_loss(parts.model), _own(variables), batches, space)
+    scores = search.score(*_model_and_loss(parts.model), _own(variables), batches, of_formats)
+    values[numbers, : scores.shape[1]] = scores
     if not np.isfinite(values).all():
         raise DivergedError(
             "The gradients that formats are scored by are not finite. Try a lower learning rate or"
@@ -69,9 +83,14 @@ def one_at_a_time(
     Raises:
       DivergedError: a loss is not finite.
     """
+    return _by_losses(config, parts, space, variables, np.ones(len(space.decisions), bool))
+
+
+def _by_losses(config, parts, space: Space, variables, judged: np.ndarray) -> np.ndarray:
+    """`one_at_a_time` of the decisions that are `judged` [decisions]; others have values of 0."""
     table = space.cost_table(aqs.cost.gbops)
     start = table.dearest
-    others = space.mask.copy()
+    others = space.mask & judged[:, None]
     others[np.arange(len(start)), start] = False
     choices = np.concatenate([start[None], single_changes(start, space.mask)[others]])
     batches = [

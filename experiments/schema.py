@@ -52,7 +52,7 @@ from experiments.kinds import (
     text,
     whole,
 )
-from experiments.option_values import SCORES, VALUES
+from experiments.option_values import VALUES
 from experiments.ptq_steps import STEPS, check_steps
 from experiments.quantizers import configured_quantizers
 
@@ -437,12 +437,6 @@ def _check_architecture(search: ml_collections.ConfigDict) -> None:
     if search.architecture and search.architecture_rules:
         raise ConfigError(
             "config.search has both architecture and architecture_rules; expected one of them."
-        )
-    if (search.architecture or search.architecture_rules) and search.searcher == SCORES:
-        raise ConfigError(
-            f"config.search.searcher is {search.searcher!r}, which decides formats alone; to decide"
-            " about the architecture, too, set it to 'one_at_a_time', 'critic', 'policy_gradient'"
-            " or 'random'."
         )
 
 
