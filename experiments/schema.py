@@ -52,7 +52,7 @@ from experiments.kinds import (
     text,
     whole,
 )
-from experiments.option_values import VALUES
+from experiments.option_values import SCORES, VALUES
 from experiments.ptq_steps import STEPS, check_steps
 from experiments.quantizers import configured_quantizers
 
