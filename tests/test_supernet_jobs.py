@@ -7,10 +7,10 @@ import aqt_search as aqs
 from aqt_search.search.options import SpaceError
 from aqt_search.search.searchers.predictor import fit_predictor
 from aqt_search.training.metrics import read_metrics
-from aqt_search.training.workdir import read_json
+from aqt_search.training.workdir import lock_workdir, read_json
 from configs import digits_mobilenet_v2
-from experiments import from_config, schema
-from experiments.jobs import subnets, supernet
+from experiments import finished_run, from_config, schema
+from experiments.jobs import subnets, supernet, train
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,27 @@ def test_a_supernet_trains_its_ends_and_random_subnets(trained):
     assert all(np.isfinite(list(record.values())).all() for record in records)
     assert result["kind"] == "supernet"
     assert len(read_json(workdir / "space.json")) > 10
+
+
+def test_it_goes_on_from_the_largest_network_sorted(config, images, tmp_path):
+    own = config.copy_and_resolve_references()
+    own.epochs, own.optimizer.learning_rate = 0.25, 0.5  # so that no channel is like another
+    train.run(own, tmp_path / "whole", images)
+    there = finished_run.load(own, tmp_path / "whole", images).variables
+    own.checkpoint = str(tmp_path / "whole")
+    parts = from_config.build_parts(own, images)
+    net = supernet.supernet_space(own, parts).net
+    (tmp_path / "net").mkdir()
+    with lock_workdir(tmp_path / "net"):
+        params = supernet.prepare(own, tmp_path / "net", images).run.state.train.params
+    images = np.random.default_rng(0).normal(size=(4, *parts.images.splits.image_shape))
+    sorted_too = {"params": params, "batch_stats": net.sort(dict(there))["batch_stats"]}
+    logits = parts.model.apply(sorted_too, images.astype(np.float32), train=False)
+    plain = {name: there[name] for name in ("params", "batch_stats")}
+    expected = parts.model.apply(plain, images.astype(np.float32), train=False)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    kernels = [tree["block3"]["expand"]["kernel"] for tree in (params, there["params"])]
+    assert not np.array_equal(*kernels)
 
 
 def test_phases_set_kinds_of_decisions_free(config, images):

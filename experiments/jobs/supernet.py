@@ -71,7 +71,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     state = from_config.initial_state(config, parts, first_assignment(space), matrices)
     if config.checkpoint:  # the whole model, whose important channels come first
         there = finished_run.load(config, Path(config.checkpoint), images).variables
-        state = state._replace(params=space.net.sort({"params": there["params"]})["params"])
+        whole = {name: there[name] for name in ("params", "batch_stats") if name in there}
+        state = state._replace(params=space.net.sort(whole)["params"])
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.
     identity = claim_run(workdir, config, images, "supernet")
