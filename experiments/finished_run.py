@@ -178,7 +178,8 @@ def trained_state(
     """
     kind = read_json(folder / results.RESULT_FILE).get("kind")
     searched = kind in ("search", "random", _SUPERNET)
-    net = configured_net(config, parts.model, parts.images.splits.image_shape)
+    shape = parts.images.splits.image_shape
+    net = configured_net(config, parts.model, shape) if searched else None
     learned = kind == _SUPERNET and config.supernet.kernel_matrices
 
     def initial():

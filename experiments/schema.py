@@ -438,6 +438,13 @@ def _check_architecture(search: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.search has both architecture and architecture_rules; expected one of them."
         )
+    has_one = bool(search.architecture or search.architecture_rules)
+    if has_one and search.searcher in VALUES and search.further_costs:
+        raise ConfigError(
+            f"config.search.searcher {search.searcher!r} decides about the architecture under one"
+            f" cost, but search.further_costs is {search.further_costs}: leave it empty, or set"
+            " search.searcher to 'critic'."
+        )
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:

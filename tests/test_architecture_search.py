@@ -11,6 +11,7 @@ from aqt_search.architecture.decisions import KINDS
 from aqt_search.architecture.named_spaces import NAMED_SPACES, architecture
 from aqt_search.models import build
 from aqt_search.search.space import make_space
+from aqt_search.training.metrics import read_metrics
 from aqt_search.training.workdir import read_json
 from configs import digits_mobilenet_v2
 from experiments import finished_run, from_config, schema
@@ -88,6 +89,23 @@ def test_its_policy_is_trained_and_its_weights_are_quantized(finished, config, i
         assert ptq.run(after, quantized, images)["kind"] == "ptq"
         for each in (folder, quantized):
             assert read_json(each / "policy.json")["architecture"] == architecture
+
+
+def test_it_is_decided_once(config, images, tmp_path):
+    """Random subnets and the whole by turns, then one point to the end, by the same program."""
+    own = config.copy_and_resolve_references()
+    own.search.searcher, own.log_every = "scores", 1
+    result = search.run(own, tmp_path / "run", images)
+    assert 0.9 * result["target_gbops"] <= result["gbops"] <= result["target_gbops"]
+    costs = np.array([record["cost"] for record in read_metrics(tmp_path / "run")])
+    steps = len(costs)
+    before, after = costs[: steps // 4], costs[steps // 4 :]
+    assert np.ptp(after) == 0
+    np.testing.assert_allclose(after[0], result["gbops"], rtol=1e-5)
+    # A step is the whole's with a chance of a half, and of the others hardly two cost the same.
+    assert 1 < len(np.unique(before)) < len(before)
+    policy = read_json(tmp_path / "run" / "policy.json")
+    assert set(policy["formats"]) == set(read_json(tmp_path / "run" / "sites.json"))
 
 
 # --- Spaces ---------------------------------------------------------------------------------------
@@ -183,7 +201,8 @@ def test_an_architecture_that_the_model_has_not(config, images, tmp_path, change
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"search.searcher": "scores"}, "decides formats alone"),
+    [({"search.searcher": "scores", "search.further_costs": (("weight_bytes", 1.0, "int4"),)},
+      "under one cost"),
      ({"search.architecture": "mobilenet_v9"}, "small_mobilenet_v2"),
      ({"search.architecture_rules": (("width", "^last/", (64, 128)),)}, "expected one of them"),
      ({"search.architecture": "", "search.architecture_rules": (("wide", "a", 1),)}, "no rule"),
