@@ -9,6 +9,10 @@ The space "small_mobilenet_v2": windows 3 and 5 and expansions 2, 4 and 6 of eve
 all of the filters of every stage, one or two blocks of each; integer formats of 3 to 8 bits of
 weights and of activations. The target is in GBOPs: int4 in the MobileNetV2 of width 0.5 with
 windows of 3 costs 0.01599. `:float` offers float formats in place of the integers.
+
+Test accuracy at 0.0176, seed 0 alone: 70.23 % without retraining; 61.46 % by the critic (commit
+3631d83, `--config.search.searcher=critic`), whose model has 68.03 % from scratch. Formats alone
+(configs/cifar10_16px_mobilenet_v2.py) have 70.96 % at that cost.
 """
 
 import ml_collections
@@ -24,7 +28,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"Unknown form {arg!r} of the config: expected none, quick or float.")
     config.model.windows = (5,)
     config.search.architecture = "small_mobilenet_v2"
-    config.search.searcher = "critic"
     formats = FLOAT if arg == "float" else INT
     config.search.space = (
         ("stem|head", "int8"),

@@ -2,10 +2,9 @@
 
 Until the delay is over the weights train under the options of most bits; where the architecture is
 decided, too, in half of the steps as a random subnet, so that what is cut is missed no more than it
-has to be. Then a few training images
-give every option its value (`experiments.option_values`: by gradients, or one at a time), the best
-point that meets the targets is taken (`allocate`, `allocate_subnet`), and the weights train to the end under it, by
-the same program.
+has to be. Then a few training images give every option its value (`experiments.option_values`: by
+gradients, or one at a time), the best point that meets the targets is taken (`allocate`,
+`allocate_subnet`), and the weights train to the end under it, by the same program.
 """
 
 from __future__ import annotations
