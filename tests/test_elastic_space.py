@@ -17,6 +17,7 @@ from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.costs import cost
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
+from aqt_search.search.critic import critic_over, groups_of
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import Point, make_space
 from aqt_search.training.parallel import AXIS
@@ -207,28 +208,34 @@ def test_grids_without_a_zero_are_refused_in_subnets(calibration, side):
 
 
 def test_the_critic_decides_the_architecture_first():
-    """At 0.4 of the steps after the delay its temperature is 0.06 of the values' spread, that of
-    formats 0.5: what differs by the spread is decided to e^-17 here, and to e^-2 there.
+    """At 0.4 of the steps after the delay its temperature is 0.06 of the values' spread, and would
+    be 0.5 if it fell as that of formats: what differs by the spread is decided to e^-17 or to e^-2.
     """
     space = space_of("apart")
     costs = {"gbops": space.cost_table(cost.gbops)}
-    one_shot = search.critic(space, costs, total_steps=500, delay=0.2, samples=4)
     values = jnp.asarray(np.random.default_rng(0).normal(size=space.mask.shape), jnp.float32)
+    groups = groups_of([(d.role, d.labels) for d in space.decisions])
+    settings = {"total_steps": 100, "delay": 0.2, "samples": 4, "tolerance": 0.02,
+                "one_sided": False, "memory": 0.5, "axis_name": None}  # fmt: skip
 
-    @jax.jit
-    def step(state, key):
-        choices = one_shot.sample(state, key)
-        quality = values[jnp.arange(len(values)), choices].sum(1)
-        return one_shot.update(state, choices, quality, key)[0]
+    def entropy(one_shot):
+        """Of the decisions about the architecture, of those that are as open as can be."""
 
-    low, high = costs["gbops"].range
-    state = one_shot.init({"gbops": (low + high) / 2})
-    for key in jax.random.split(jax.random.key(0), 260):
-        state = step(state, key)
-    p = jax.nn.softmax(jnp.where(space.mask, state.policy.logits, -jnp.inf), axis=-1)
-    entropy = -np.sum(np.where(space.mask, p * np.log(np.maximum(p, 1e-30)), 0.0), axis=1)
-    share, first = entropy / np.log(space.mask.sum(1)), len(space.net.decisions)
-    assert share[:first].mean() < share[first:].mean() / 2
+        @jax.jit
+        def step(state, key):
+            choices = one_shot.sample(state, key)
+            quality = values[jnp.arange(len(values)), choices].sum(1)
+            return one_shot.update(state, choices, quality, key)[0]
+
+        state = one_shot.init({"gbops": sum(costs["gbops"].range) / 2})
+        for key in jax.random.split(jax.random.key(0), 52):
+            state = step(state, key)
+        p = jax.nn.softmax(jnp.where(space.mask, state.policy.logits, -jnp.inf), axis=-1)
+        of_each = -np.sum(np.where(space.mask, p * np.log(np.maximum(p, 1e-30)), 0.0), axis=1)
+        return (of_each / np.log(space.mask.sum(1)))[: len(space.net.decisions)].mean()
+
+    together = critic_over(space.mask, groups, costs, active=space.active, **settings)
+    assert entropy(search.critic(space, costs, **settings)) < entropy(together) / 2
 
 
 @pytest.mark.parametrize("calibration", [aqs.lsq(), aqs.moving_average(aqs.absmax())])
