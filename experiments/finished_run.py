@@ -182,11 +182,16 @@ def trained_state(
     net = configured_net(config, parts.model, shape) if searched else None
     learned = kind == _SUPERNET and config.supernet.kernel_matrices
 
+    # Not while it is traced: the formats of learned scales are numbers.
+    assignment = (
+        first_assignment(configured_space(config, parts.sites, net))
+        if searched
+        else configured_assignment(config, parts.sites)
+    )
+
     def initial():
         if not searched:
-            assignment = configured_assignment(config, parts.sites)
             return from_config.initial_state(config, parts, assignment)
-        assignment = first_assignment(configured_space(config, parts.sites, net))
         matrices = net.matrices() if net is not None and learned else ()
         return {"train": from_config.initial_state(config, parts, assignment, matrices)}
 

@@ -1,9 +1,11 @@
 """experiments.supernet and experiments.subnets on scikit-learn's digits."""
 
+import jax
 import numpy as np
 import pytest
 
 import aqt_search as aqs
+from aqt_search.numerics import learned_scales
 from aqt_search.search.options import SpaceError
 from aqt_search.search.searchers.predictor import fit_predictor
 from aqt_search.training.metrics import read_metrics
@@ -164,3 +166,11 @@ def test_phases_that_cannot_be(config, phases, message):
     other.supernet.phases = phases
     with pytest.raises(from_config.ConfigError, match=message):
         schema.check(other)
+
+
+def test_learned_scales_are_loaded_in_a_new_process(config, images, trained):
+    """Where no calibration has been made yet: not while the state's shape is traced."""
+    aqs.lsq.cache_clear()
+    learned_scales._known_formats.cache_clear()
+    found = finished_run.load_supernet(config, trained[0], images)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.variables))
