@@ -27,6 +27,7 @@ import ml_collections
 import numpy as np
 from scipy.stats import spearmanr
 
+import aqt_search as aqs
 from aqt_search.training.evaluation import StaticEvaluation, evaluate
 from aqt_search.training.workdir import CONFIG_FILE, read_json, write_json
 from experiments import finished_run, from_config, results
@@ -145,7 +146,7 @@ def compare_with_random_search(setting: subnets.Setting, workdir: Path) -> None:
 
 
 def compare_sorted(setting: subnets.Setting, trained: Path, count: int) -> None:
-    """Prints accuracies of random widths of a network that was trained as a whole, in most bits."""
+    """Prints accuracies of random widths of a network that was trained as a whole, in int8."""
     space = setting.space
     net = space.net
     assert net is not None
@@ -161,6 +162,7 @@ def compare_sorted(setting: subnets.Setting, trained: Path, count: int) -> None:
                 choices[number] = rng.integers(len(decision.options))
         for name, variables in by_order.items():
             cut = cut_out(setting._replace(matrices=()), choices, variables)
+            cut = cut._replace(formats=aqs.assign(cut.parts.sites, [(".*", "int8")]))
             found[name].append(accuracy_of(setting, cut, own_statistics=True))
     for name, accuracies in found.items():
         print(f"{count} random widths of {trained.name}, {name}: mean {np.mean(accuracies):.2f},"
