@@ -144,8 +144,9 @@ def get_config() -> ml_collections.ConfigDict:
     # ("width", "^last/", (64, 128)): experiments.architecture. config.model is the largest network.
     config.search.architecture = ""
     config.search.architecture_rules = ()
-    # Share of the run in which samples are the largest network with a probability that falls to 0,
-    # and the kinds of decisions for which it holds (widths and expansions: TuNAS's filter warm-up).
+    # Of searchers that sample: the share of the run in which samples are the largest network with a
+    # probability that falls to 0, and the kinds of decisions for which that holds (widths and
+    # expansions: TuNAS's filter warm-up).
     config.search.warm_up = 0.25
     config.search.warm_up_kinds = ("width", "expansion", "window", "depth")
     # "scores" judges all options by gradients, once, at the end of the delay (search.scores; those

@@ -86,7 +86,13 @@ def one_at_a_time(
     return _by_losses(config, parts, space, variables, np.ones(len(space.decisions), bool))
 
 
-def _by_losses(config, parts, space: Space, variables, judged: np.ndarray) -> np.ndarray:
+def _by_losses(
+    config: ml_collections.ConfigDict,
+    parts: from_config.Parts,
+    space: Space,
+    variables: Mapping[str, Any],
+    judged: np.ndarray,
+) -> np.ndarray:
     """`one_at_a_time` of the decisions that are `judged` [decisions]; others have values of 0."""
     table = space.cost_table(aqs.cost.gbops)
     start = table.dearest

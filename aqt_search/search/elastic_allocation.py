@@ -36,6 +36,7 @@ def allocate_subnet(
       seed: of NSGA-II.
 
     Raises:
+      ValueError: fewer than 4 evaluations.
       SpaceError: no point costs as little, or the target is above all of them.
     """
     active = jax.jit(jax.vmap(space.active))
@@ -46,19 +47,18 @@ def allocate_subnet(
         filled = np.resize(points, (size, points.shape[1]))
         return np.where(active(filled), values[rows, filled], 0.0).sum(1)[: len(points)]
 
-    found = evolution(
-        worth, costs, target, evaluations, seed, tolerance=0.0, population=evaluations // 100
-    )
-    best = found.choices
+    population = max(4, evaluations // 100)
+    found = evolution(worth, costs, target, evaluations, seed, tolerance=0.0, population=population)
+    best, reached = found.choices, found.quality
     while True:
         near = _changed_twice(best, space.mask)
         near = near[costs.of_many(near) <= target]
         if not len(near):
             return best
         sums = worth(near)
-        if sums.max() <= worth(best[None])[0] + 1e-12:
+        if sums.max() <= reached + 1e-12:
             return best
-        best = near[np.argmax(sums)]
+        best, reached = near[np.argmax(sums)], sums.max()
 
 
 def _changed_twice(start: np.ndarray, mask: np.ndarray) -> np.ndarray:
