@@ -49,9 +49,9 @@ _FOREIGN = [
 ]  # fmt: skip
 # Types of ours that only fields have: read their source.
 _INTERNAL = [
-    "Axes", "Block", "Channels", "Consumer", "Factors", "LeafMask", "Loop", "Matrices",
-    "OperandValue", "Records", "Shared", "SiteFacts", "SiteWeight", "Stage", "Tail", "TrainState",
-    "Value", "WeightRow",
+    "Axes", "Block", "Channels", "Consumer", "ElasticDecision", "Factors", "LeafMask", "Loop",
+    "Matrices", "OperandValue", "Records", "Shared", "SiteFacts", "SiteWeight", "Stage", "Tail",
+    "TrainState", "Value", "WeightRow",
 ]  # fmt: skip
 nitpick_ignore = [("py:class", name) for name in _FOREIGN + _INTERNAL]
 nitpick_ignore_regex = [("py:(class|obj)", r"(jax|np|numpy|optax|collections|typing|os)\..*")]
