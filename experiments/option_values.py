@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from sklearn.isotonic import IsotonicRegression
 
 import aqt_search as aqs
 from aqt_search import data, search
-from aqt_search.search.searchers.points import single_changes
+from aqt_search.search.cost_table import CostTable
+from aqt_search.search.searchers.points import option_costs, single_changes
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.loop import DivergedError
@@ -36,7 +38,9 @@ def by_gradients(
     """`search.score` on about `search.score_images` training images: [decisions, max_options].
 
     BatchNorm takes the statistics of each batch. What a network has is no small change, as a format
-    is: options of the architecture have the values of `one_at_a_time`.
+    is: options of the architecture have the values of `one_at_a_time`, of which noise says that
+    some smaller network is better. As these weights will be trained on, more is worth no less: they
+    are replaced by those of least squared distance that do not fall with the cost.
 
     Args:
       config: of a run.
@@ -52,7 +56,8 @@ def by_gradients(
     if len(numbers) < len(values):
         is_architecture = np.ones(len(values), bool)
         is_architecture[numbers] = False
-        values = _by_losses(config, parts, space, variables, is_architecture)
+        measured = _by_losses(config, parts, space, variables, is_architecture)
+        values = rising(measured, space.cost_table(aqs.cost.gbops), is_architecture)
     if not numbers:
         return values
     of_formats = dataclasses.replace(
@@ -111,6 +116,22 @@ def _by_losses(
     values = np.zeros(space.mask.shape)
     values[others] = losses[0] - losses[1:]
     return values
+
+
+def rising(values: np.ndarray, costs: CostTable, decisions: np.ndarray) -> np.ndarray:
+    """Isotonic regression of the options' values on their order by cost; the dearest stays 0.
+
+    Args:
+      values: [decisions, max_options].
+      costs: of the space.
+      decisions: [decisions] of bool: those to change.
+    """
+    found, dear = values.copy(), option_costs(costs)
+    for number in np.flatnonzero(decisions):
+        there = np.flatnonzero(costs.mask[number])
+        fitted = IsotonicRegression().fit_transform(dear[number, there], values[number, there])
+        found[number, there] = fitted - fitted.max()
+    return found
 
 
 # By `config.search.searcher`, which then decides once, and `config.allocate.by`.

@@ -53,6 +53,16 @@ def test_it_finds_the_best_of_all_points(seed):
     assert sums[place] == pytest.approx(best)
 
 
+def test_of_points_of_equal_worth_it_takes_the_dearest():
+    space = small_space()
+    table = space.cost_table(aqs.cost.gbops)
+    points = np.array(list(itertools.product(*(range(n) for n in space.mask.sum(1)))))
+    target = 0.7 * table.range[1]
+    costs = table.of_many(points)
+    found = allocate_subnet(np.zeros(space.mask.shape), space, table, target, evaluations=1000)
+    assert table.of_many(found[None])[0] == pytest.approx(costs[costs <= target].max(), rel=1e-9)
+
+
 def test_targets_outside_of_the_space_are_refused():
     space = small_space()
     table = space.cost_table(aqs.cost.gbops)

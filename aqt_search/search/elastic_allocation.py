@@ -10,6 +10,8 @@ from aqt_search.search.searchers.evolution import evolution
 from aqt_search.search.searchers.points import single_changes
 from aqt_search.search.space import Space
 
+_TIE = 1e-6  # of the largest difference of values: what the whole target is worth
+
 
 def allocate_subnet(
     values: np.ndarray,
@@ -25,7 +27,7 @@ def allocate_subnet(
     The value of choices c is the sum over decisions d of active(c)[d] * values[d, c[d]]: what is
     not there is worth nothing. What an option costs depends on the widths around it, so this is no
     knapsack: NSGA-II looks for the point, and changes of one and of two decisions at a time improve
-    it while they can.
+    it while they can. Of points that are worth the same, the dearest.
 
     Args:
       values: [decisions, max_options], as of `score`.
@@ -41,11 +43,13 @@ def allocate_subnet(
     """
     active = jax.jit(jax.vmap(space.active))
     rows = np.arange(len(values))
+    tie = _TIE * (np.ptp(values) or 1.0) / target
 
     def worth(points: np.ndarray) -> np.ndarray:
         size = 2 ** int(np.ceil(np.log2(len(points))))  # few programs
         filled = np.resize(points, (size, points.shape[1]))
-        return np.where(active(filled), values[rows, filled], 0.0).sum(1)[: len(points)]
+        sums = np.where(active(filled), values[rows, filled], 0.0).sum(1)[: len(points)]
+        return sums + tie * costs.of_many(points)
 
     population = max(4, evaluations // 100)
     found = evolution(worth, costs, target, evaluations, seed, tolerance=0.0, population=population)
