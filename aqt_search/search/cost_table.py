@@ -53,8 +53,15 @@ class CostTable:
         groups = np.arange(len(self.table))
         terms = self.table[groups, choices[:, self.first], choices[:, self.second]]
         if self.shares is not None:
-            terms = terms * np.stack([self._share(self.shares, point) for point in choices])
+            terms = terms * self.shares_of(choices)
         return self.fixed + terms.sum(axis=1)
+
+    def shares_of(self, choices: np.ndarray) -> np.ndarray:
+        """The products of every term's shares under known `choices` [n, decisions]: [n, groups]."""
+        assert self.shares is not None
+        assert self.sharing is not None
+        group, factor = np.indices(self.sharing.shape)
+        return self.shares[group, factor, choices[:, self.sharing]].prod(axis=-1)
 
     def _share(self, shares, choices):
         """The product of every term's shares under `choices` [decisions]: [groups]."""

@@ -2,71 +2,170 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
+from aqt_search.search.allocation import allocate
 from aqt_search.search.cost_table import CostTable
-from aqt_search.search.searchers.evolution import evolution
-from aqt_search.search.searchers.points import single_changes
+from aqt_search.search.options import SpaceError
+from aqt_search.search.searchers.points import distinct, single_changes
 from aqt_search.search.space import Space
 
 _TIE = 1e-6  # of the largest difference of values: what the whole target is worth
+_BISECTIONS = 30  # of 18 powers of ten
 
 
 def allocate_subnet(
-    values: np.ndarray,
-    space: Space,
-    costs: CostTable,
-    target: float,
-    *,
-    evaluations: int = 20_000,
-    seed: int = 0,
+    values: np.ndarray, space: Space, costs: CostTable, target: float
 ) -> np.ndarray:
     """Choices [decisions] of largest value among those that cost at most `target`.
 
     The value of choices c is the sum over decisions d of active(c)[d] * values[d, c[d]]: what is
     not there is worth nothing. What an option costs depends on the widths around it, so this is no
-    knapsack: NSGA-II looks for the point, and changes of one and of two decisions at a time improve
-    it while they can. Of points that are worth the same, the dearest.
+    knapsack; but the formats of one subnet are. So subnets are climbed, by changes of one and of
+    two decisions at a time, to the largest of
+
+        max over formats f of value(a, f) - price * cost(a, f),
+
+    which falls apart into sites, and the price is bisected until the cost is the target. The
+    formats of the subnets found are then allocated exactly (`allocate`), and those of their
+    neighbours whose bound, min over prices of the above + price * target, is above the best so far.
+    Of subnets that are worth the same, the dearer.
 
     Args:
       values: [decisions, max_options], as of `score`.
       space: with an elastic network.
       costs: of the space.
       target: in the units of the costs.
-      evaluations: of sums, in NSGA-II.
-      seed: of NSGA-II.
 
     Raises:
-      ValueError: fewer than 4 evaluations.
-      SpaceError: no point costs as little, or the target is above all of them.
+      SpaceError: the target is outside of the space's costs.
     """
-    active = jax.jit(jax.vmap(space.active))
-    rows = np.arange(len(values))
+    costs.check_target(target)
     tie = _TIE * (np.ptp(values) or 1.0) / target
-
-    def worth(points: np.ndarray) -> np.ndarray:
-        size = 2 ** int(np.ceil(np.log2(len(points))))  # few programs
-        filled = np.resize(points, (size, points.shape[1]))
-        sums = np.where(active(filled), values[rows, filled], 0.0).sum(1)[: len(points)]
-        return sums + tie * costs.of_many(points)
-
-    population = max(4, evaluations // 100)
-    found = evolution(worth, costs, target, evaluations, seed, tolerance=0.0, population=population)
-    best, reached = found.choices, found.quality
+    subnets = _Subnets(values, space, costs, tie)
+    nets, prices = _climbed(subnets, target)
+    best = None
     while True:
-        near = _changed_twice(best, space.mask)
-        near = near[costs.of_many(near) <= target]
-        if not len(near):
+        bounds = np.min([subnets.priced(nets, price) + price * target for price in prices], axis=0)
+        before = best
+        for number in np.argsort(-bounds, kind="stable"):
+            if best is not None and bounds[number] <= best.value + 0.01 * tie * target:
+                break
+            found = subnets.allocated(nets[number], target)
+            if found is not None and (best is None or found.value > best.value):
+                best = found
+        if best is None:
+            raise SpaceError(f"No subnet that was found can cost as little as {target:.6g}.")
+        if best is before:
+            return best.choices
+        nets = _changed_twice(best.choices[: nets.shape[1]], subnets.mask)
+
+
+class _Point(NamedTuple):
+    choices: np.ndarray
+    value: float
+
+
+class _Subnets:
+    """Values and costs of subnets [n, architecture decisions] whose formats are open."""
+
+    def __init__(self, values: np.ndarray, space: Space, costs: CostTable, tie: float):
+        assert space.net is not None
+        self.values, self.costs, self.tie = values, costs, tie
+        count = len(space.net.decisions)
+        self.mask, self.largest = costs.mask[:count], costs.dearest[:count]
+        self._active = jax.jit(jax.vmap(space.active))
+        terms = np.stack([costs.first, costs.second], axis=1)
+        self.open = terms[:, 0] >= count  # of sites whose formats are decided
+        self.pairs, term, self.pair_of = np.unique(
+            terms[self.open], axis=0, return_index=True, return_inverse=True
+        )
+        self.usable = costs.pairs[self.open][term]
+
+    def _parts(self, nets: np.ndarray):
+        """Value and cost of the architectures, and of all pairs of formats: [n, pairs, o, o]."""
+        size = 2 ** int(np.ceil(np.log2(len(nets))))  # few programs
+        filled = np.zeros((size, len(self.values)), int)
+        filled[:, : nets.shape[1]] = np.resize(nets, (size, nets.shape[1]))
+        active = np.asarray(self._active(filled))[: len(nets)]
+        own = self.values[np.arange(nets.shape[1]), nets] * active[:, : nets.shape[1]]
+        shares = self.costs.shares_of(filled[: len(nets)])
+        fixed = self.costs.fixed + shares[:, ~self.open] @ self.costs.table[~self.open, 0, 0]
+        costs = np.zeros((len(nets), *self.usable.shape))
+        terms = shares[:, self.open, None, None] * self.costs.table[self.open]
+        np.add.at(costs, (slice(None), self.pair_of), terms)
+        first, second = self.pairs.T
+        gains = self.values[first][:, :, None] + np.where(
+            (first == second)[:, None, None], 0.0, self.values[second][:, None, :]
+        )
+        return own.sum(1), fixed, gains * active[:, first, None, None], costs, active
+
+    def priced(self, nets: np.ndarray, price: float) -> np.ndarray:
+        """max over formats of value - price * cost: [n]."""
+        return self._best(nets, price)[0]
+
+    def cost(self, nets: np.ndarray, price: float) -> np.ndarray:
+        """The cost under the formats of `priced`: [n]."""
+        return self._best(nets, price)[1]
+
+    def _best(self, nets: np.ndarray, price: float):
+        value, cost, gains, costs, _ = self._parts(nets)
+        net = np.where(self.usable, gains - (price - self.tie) * costs, -np.inf)
+        net = net.reshape(*net.shape[:2], net.shape[2] ** 2)
+        best = net.argmax(axis=-1)[..., None]
+        dear = np.take_along_axis(costs.reshape(net.shape), best, -1)[..., 0].sum(1)
+        gained = np.take_along_axis(net, best, -1)[..., 0].sum(1)
+        return value + gained - (price - self.tie) * cost, cost + dear
+
+    def allocated(self, net: np.ndarray, target: float) -> _Point | None:
+        """With the best formats, exactly; None where no formats cost as little."""
+        (value,), (fixed,), _, (costs,), (active,) = self._parts(net[None])
+        if fixed + np.where(self.usable, costs, np.inf).min(axis=(1, 2)).sum() > target:
+            return None
+        count = len(net)
+        if not len(self.pairs):
+            return _Point(net, value + self.tie * fixed)
+        table = CostTable(costs, *(self.pairs.T - count), float(fixed), self.costs.mask[count:])
+        own = self.values[count:] * active[count:, None]
+        formats = allocate(own, {"cost": table}, {"cost": target})
+        total = value + own[np.arange(len(own)), formats].sum()
+        total += self.tie * table.of_many(formats[None])[0]
+        return _Point(np.concatenate([net, formats]), total)
+
+
+def _climbed(subnets: _Subnets, target: float) -> tuple[np.ndarray, list[float]]:
+    """Subnets [n, decisions] that are best at a price, among their neighbours; and the prices."""
+    largest = subnets.largest
+    unit = (np.ptp(subnets.values) or 1.0) / target
+    low, high = -12.0, 6.0  # log10 of the price in units
+    found, prices, best = [largest, np.zeros_like(largest)], [0.0], largest
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        price = unit * 10**middle
+        climbed = [_climb(subnets, start, price) for start in (largest, best)]
+        best = climbed[np.argmax(subnets.priced(np.stack(climbed), price))]
+        found += climbed
+        prices.append(price)
+        above = subnets.cost(best[None], price)[0] > target
+        low, high = (middle, high) if above else (low, middle)
+    return distinct(np.stack(found)), prices
+
+
+def _climb(subnets: _Subnets, start: np.ndarray, price: float) -> np.ndarray:
+    best, reached = start, subnets.priced(start[None], price)[0]
+    while True:
+        near = _changed_twice(best, subnets.mask)
+        worth = subnets.priced(near, price)
+        if worth.max() <= reached + 1e-12 * abs(reached):
             return best
-        sums = worth(near)
-        if sums.max() <= reached + 1e-12:
-            return best
-        best, reached = near[np.argmax(sums)], sums.max()
+        best, reached = near[np.argmax(worth)], worth.max()
 
 
 def _changed_twice(start: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Points that differ from `start` in one or two decisions: [n, decisions]."""
+    """Points that differ from `start` in at most two decisions: [n, decisions]."""
     ones = single_changes(start, mask)[mask]
     twos = [single_changes(point, mask)[mask] for point in ones]
     return np.unique(np.concatenate([ones, *twos]), axis=0)
