@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import aqt_search as aqs
+from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.models import build
+from aqt_search.search.allocation import allocate
 from aqt_search.search.elastic_allocation import allocate_subnet
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import make_space
@@ -51,6 +53,37 @@ def test_it_finds_the_best_of_all_points(seed):
     (place,) = np.flatnonzero((points == found).all(1))
     assert table.of_many(found[None])[0] <= target
     assert sums[place] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_subnet_with_its_best_formats_is_better(seed):
+    """Where cutting a width pays only once many formats are raised: 20 subnets, each allocated."""
+    model = build("mobilenet_v2", 4, form="tiny", width=0.25, windows=3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(IMAGE.shape))
+    net = aqs.elastic(
+        functools.partial(model.apply, train=False), variables, IMAGE,
+        widths={f"block{n}/expand": (16, 32, 48) for n in range(4, 8)}, kernels={"depth": (1, 3)},
+    )  # fmt: skip
+    formats = ("int3", "int4", "int8")
+    rules = [(".*", {"weight": formats, "activation": formats})]
+    space = make_space(net.sites, rules, net=net)
+    table, count = space.cost_table(aqs.cost.gbops), len(net.decisions)
+    rng = np.random.default_rng(seed)
+    values = -rng.exponential(size=space.mask.shape) * [1.0, 0.3, 0.0] * space.mask
+    target = 0.2 * table.range[1]
+
+    def worth(choices):
+        return values[np.arange(len(values)), choices].sum()
+
+    found = allocate_subnet(values, space, table, target)
+    assert table.of_many(found[None])[0] <= target
+    for number in range(20):
+        choices = rng.integers(0, space.mask[:count].sum(1)) if number else net.largest
+        own = make_space(subnet_sites(net, choices), rules)
+        assert own.decisions == space.decisions[count:]
+        costs = {"gbops": own.cost_table(aqs.cost.gbops)}
+        best = allocate(values[count:, : own.max_options], costs, {"gbops": target})
+        assert worth(found) >= worth(np.concatenate([choices, best])) - 1e-4
 
 
 def test_of_points_of_equal_worth_it_takes_the_dearest():

@@ -49,8 +49,8 @@ def allocate_subnet(
     nets, prices = _climbed(subnets, target)
     best = None
     while True:
-        bounds = np.min([subnets.priced(nets, price) + price * target for price in prices], axis=0)
-        before = best
+        bounds = [subnets.priced(nets, price)[0] + price * target for price in prices]
+        bounds, before = np.min(bounds, axis=0), best
         for number in np.argsort(-bounds, kind="stable"):
             if best is not None and bounds[number] <= best.value + 0.01 * tie * target:
                 break
@@ -69,14 +69,25 @@ class _Point(NamedTuple):
     value: float
 
 
+class _Open(NamedTuple):
+    """Subnets [n] whose formats are open: o options of each of the two decisions of a pair."""
+
+    value: np.ndarray  # [n], of the architecture
+    cost: np.ndarray  # [n], of sites whose formats are fixed
+    values: np.ndarray  # [n, pairs, o, o], of formats
+    costs: np.ndarray  # [n, pairs, o, o]
+    active: np.ndarray  # [n, decisions], bool
+
+
 class _Subnets:
-    """Values and costs of subnets [n, architecture decisions] whose formats are open."""
+    """Values and costs of subnets [n, architecture decisions]."""
 
     def __init__(self, values: np.ndarray, space: Space, costs: CostTable, tie: float):
         assert space.net is not None
         self.values, self.costs, self.tie = values, costs, tie
         count = len(space.net.decisions)
-        self.mask, self.largest = costs.mask[:count], costs.dearest[:count]
+        self.mask = costs.mask[:count]
+        self.smallest, self.largest = space.net.smallest, space.net.largest
         self._active = jax.jit(jax.vmap(space.active))
         terms = np.stack([costs.first, costs.second], axis=1)
         self.open = terms[:, 0] >= count  # of sites whose formats are decided
@@ -85,8 +96,7 @@ class _Subnets:
         )
         self.usable = costs.pairs[self.open][term]
 
-    def _parts(self, nets: np.ndarray):
-        """Value and cost of the architectures, and of all pairs of formats: [n, pairs, o, o]."""
+    def of(self, nets: np.ndarray) -> _Open:
         size = 2 ** int(np.ceil(np.log2(len(nets))))  # few programs
         filled = np.zeros((size, len(self.values)), int)
         filled[:, : nets.shape[1]] = np.resize(nets, (size, nets.shape[1]))
@@ -98,37 +108,29 @@ class _Subnets:
         terms = shares[:, self.open, None, None] * self.costs.table[self.open]
         np.add.at(costs, (slice(None), self.pair_of), terms)
         first, second = self.pairs.T
-        gains = self.values[first][:, :, None] + np.where(
-            (first == second)[:, None, None], 0.0, self.values[second][:, None, :]
-        )
-        return own.sum(1), fixed, gains * active[:, first, None, None], costs, active
+        tied = (first == second)[:, None, None]
+        values = self.values[first][:, :, None] + ~tied * self.values[second][:, None, :]
+        return _Open(own.sum(1), fixed, values * active[:, first, None, None], costs, active)
 
-    def priced(self, nets: np.ndarray, price: float) -> np.ndarray:
-        """max over formats of value - price * cost: [n]."""
-        return self._best(nets, price)[0]
-
-    def cost(self, nets: np.ndarray, price: float) -> np.ndarray:
-        """The cost under the formats of `priced`: [n]."""
-        return self._best(nets, price)[1]
-
-    def _best(self, nets: np.ndarray, price: float):
-        value, cost, gains, costs, _ = self._parts(nets)
-        net = np.where(self.usable, gains - (price - self.tie) * costs, -np.inf)
-        net = net.reshape(*net.shape[:2], net.shape[2] ** 2)
-        best = net.argmax(axis=-1)[..., None]
-        dear = np.take_along_axis(costs.reshape(net.shape), best, -1)[..., 0].sum(1)
-        gained = np.take_along_axis(net, best, -1)[..., 0].sum(1)
-        return value + gained - (price - self.tie) * cost, cost + dear
+    def priced(self, nets: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray]:
+        """max over formats of value - price * cost, and the cost there: [n], [n]."""
+        there, price = self.of(nets), price - self.tie
+        worth = np.where(self.usable, there.values - price * there.costs, -np.inf)
+        worth = worth.reshape(*worth.shape[:2], worth.shape[2] ** 2)
+        best = worth.argmax(axis=-1)[..., None]
+        cost = np.take_along_axis(there.costs.reshape(worth.shape), best, -1).sum((1, 2))
+        worth = np.take_along_axis(worth, best, -1).sum((1, 2))
+        return there.value - price * there.cost + worth, there.cost + cost
 
     def allocated(self, net: np.ndarray, target: float) -> _Point | None:
         """With the best formats, exactly; None where no formats cost as little."""
-        (value,), (fixed,), _, (costs,), (active,) = self._parts(net[None])
-        if fixed + np.where(self.usable, costs, np.inf).min(axis=(1, 2)).sum() > target:
+        value, cost, _, costs, active = (leaf[0] for leaf in self.of(net[None]))
+        if cost + np.where(self.usable, costs, np.inf).min(axis=(1, 2)).sum() > target:
             return None
         count = len(net)
         if not len(self.pairs):
-            return _Point(net, value + self.tie * fixed)
-        table = CostTable(costs, *(self.pairs.T - count), float(fixed), self.costs.mask[count:])
+            return _Point(net, value + self.tie * cost)
+        table = CostTable(costs, *(self.pairs.T - count), float(cost), self.costs.mask[count:])
         own = self.values[count:] * active[count:, None]
         formats = allocate(own, {"cost": table}, {"cost": target})
         total = value + own[np.arange(len(own)), formats].sum()
@@ -138,27 +140,26 @@ class _Subnets:
 
 def _climbed(subnets: _Subnets, target: float) -> tuple[np.ndarray, list[float]]:
     """Subnets [n, decisions] that are best at a price, among their neighbours; and the prices."""
-    largest = subnets.largest
     unit = (np.ptp(subnets.values) or 1.0) / target
     low, high = -12.0, 6.0  # log10 of the price in units
-    found, prices, best = [largest, np.zeros_like(largest)], [0.0], largest
+    found, prices, best = [subnets.largest, subnets.smallest], [0.0], subnets.largest
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         price = unit * 10**middle
-        climbed = [_climb(subnets, start, price) for start in (largest, best)]
-        best = climbed[np.argmax(subnets.priced(np.stack(climbed), price))]
-        found += climbed
+        climbed = np.stack([_climb(subnets, start, price) for start in (subnets.largest, best)])
+        worth, costs = subnets.priced(climbed, price)
+        best, cost = climbed[np.argmax(worth)], costs[np.argmax(worth)]
+        found += list(climbed)
         prices.append(price)
-        above = subnets.cost(best[None], price)[0] > target
-        low, high = (middle, high) if above else (low, middle)
+        low, high = (middle, high) if cost > target else (low, middle)
     return distinct(np.stack(found)), prices
 
 
 def _climb(subnets: _Subnets, start: np.ndarray, price: float) -> np.ndarray:
-    best, reached = start, subnets.priced(start[None], price)[0]
+    best, reached = start, subnets.priced(start[None], price)[0][0]
     while True:
         near = _changed_twice(best, subnets.mask)
-        worth = subnets.priced(near, price)
+        worth, _ = subnets.priced(near, price)
         if worth.max() <= reached + 1e-12 * abs(reached):
             return best
         best, reached = near[np.argmax(worth)], worth.max()

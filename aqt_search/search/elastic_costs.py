@@ -130,7 +130,7 @@ def _terms(
             " Ask it for single points."
         )
     if len(parts) == 1:
-        numbers = costs[:1]  # exactly, of the largest subnet, which has all of it
+        numbers = costs[:1] / columns[:1]  # exactly: of the largest subnet, which mostly has all
     found = []
     for part, row in zip(parts, numbers):
         if np.abs(row).max() > _EXACT * largest:
