@@ -38,9 +38,7 @@ def by_gradients(
     """`search.score` on about `search.score_images` training images: [decisions, max_options].
 
     BatchNorm takes the statistics of each batch. What a network has is no small change, as a format
-    is: options of the architecture have the values of `one_at_a_time`, of which noise says that
-    some smaller network is better. As these weights will be trained on, more is worth no less: they
-    are replaced by those of least squared distance that do not fall with the cost.
+    is: options of the architecture have the values of `one_at_a_time`.
 
     Args:
       config: of a run.
@@ -56,8 +54,7 @@ def by_gradients(
     if len(numbers) < len(values):
         is_architecture = np.ones(len(values), bool)
         is_architecture[numbers] = False
-        measured = _by_losses(config, parts, space, variables, is_architecture)
-        values = rising(measured, space.cost_table(aqs.cost.gbops), is_architecture)
+        values = _by_losses(config, parts, space, variables, is_architecture)
     if not numbers:
         return values
     of_formats = dataclasses.replace(
@@ -119,7 +116,10 @@ def _by_losses(
 
 
 def rising(values: np.ndarray, costs: CostTable, decisions: np.ndarray) -> np.ndarray:
-    """Isotonic regression of the options' values on their order by cost; the dearest stays 0.
+    """Isotonic regression of values on the options' costs, less that of the dearest option.
+
+    On a few hundred images some smaller network always seems better. Where the weights are trained
+    on, more is worth no less.
 
     Args:
       values: [decisions, max_options].

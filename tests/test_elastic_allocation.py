@@ -15,6 +15,7 @@ from aqt_search.search.allocation import allocate
 from aqt_search.search.elastic_allocation import allocate_subnet
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import make_space
+from experiments.option_values import rising
 
 IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 
@@ -94,6 +95,19 @@ def test_of_points_of_equal_worth_it_takes_the_dearest():
     costs = table.of_many(points)
     found = allocate_subnet(np.zeros(space.mask.shape), space, table, target)
     assert table.of_many(found[None])[0] == pytest.approx(costs[costs <= target].max(), rel=1e-2)
+
+
+def test_values_that_fall_with_the_cost_are_pooled():
+    space = small_space()
+    table = space.cost_table(aqs.cost.gbops)
+    names = [d.name for d in space.decisions]
+    rows = [names.index(name) for name in ("block4/expand/kernel:width", "block4/project/kernel")]
+    values = np.zeros(space.mask.shape)
+    values[rows] = [-1.0, 0.5, 0.0]
+    found = rising(values, table, np.arange(len(values)) == rows[0])
+    expected = values.copy()
+    expected[rows[0]] = [-1.25, 0.0, 0.0]  # the mean of the last two, and less it
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_targets_outside_of_the_space_are_refused():

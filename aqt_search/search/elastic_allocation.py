@@ -91,9 +91,10 @@ class _Subnets:
         self._active = jax.jit(jax.vmap(space.active))
         terms = np.stack([costs.first, costs.second], axis=1)
         self.open = terms[:, 0] >= count  # of sites whose formats are decided
-        self.pairs, term, self.pair_of = np.unique(
+        self.pairs, term, pair = np.unique(
             terms[self.open], axis=0, return_index=True, return_inverse=True
         )
+        self.of_pair = np.eye(len(self.pairs))[pair]  # [open terms, pairs]
         self.usable = costs.pairs[self.open][term]
 
     def of(self, nets: np.ndarray) -> _Open:
@@ -104,9 +105,8 @@ class _Subnets:
         own = self.values[np.arange(nets.shape[1]), nets] * active[:, : nets.shape[1]]
         shares = self.costs.shares_of(filled[: len(nets)])
         fixed = self.costs.fixed + shares[:, ~self.open] @ self.costs.table[~self.open, 0, 0]
-        costs = np.zeros((len(nets), *self.usable.shape))
-        terms = shares[:, self.open, None, None] * self.costs.table[self.open]
-        np.add.at(costs, (slice(None), self.pair_of), terms)
+        costs = np.einsum("nt,tij,tp->npij", shares[:, self.open], self.costs.table[self.open],
+                          self.of_pair, optimize=True)  # fmt: skip
         first, second = self.pairs.T
         tied = (first == second)[:, None, None]
         values = self.values[first][:, :, None] + ~tied * self.values[second][:, None, :]
@@ -130,7 +130,8 @@ class _Subnets:
         count = len(net)
         if not len(self.pairs):
             return _Point(net, value + self.tie * cost)
-        table = CostTable(costs, *(self.pairs.T - count), float(cost), self.costs.mask[count:])
+        first, second = self.pairs.T - count
+        table = CostTable(costs, first, second, float(cost), self.costs.mask[count:])
         own = self.values[count:] * active[count:, None]
         formats = allocate(own, {"cost": table}, {"cost": target})
         total = value + own[np.arange(len(own)), formats].sum()

@@ -30,7 +30,7 @@ from experiments.architecture import configured_net
 from experiments.configured_search import configured_search
 from experiments.job import Job, claim_run
 from experiments.jobs.searched import Found, finish_search, probabilities_of
-from experiments.option_values import VALUES
+from experiments.option_values import VALUES, rising
 
 
 class ScoredState(NamedTuple):
@@ -47,6 +47,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     net = configured_net(config, parts.model, images.splits.image_shape)
     setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
     space, (name, primary) = setting.space, next(iter(setting.costs.items()))
+    is_architecture = np.arange(len(space.decisions)) < (0 if net is None else len(net.decisions))
     qapply = of_points(from_config.quantized(parts.model, parallel.AXIS), net)
     update = from_config.make_update(config, parts, qapply, net)
 
@@ -54,7 +55,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         choices = state.choices
         if net is not None:  # the same on all replicas, whose batches are normalised together
             key = jax.random.fold_in(jax.random.key(config.seed), state.train.step)
-            drawn = _random_half(space, choices, key)
+            drawn = _random_half(space, is_architecture, choices, key)
             choices = jnp.where(state.train.step < setting.delay_steps, drawn, choices)
         train, metrics, _ = update(state.train, space.point(choices), batch)
         cost = primary.of(choices)
@@ -64,7 +65,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         judged = VALUES[config.search.searcher]
         values = judged(config, alone, setting.plain, state.train.variables)
         if net is not None:
-            choices = allocate_subnet(values, space, primary, setting.targets[name])
+            risen = rising(values, primary, is_architecture)
+            choices = allocate_subnet(risen, space, primary, setting.targets[name])
         else:
             choices = search.allocate(values, setting.costs, setting.targets)
         return state._replace(choices=choices.astype(np.int32))
@@ -90,11 +92,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     return Job(step, run, parts.schedule, finish)
 
 
-def _random_half(space: Space, choices: jax.Array, key: jax.Array) -> jax.Array:
+def _random_half(
+    space: Space, is_architecture: np.ndarray, choices: jax.Array, key: jax.Array
+) -> jax.Array:
     """`choices` or, in half of the draws, an architecture at random with the same formats."""
-    assert space.net is not None
     kept, random = jax.random.split(key)
     noise = jax.random.gumbel(random, space.mask.shape)
     drawn = jnp.argmax(jnp.where(space.mask, noise, -jnp.inf), axis=-1)
-    is_architecture = np.arange(len(space.decisions)) < len(space.net.decisions)
     return jnp.where(is_architecture & (jax.random.uniform(kept) < 0.5), drawn, choices)
