@@ -27,6 +27,7 @@ from experiments import from_config
 
 _SEED_OFFSET = 5_000_011  # the order of the judged images is its own
 _BATCH = 64
+_FOR_NETS = 8  # times the images: the noise of 512 is a loss of 0.01, as much as a width is worth
 
 
 def by_gradients(
@@ -38,7 +39,7 @@ def by_gradients(
     """`search.score` on about `search.score_images` training images: [decisions, max_options].
 
     BatchNorm takes the statistics of each batch. What a network has is no small change, as a format
-    is: options of the architecture have the values of `one_at_a_time`.
+    is: options of the architecture have the values of `one_at_a_time`, on eight times the images.
 
     Args:
       config: of a run.
@@ -54,7 +55,7 @@ def by_gradients(
     if len(numbers) < len(values):
         is_architecture = np.ones(len(values), bool)
         is_architecture[numbers] = False
-        values = _by_losses(config, parts, space, variables, is_architecture)
+        values = _by_losses(config, parts, space, variables, is_architecture, _FOR_NETS)
     if not numbers:
         return values
     of_formats = dataclasses.replace(
@@ -85,7 +86,8 @@ def one_at_a_time(
     Raises:
       DivergedError: a loss is not finite.
     """
-    return _by_losses(config, parts, space, variables, np.ones(len(space.decisions), bool))
+    every = np.ones(len(space.decisions), bool)
+    return _by_losses(config, parts, space, variables, every, 1)
 
 
 def _by_losses(
@@ -94,8 +96,9 @@ def _by_losses(
     space: Space,
     variables: Mapping[str, Any],
     judged: np.ndarray,
+    times: int,
 ) -> np.ndarray:
-    """`one_at_a_time` of the decisions that are `judged` [decisions]; others have values of 0."""
+    """`one_at_a_time` of decisions `judged` [decisions], on `times` the images; others are 0."""
     table = space.cost_table(aqs.cost.gbops)
     start = table.dearest
     others = space.mask & judged[:, None]
@@ -103,7 +106,7 @@ def _by_losses(
     choices = np.concatenate([start[None], single_changes(start, space.mask)[others]])
     batches = [
         {**batch, "mask": np.ones(len(batch["label"]), np.float32)}
-        for batch in judged_batches(config, parts.images)
+        for batch in judged_batches(config, parts.images, times)
     ]
     assignments = jax.jit(jax.vmap(space.point))(choices)
     qapply = of_points(from_config.quantized(parts.model), space.net)
@@ -143,12 +146,12 @@ VALUES: Mapping[str, Callable[..., np.ndarray]] = {
 
 
 def judged_batches(
-    config: ml_collections.ConfigDict, images: from_config.Images
+    config: ml_collections.ConfigDict, images: from_config.Images, times: int = 1
 ) -> list[Mapping[str, np.ndarray]]:
-    """About `search.score_images` training images, not augmented, in equal batches."""
+    """About `times` `search.score_images` training images, not augmented, in equal batches."""
     wanted, there = config.search.score_images, len(images.splits.train)
     count = from_config.available("search.score_images", wanted, there, "training images")
-    number, size = from_config.equal_batches(count, _BATCH)
+    number, size = from_config.equal_batches(min(times * count, there), _BATCH)
     stream = data.train_batches(
         images.splits.train, batch_size=size, seed=config.seed + _SEED_OFFSET,
         mean=images.mean, std=images.std,
