@@ -120,6 +120,36 @@ def test_subnets_are_plain_models_and_other_targets_need_no_more_images(found, i
         subnets.run(again, workdir, images)
 
 
+def test_subnets_that_were_stopped_end_in_the_same_answer(found, images, tmp_path, monkeypatch):
+    """Behind the first subnets judged, and between the weights of a point and its result."""
+    workdir, config, told = found
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+
+    original, judged = subnets.write_json, []
+
+    def stop_behind_the_first(path, value):
+        original(path, value)
+        judged.append(len(value["accuracies"]))
+        raise Stopped
+
+    for module, name, stopped in (
+        (subnets, "write_json", stop_behind_the_first), (subnets.results, "finish", stop)
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stopped)
+            with pytest.raises(Stopped):
+                subnets.run(config, tmp_path / "run", images)
+    assert judged == [16]
+    assert subnets.run(config, tmp_path / "run", images) == told
+    samples = [read_json(folder / "samples.json") for folder in (tmp_path / "run", workdir)]
+    assert samples[0] == samples[1]
+
+
 def test_a_predictor_learns_an_additive_quality():
     """Of 8 decisions of 3 options, with noise of a tenth: ranks of points it never saw."""
     rng = np.random.default_rng(0)
