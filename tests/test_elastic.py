@@ -262,6 +262,13 @@ def test_sorting_keeps_the_function_and_brings_the_important_first(version):
     assert np.all(np.diff(read) <= 1e-6)
     before = np.abs(variables["params"]["block7"]["project"]["kernel"]).sum((0, 1, 3))
     assert np.any(np.diff(before) > 0)
+    # Others of the same shapes, such as momenta, go with them.
+    moments, expected = (
+        jax.tree.map(lambda leaf: np.cos(1e3 * np.asarray(leaf)), tree)
+        for tree in (variables, sorted_variables)
+    )
+    found = net.sort(moments, by=variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
 def test_kernel_matrices_make_smaller_windows_of_larger_ones():

@@ -284,7 +284,7 @@ class Elastic:
         known = self._known(choices)
         return {d.name: d.options[int(c)] for d, c in zip(self.decisions, known)}
 
-    def sort(self, variables: Any) -> Any:
+    def sort(self, variables: Any, by: Any = None) -> Any:
         """The whole model with its channels in the order of their importance: the same function.
 
         Importance is the sum of |w| over what reads a channel. Narrow subnets, which keep the first
@@ -292,11 +292,17 @@ class Elastic:
 
         Args:
           variables: of the whole model, concrete.
+          by: variables whose weights are important, where `variables` are others of the same
+            shapes, such as their momentum; by default `variables`.
         """
         flat, tree = jax.tree_util.tree_flatten_with_path(variables)
         leaves = {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
-        for group in self.widths:
-            order = np.argsort(-self._importance(group, leaves), kind="stable")
+        weights = leaves if by is None else _named(by)
+        orders = {
+            group: np.argsort(-self._importance(group, weights), kind="stable")
+            for group in self.widths
+        }
+        for group, order in orders.items():
             for name, axis in self.channels.groups[group].axes:
                 leaves[name] = np.take(leaves[name], order, axis)
         return jax.tree_util.tree_unflatten(
@@ -311,6 +317,11 @@ class Elastic:
             others = tuple(a for a in range(leaves[name].ndim) if a != axis)
             total += np.abs(leaves[name].astype(np.float64)).sum(others)
         return total
+
+
+def _named(variables: Any) -> dict[str, np.ndarray]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(variables)
+    return {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
 
 
 def _argmost(options: Sequence[Any], most: Callable) -> int:

@@ -1,10 +1,10 @@
 """Searches formats while weights train: decides once, and trains on under the answer.
 
-Until the delay is over the weights train under the options of most bits; where the architecture is
-decided, too, in half of the steps as a random subnet, so that what is cut is missed no more than it
-has to be. Then a few training images give every option its value (`experiments.option_values`: by
-gradients, or one at a time), the best point that meets the targets is taken (`allocate`,
-`allocate_subnet`), and the weights train to the end under it, by the same program.
+Until the delay is over the weights train under the options of most bits. Where the architecture is
+decided, too, important channels are then moved to the front, as a cut keeps those. A few training
+images give every option its value (`experiments.option_values`: by gradients, or one at a time),
+the best point that meets the targets is taken (`allocate`, `allocate_subnet`), and the weights
+train to the end under it, by the same program.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 import aqt_search as aqs
 from aqt_search import search
+from aqt_search.architecture.elastic import Elastic
 from aqt_search.search.elastic_allocation import allocate_subnet
-from aqt_search.search.space import Space
 from aqt_search.training import parallel
 from aqt_search.training.loop import LoopResult, Run
 from aqt_search.training.subnets import of_points
@@ -52,16 +51,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     update = from_config.make_update(config, parts, qapply, net)
 
     def step(state: ScoredState, inputs, batch: Batch):
-        choices = state.choices
-        if net is not None:  # the same on all replicas, whose batches are normalised together
-            key = jax.random.fold_in(jax.random.key(config.seed), state.train.step)
-            drawn = _random_half(space, is_architecture, choices, key)
-            choices = jnp.where(state.train.step < setting.delay_steps, drawn, choices)
-        train, metrics, _ = update(state.train, space.point(choices), batch)
-        cost = primary.of(choices)
+        train, metrics, _ = update(state.train, space.point(state.choices), batch)
+        cost = primary.of(state.choices)
         return ScoredState(train, state.choices), metrics | {"cost": cost}
 
     def decide(state: ScoredState) -> ScoredState:
+        if net is not None:
+            state = state._replace(train=sorted_state(net, state.train))
         judged = VALUES[config.search.searcher]
         values = judged(config, alone, setting.plain, state.train.variables)
         if net is not None:
@@ -92,11 +88,22 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     return Job(step, run, parts.schedule, finish)
 
 
-def _random_half(
-    space: Space, is_architecture: np.ndarray, choices: jax.Array, key: jax.Array
-) -> jax.Array:
-    """`choices` or, in half of the draws, an architecture at random with the same formats."""
-    kept, random = jax.random.split(key)
-    noise = jax.random.gumbel(random, space.mask.shape)
-    drawn = jnp.argmax(jnp.where(space.mask, noise, -jnp.inf), axis=-1)
-    return jnp.where(is_architecture & (jax.random.uniform(kept) < 0.5), drawn, choices)
+def sorted_state(net: Elastic, train: TrainState) -> TrainState:
+    """The same function with important channels first, in the optimizer's state as well.
+
+    As it is where scales are learned, which may be of single channels.
+    """
+    if jax.tree.leaves(train.scales):
+        return train
+    own = {"params": train.params, "batch_stats": train.batch_stats}
+    whole = net.sort(own)
+    shape = jax.tree.structure(train.params)
+
+    def is_like(leaf):
+        return jax.tree.structure(leaf) == shape
+
+    def like(leaf):
+        return net.sort(own | {"params": leaf}, by=own)["params"] if is_like(leaf) else leaf
+
+    moments = jax.tree.map(like, train.opt_state, is_leaf=is_like)
+    return train._replace(opt_state=moments, **whole)
