@@ -150,8 +150,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.warm_up = 0.25
     config.search.warm_up_kinds = ("width", "expansion", "window", "depth")
     # "scores" judges all options by gradients, once, at the end of the delay (search.scores; those
-    # of the architecture by a forward pass for each),
-    # "one_at_a_time" by a forward pass for each; "critic" (aqt_search.search.critic),
+    # of the architecture by a forward pass for each, on eight times the images), "one_at_a_time" by
+    # a forward pass for each; "critic" (aqt_search.search.critic),
     # "policy_gradient" (FLIQS: beta, advantage, and what stands from cost_samples on, but for the
     # delay, are its own) and "random", to compare with, judge sampled points all along: by reward,
     # quality, measure and samples.
