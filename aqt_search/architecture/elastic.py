@@ -295,8 +295,7 @@ class Elastic:
           by: variables whose weights are important, where `variables` are others of the same
             shapes, such as their momentum; by default `variables`.
         """
-        flat, tree = jax.tree_util.tree_flatten_with_path(variables)
-        leaves = {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
+        leaves, tree = _named(variables), jax.tree.structure(variables)
         weights = leaves if by is None else _named(by)
         orders = {
             group: np.argsort(-self._importance(group, weights), kind="stable")
@@ -305,9 +304,7 @@ class Elastic:
         for group, order in orders.items():
             for name, axis in self.channels.groups[group].axes:
                 leaves[name] = np.take(leaves[name], order, axis)
-        return jax.tree_util.tree_unflatten(
-            tree, [jnp.asarray(leaves[parameter_name(path)]) for path, _ in flat]
-        )
+        return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in leaves.values()])
 
     def _importance(self, group: str, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """[channels], float64."""
@@ -320,6 +317,7 @@ class Elastic:
 
 
 def _named(variables: Any) -> dict[str, np.ndarray]:
+    """Leaves by name, in the order of the tree."""
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     return {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
 

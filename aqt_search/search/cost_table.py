@@ -58,16 +58,13 @@ class CostTable:
 
     def shares_of(self, choices: np.ndarray) -> np.ndarray:
         """The products of every term's shares under known `choices` [n, decisions]: [n, groups]."""
-        assert self.shares is not None
-        assert self.sharing is not None
-        group, factor = np.indices(self.sharing.shape)
-        return self.shares[group, factor, choices[:, self.sharing]].prod(axis=-1)
+        return self._share(self.shares, choices)
 
     def _share(self, shares, choices):
-        """The product of every term's shares under `choices` [decisions]: [groups]."""
+        """The product of every term's shares under `choices` [..., decisions]: [..., groups]."""
         assert self.sharing is not None
         group, factor = np.indices(self.sharing.shape)
-        return shares[group, factor, choices[self.sharing]].prod(axis=1)
+        return shares[group, factor, choices[..., self.sharing]].prod(axis=-1)
 
     def expected(self, probabilities: jax.Array) -> jax.Array:
         """The mean cost under independent `probabilities` [decisions, max_options]."""
