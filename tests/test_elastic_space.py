@@ -17,6 +17,7 @@ from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.costs import cost
 from aqt_search.models import build
 from aqt_search.models.fitting import fitted
+from aqt_search.search import elastic_costs
 from aqt_search.search.critic import critic_over, groups_of
 from aqt_search.search.options import SpaceError
 from aqt_search.search.space import Point, make_space
@@ -89,6 +90,8 @@ COSTS = {
     "bytes": cost.weight_bytes,
     "codes": functools.partial(cost.weight_bytes, scales=False),
     "macs": lambda sites, assignment: cost.total_macs(sites),
+    "latency": functools.partial(aqs.roofline.latency_ms, chip="edge_int8"),
+    "blocks": lambda sites, assignment: sum(-(-s.rhs_shape[-1] // 12) for s in sites.values()),
 }
 
 
@@ -247,9 +250,12 @@ def test_scales_that_stay_are_not_of_blocks(calibration):
         space.point(np.zeros(len(space.decisions), int))
 
 
-def test_costs_that_are_not_linear_are_refused():
+def test_costs_that_are_no_sums_are_refused(monkeypatch):
     space = space_of("tied")
-    with pytest.raises(SpaceError, match="no sum of its multiply-accumulates"):
+    with pytest.raises(SpaceError, match="of a subnet is .*, the sum over its sites"):
+        space.cost_table(lambda sites, _: sum(site.macs for site in sites.values()) ** 0.5)
+    monkeypatch.setattr(elastic_costs, "_MOST_SHAPES", 3)
+    with pytest.raises(SpaceError, match=r"'block2/.*shapes it can have .*at most 3 are: offer"):
         space.cost_table(lambda sites, _: sum(site.macs**0.5 for site in sites.values()))
     table = space.cost_table(cost.gbops)
     with pytest.raises(SpaceError, match="architecture"):

@@ -17,12 +17,14 @@ from aqt_search.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from aqt_search.models.mobilenet_v2 import MobileNetV2, Stage, blocks_of, mobilenet_v2
 from aqt_search.models.mobilenet_v3 import Block, MobileNetV3, mobilenet_v3
 
-BUILDERS = {
+PUBLISHED = {
     "v1": mobilenet_v1,
     "v2": mobilenet_v2,
     "v3-large": functools.partial(mobilenet_v3, "large"),
     "v3-small": functools.partial(mobilenet_v3, "small"),
 }
+BUILDERS = {**PUBLISHED, "v3-tiny": functools.partial(mobilenet_v3, "tiny")}
+TINY = ("v2", "v3-tiny")
 # Sooner compiled; both sides of an exact comparison use it, as bits may depend on it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -148,6 +150,7 @@ def block_sites(blocks, layers, without=()):
 
 MOBILE = ("expand", "depthwise", "project")
 LARGE_SQUEEZED, SMALL_SQUEEZED = (4, 5, 6, *range(11, 16)), (1, *range(4, 12))
+TINY_SQUEEZED = (4, 5, 6, 7)
 
 
 def v3_sites(blocks, squeezed):
@@ -163,6 +166,7 @@ def v3_sites(blocks, squeezed):
         ("v2", "tiny", block_sites(7, MOBILE, ["block1/expand"]) | {"last"}),
         ("v3-large", "cifar", v3_sites(15, LARGE_SQUEEZED)),
         ("v3-small", "cifar", v3_sites(11, SMALL_SQUEEZED)),
+        ("v3-tiny", "tiny", v3_sites(7, TINY_SQUEEZED)),
     ],
 )
 @pytest.mark.parametrize("width", [0.25, 1.0])
@@ -177,10 +181,10 @@ def test_sites_are_the_documented_ones_at_every_width(name, form, body, width):
 @pytest.mark.parametrize(
     "name, form, size, out",
     [
-        *((name, "cifar", 32, 4) for name in BUILDERS),
-        *((name, "imagenet", 224, 7) for name in BUILDERS),
-        ("v2", "tiny", 16, 4),
-        ("v2", "tiny", 32, 8),
+        *((name, "cifar", 32, 4) for name in PUBLISHED),
+        *((name, "imagenet", 224, 7) for name in PUBLISHED),
+        *((name, "tiny", 16, 4) for name in TINY),
+        *((name, "tiny", 32, 8) for name in TINY),
     ],
 )
 def test_forms_shrink_the_image_as_documented(name, form, size, out):
@@ -189,26 +193,36 @@ def test_forms_shrink_the_image_as_documented(name, form, size, out):
     assert last.lhs_shape[:3] == (1, out, out)
 
 
-@pytest.mark.parametrize("name, form", [*((name, "cifar") for name in BUILDERS), ("v2", "tiny")])
+@pytest.mark.parametrize(
+    "name, form",
+    [*((name, "cifar") for name in PUBLISHED), *((name, "tiny") for name in TINY)],
+)
 def test_a_wider_net_costs_more(name, form):
     assert macs(name, form, 0.25, 32) < macs(name, form, 1.0, 32)
     assert parameter_count(name, form, 0.25, 32) < parameter_count(name, form, 1.0, 32)
 
 
-def test_the_tiny_form_by_hand():
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_form_by_hand(name):
     # (input, expansion, output, stride) of the blocks at width 1; a 16 x 16 image of 3 channels,
-    # which the stem halves.
+    # which the stem halves. Of MobileNetV3 windows of 5, and squeeze and excitation of the last 4.
     table = [(16, 1, 16, 1), (16, 6, 24, 1), (24, 6, 24, 1), (24, 6, 32, 2), (32, 6, 32, 1)]
     table += [(32, 6, 64, 1), (64, 6, 64, 1)]
     side, expected = 8, 8 * 8 * 9 * 3 * 16
-    for n_in, expansion, n_out, stride in table:
+    window, squeezed = (9, ()) if name == "v2" else (25, (40, 48, 48, 96))
+    for number, (n_in, expansion, n_out, stride) in enumerate(table):
         hidden = n_in * expansion
         expected += side * side * n_in * hidden if expansion > 1 else 0
         side //= stride
-        expected += side * side * (9 * hidden + hidden * n_out)
+        expected += side * side * (window * hidden + hidden * n_out)
+        if squeezed and number > 2:
+            expected += 2 * hidden * squeezed[number - 3]
     assert side == 4
-    expected += 4 * 4 * 64 * 256 + 256 * 10
-    assert macs("v2", "tiny", 1.0, 16) == expected
+    if name == "v2":
+        expected += 4 * 4 * 64 * 256 + 256 * 10
+    else:
+        expected += 4 * 4 * 64 * 384 + 384 * 256 + 256 * 10
+    assert macs(name, "tiny", 1.0, 16) == expected
 
 
 def test_sites_after_a_relu_are_known_to_be_non_negative():
@@ -445,7 +459,7 @@ def test_bad_input_is_named(call, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize(
     "options, words",
     [

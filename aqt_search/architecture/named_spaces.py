@@ -106,31 +106,39 @@ def _inverted_residuals(
     return of
 
 
-def _ofa(model: Any) -> dict[str, Any]:
-    """Once-for-all's MobileNetV3 (Cai et al. 2020, arXiv 1908.09791), but for the resolution.
+def _squeezed(
+    *, windows: Sequence[int], ratios: Sequence[int], least: int
+) -> Callable[[Any], dict[str, Any]]:
+    """A space of MobileNetV3: windows and expansions of every block but the first, and depths.
 
-    Windows 3, 5, 7 and expansions 3, 4, 6 of every block but the first, depths 2 to 4 of every
-    stage; squeeze and excitation has a quarter of the expanded channels, rounded.
+    Squeeze and excitation has a quarter of the expanded channels, rounded.
+
+    Args:
+      windows: of the depthwise convolutions, none above the block's own.
+      ratios: expansions, none above the block's own.
+      least: blocks of every stage.
     """
-    widths: dict[Any, Any] = {}
-    inputs = [model.stem_channels, *(block.channels for block in model.blocks)]
-    for number, (block, channels) in enumerate(zip(model.blocks, inputs), start=1):
-        if block.expanded == channels:
-            continue
-        ratios = [r for r in (3, 4, 6) if r * channels <= block.expanded]
-        expand = f"^block{number}/expand/kernel$"
-        if block.squeezed:
-            squeeze = f"^block{number}/squeeze/kernel$"
-            options = tuple((r * channels, _quarter(r * channels)) for r in ratios)
-            widths[expand, squeeze] = options
-        else:
-            widths[expand] = tuple(r * channels for r in ratios)
-    later = range(2, len(model.blocks) + 1)
-    kernels = {
-        f"^block{n}/depthwise/": tuple(k for k in (3, 5, 7) if k <= model.blocks[n - 1].window)
-        for n in later
-    }
-    return {"widths": widths, "kernels": kernels, "depths": _depths(model, 2)}
+
+    def of(model: Any) -> dict[str, Any]:
+        widths: dict[Any, Any] = {}
+        inputs = [model.stem_channels, *(block.channels for block in model.blocks)]
+        for number, (block, channels) in enumerate(zip(model.blocks, inputs), start=1):
+            if block.expanded == channels:
+                continue
+            sizes = [r * channels for r in ratios if r * channels <= block.expanded]
+            expand = f"^block{number}/expand/kernel$"
+            if getattr(block, "squeezed", False):
+                squeeze = f"^block{number}/squeeze/kernel$"
+                widths[expand, squeeze] = tuple((size, _quarter(size)) for size in sizes)
+            else:
+                widths[expand] = tuple(sizes)
+        kernels = {
+            f"^block{n}/depthwise/": tuple(k for k in windows if k <= block.window)
+            for n, block in enumerate(model.blocks[1:], start=2)
+        }
+        return {"widths": widths, "kernels": kernels, "depths": _depths(model, least)}
+
+    return of
 
 
 def _quarter(channels: int) -> int:
@@ -151,9 +159,11 @@ NAMED_SPACES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "tunas_mobilenet_v2": _inverted_residuals(
         windows=(3, 5, 7), ratios=(3, 6), shares=(), least=1, divisor=8
     ),
-    "ofa_mobilenet_v3": _ofa,
+    # Once-for-all's (Cai et al. 2020, arXiv 1908.09791), but for the resolution.
+    "ofa_mobilenet_v3": _squeezed(windows=(3, 5, 7), ratios=(3, 4, 6), least=2),
     # Ours, for 16 to 32 pixels on a CPU: forms "tiny" and "cifar" with windows of 5.
     "small_mobilenet_v2": _inverted_residuals(
         windows=(3, 5), ratios=(2, 4, 6), shares=(0.5, 0.75, 1.0), least=1, divisor=4
     ),
+    "small_mobilenet_v3": _squeezed(windows=(3, 5), ratios=(2, 4, 6), least=1),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""MobileNetV3-Large and -Small in plain Flax Linen, ImageNet and CIFAR forms.
+"""MobileNetV3-Large and -Small in plain Flax Linen, ImageNet and CIFAR forms, and a tiny one.
 
 Source: Howard et al. 2019 (arXiv 1905.02244), tables 1 and 2, section 6.1 for the BatchNorm
 momentum and the dropout rate; BatchNorm's epsilon after the authors' published code.
@@ -47,11 +47,12 @@ class Block(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A network at width 1 in its ImageNet form, with a stem of stride 2."""
+    """A network at width 1, with a stem of stride 2; in its CIFAR form it shrinks less."""
 
     blocks: tuple[Block, ...]
     last_channels: int
     hidden_channels: int
+    forms: tuple[str, ...] = ("imagenet", "cifar")
 
 
 def _stage(
@@ -101,8 +102,16 @@ VARIANTS = {
         *_stage(112, 80, True, True, 1),
         *_stage(160, 112, True, True, 2),
     ), 960, 1280),
+    "tiny": Variant((
+        Block(5, 16, 16, False, False, 1),
+        Block(5, 96, 24, False, False, 1),
+        Block(5, 144, 24, False, False, 1),
+        Block(5, 144, 32, True, False, 2),
+        Block(5, 192, 32, True, False, 1),
+        Block(5, 192, 64, True, True, 1),
+        Block(5, 384, 64, True, True, 1),
+    ), 384, 256, forms=("tiny",)),
 }  # fmt: skip
-FORMS = ("imagenet", "cifar")
 STEM_CHANNELS = 16
 SQUEEZE_RATIO = 4
 
@@ -261,7 +270,7 @@ def mobilenet_v3(
     num_classes: int,
     *,
     width: float = 1.0,
-    form: Literal["imagenet", "cifar"] = "imagenet",
+    form: Literal["imagenet", "cifar", "tiny"] = "imagenet",
     windows: Sequence[int] | int | None = None,
     expansions: Sequence[int] | int | None = None,
     depths: Sequence[int] | None = None,
@@ -275,19 +284,22 @@ def mobilenet_v3(
 
     Channels of stem, blocks and `last` are multiplied by `width` and rounded with `round_channels`.
     A block expands the rounded channels of its input by the published factor, and squeezes to a
-    quarter of that, both rounded too. As published, `hidden` keeps its 1280 (large) or 1024 (small)
-    features at widths below 1.
+    quarter of that, both rounded too. As published, `hidden` keeps its features (1280 of the large,
+    1024 of the small variant) at widths below 1.
 
     The ImageNet form shrinks the image 32 times. The CIFAR form, ours, shrinks it 8 times: its stem
     and the first block that has stride 2 in the ImageNet form have stride 1. That is block 2 of the
-    large variant, and block 1 of the small one.
+    large variant, and block 1 of the small one. The tiny variant has the form "tiny" alone, which
+    shrinks the image 4 times.
 
     Args:
         variant: "large" or "small"; "ofa" is the largest subnet of Once-for-all (Cai et al. 2020,
-            arXiv 1908.09791): 7 x 7 windows, expansions of 6 and four blocks in each stage.
+            arXiv 1908.09791): 7 x 7 windows, expansions of 6 and four blocks in each stage. "tiny"
+            is ours, for 16 x 16 to 32 x 32 pixels on a CPU: the stages of MobileNetV2's form of
+            that name, 5 x 5 windows.
         num_classes: number of logits.
         width: multiplier of the channels, above 0.
-        form: "imagenet" for large images, "cifar" for small ones.
+        form: "imagenet" for large images, "cifar" for small ones; "tiny" of the tiny variant.
         windows: of the depthwise convolutions, odd: of every block, or one for all; None: as
             published.
         expansions: of every block, or one for all: channels of the depthwise convolution to those
@@ -306,8 +318,8 @@ def mobilenet_v3(
     if variant not in VARIANTS:
         known = ", ".join(VARIANTS)
         raise ValueError(f"unknown MobileNetV3 variant {variant!r}; known variants: {known}")
-    check_options("MobileNetV3", form, FORMS, num_classes, width, dropout)
-    published, last_channels, hidden_channels = VARIANTS[variant]
+    published, last_channels, hidden_channels, forms = VARIANTS[variant]
+    check_options(f"MobileNetV3-{variant}", form, forms, num_classes, width, dropout)
     blocks = _chosen_blocks(published, windows, expansions, depths)
     return MobileNetV3(
         blocks=_scaled_blocks(blocks, width, form),

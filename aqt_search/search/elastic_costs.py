@@ -3,11 +3,15 @@
 What a site costs is a number of its multiply-accumulates, of the elements of its weight, of its
 output channels (which have scales) and of itself, for every pair of formats; and a subnet has a
 share of each. The numbers are found by asking the cost of whole subnets' sites, and checked by it.
+A cost that is no such sum, such as a latency, is asked for every shape that a site can have: one
+term each, whose shares are 1 for that shape and 0 for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +30,7 @@ from aqt_search.search.options import SpaceError
 _EXACT = 1e-9  # of the largest cost: rounding in float64
 _PROBES = 6  # random architectures that tell the parts of a site's cost apart
 _CHECKS = 16  # random points whose cost is asked
+_MOST_SHAPES = 4096  # of a site
 # Parts of a site's cost, simplest first: the first that explains it is taken.
 _PARTS = (
     ("macs",), ("elements",), ("present",), ("elements", "channels"), ("elements", "present"),
@@ -56,7 +61,7 @@ def elastic_cost_table(
     cost: Callable[[Mapping[str, Any], Mapping[str, Any]], Any],
     concrete: Callable[[np.ndarray], Mapping[str, Any]],
 ) -> CostTable:
-    """Tabulates a cost that is a sum over sites and linear in their sizes.
+    """Tabulates a cost that is a sum over sites.
 
     Args:
       net: whose decisions are the first of the space's.
@@ -66,20 +71,26 @@ def elastic_cost_table(
       concrete: the assignment of a known point.
 
     Raises:
-      SpaceError: a cost that is not of this form, such as a latency, or one that counts blocks of
-        scales along channels that are cut.
+      SpaceError: a cost that is not of this form, as where several sites share a weight; or one
+        that is not linear in the sizes of a site, which can have too many shapes.
     """
     rng = np.random.default_rng(0)
     terms, fixed = [], 0.0
     for name in net.sites:
         shares, formats = site_shares(net, name), formats_of(name)
+
+        def ask(choices: np.ndarray, name=name, formats=formats) -> list[float]:
+            site = subnet_site(net, name, choices)
+            return [
+                0.0 if site is None else float(cost({name: site}, a)) for a in formats.assignments
+            ]
+
         probes = _probes(net, shares, rng)
-        sites = [subnet_site(net, name, probe) for probe in probes]
-        costs = [
-            [0.0 if site is None else float(cost({name: site}, a)) for a in formats.assignments]
-            for site in sites
-        ]
-        for found in _terms(name, shares, formats, np.array(costs), probes, mask.shape[1]):
+        costs = np.array([ask(probe) for probe in probes])
+        found_terms = _linear_terms(shares, formats, costs, probes, mask.shape[1])
+        if found_terms is None:
+            found_terms = _terms_of_shapes(net, name, shares, formats, ask, mask.shape[1])
+        for found in found_terms:
             if found.shares or formats.pair is not None:
                 terms.append(found)
             else:
@@ -109,10 +120,10 @@ def _probes(net: Elastic, shares: SiteShares, rng: np.random.Generator) -> list[
     return found
 
 
-def _terms(
-    name: str, shares: SiteShares, formats: FormatCosts, costs: np.ndarray, probes, width: int
-) -> list[Term]:
-    """The parts of a site's cost. costs: [probes, pairs of options]."""
+def _linear_terms(
+    shares: SiteShares, formats: FormatCosts, costs: np.ndarray, probes, width: int
+) -> list[Term] | None:
+    """The parts of a site's cost; None if it is no sum of them. costs: [probes, option pairs]."""
     values = {
         part: np.array([_share(getattr(shares, part), probe) for probe in probes])
         for part in SiteShares._fields
@@ -124,11 +135,7 @@ def _terms(
         if np.abs(columns @ numbers - costs).max() <= _EXACT * largest:
             break
     else:
-        raise SpaceError(
-            f"The cost of site {name!r} is no sum of its multiply-accumulates, elements and output"
-            " channels: it cannot be tabulated for a space that decides about the architecture."
-            " Ask it for single points."
-        )
+        return None
     if len(parts) == 1:
         numbers = costs[:1] / columns[:1]  # exactly: of the largest subnet, which mostly has all
     found = []
@@ -136,6 +143,25 @@ def _terms(
         if np.abs(row).max() > _EXACT * largest:
             found.append(_term(getattr(shares, part), formats, row, width))
     return found
+
+
+def _terms_of_shapes(
+    net: Elastic, name: str, shares: SiteShares, formats: FormatCosts, ask: Callable, width: int
+) -> Iterator[Term]:
+    """A term for every shape that a site can have."""
+    about = sorted({d for part in shares[:-1] for d in part} - set(shares.present))
+    counts = [len(net.decisions[decision].options) for decision in about]
+    if math.prod(counts) > _MOST_SHAPES:
+        raise SpaceError(
+            f"The cost of site {name!r} is not linear in its sizes, so that each of the"
+            f" {math.prod(counts)} shapes it can have would have to be asked, and at most"
+            f" {_MOST_SHAPES} are: offer fewer widths and windows, or another cost, such as gbops."
+        )
+    for options in itertools.product(*map(range, counts)):
+        choices = net.largest
+        choices[about] = options
+        here = {d: np.eye(n)[option] for d, n, option in zip(about, counts, options)}
+        yield _term(shares.present | here, formats, np.array(ask(choices)), width)
 
 
 def _share(shares: Shares, choices: np.ndarray) -> float:
