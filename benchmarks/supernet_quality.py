@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 
 import aqt_search as aqs
 from aqt_search.training.evaluation import StaticEvaluation, evaluate
+from aqt_search.training.parallel import release_programs
 from aqt_search.training.workdir import CONFIG_FILE, read_json, write_json
 from experiments import finished_run, from_config, results
 from experiments.architecture import ARCHITECTURE, FORMATS
@@ -66,7 +67,9 @@ def accuracy_of(setting: subnets.Setting, subnet: Subnet, own_statistics: bool) 
         qapply = from_config.quantized(parts.model)
         judged = StaticEvaluation(qapply, subnet.formats, subnet.variables)
     batches = from_config.evaluation_batches(config, parts.images, "test")
-    return 100 * evaluate(*judged, batches).accuracy
+    accuracy = 100 * evaluate(*judged, batches).accuracy
+    release_programs()  # of this subnet alone
+    return accuracy
 
 
 def with_statistics_of_the_largest(setting: subnets.Setting) -> Mapping[str, Any]:

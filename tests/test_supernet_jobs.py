@@ -118,6 +118,16 @@ def test_subnets_are_plain_models_and_other_targets_need_no_more_images(found, i
     again.subnets.target = 0.001
     with pytest.raises(SpaceError, match=r"config\.subnets\.target.*0\.001 times uniform int4"):
         subnets.run(again, workdir, images)
+    # Another device: a latency, which no bits below 8 change here.
+    again.search.cost, again.search.relative_to, again.subnets.target = (
+        "latency_ms/edge_int8",
+        "int8",
+        0.9,
+    )
+    answer = subnets.run(again, workdir, images)["subnets"]["latency_ms_edge_int8_target_0.9"]
+    whole = aqs.assign(parts.sites, [(".*", "int8")])
+    limit = 0.9 * aqs.roofline.latency_ms(parts.sites, whole, "edge_int8")
+    assert 0.5 * limit < answer["costs"]["latency_ms/edge_int8"] <= 1.02 * limit
 
 
 def test_subnets_that_were_stopped_end_in_the_same_answer(found, images, tmp_path, monkeypatch):
@@ -148,6 +158,22 @@ def test_subnets_that_were_stopped_end_in_the_same_answer(found, images, tmp_pat
     assert subnets.run(config, tmp_path / "run", images) == told
     samples = [read_json(folder / "samples.json") for folder in (tmp_path / "run", workdir)]
     assert samples[0] == samples[1]
+
+
+def test_subnets_are_drawn_from_one_end_of_the_space_to_the_other(config, images):
+    """Mean costs are those asked for: within five standard errors of 200 points."""
+    space = supernet.supernet_space(config, from_config.build_parts(config, images))
+    costs = space.cost_table(aqs.cost.gbops)
+    points = subnets.drawn(space, 2000, seed=0)
+    assert (points < space.mask.sum(1)).all()
+    found = costs.of_many(points)
+    for number, target in enumerate(np.geomspace(*costs.range, 10)):
+        here = found[number::10]
+        # At the ends the tilt is finite, and the mean only close.
+        error = 5 * here.std() / np.sqrt(len(here)) + 0.02 * target
+        assert abs(here.mean() - target) <= error
+    np.testing.assert_array_equal(subnets.drawn(space, 33, seed=0), points[:33])
+    assert not np.array_equal(subnets.drawn(space, 33, seed=1), points[:33])
 
 
 def test_a_predictor_learns_an_additive_quality():

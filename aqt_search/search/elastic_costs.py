@@ -197,7 +197,7 @@ def _check(table: CostTable, net: Elastic, cost, concrete, points: np.ndarray) -
         expected = float(cost(sites, concrete(point)))
         if abs(found - expected) > 1e3 * _EXACT * abs(expected):
             raise SpaceError(
-                f"The cost of a subnet is {expected:.9g}, the sum over its sites {found:.9g}: a"
-                " weight that several sites share cannot be tabulated for a space that decides"
-                " about the architecture."
+                f"The cost of a subnet is {expected:.9g}, the sum over its sites {found:.9g}: what"
+                " is no sum over them, as where several share a weight, cannot be tabulated for a"
+                " space that decides about the architecture."
             )

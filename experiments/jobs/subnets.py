@@ -16,15 +16,18 @@ import jax
 import ml_collections
 import numpy as np
 
+import aqt_search as aqs
 from aqt_search import data
 from aqt_search.report import write_report
 from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import SpaceError
 from aqt_search.search.searchers.evolution import evolution
+from aqt_search.search.searchers.points import sample_points, tilted_log_probabilities
 from aqt_search.search.searchers.predictor import Predictor, fit_predictor
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.checkpoint import save_checkpoint
+from aqt_search.training.parallel import release_programs
 from aqt_search.training.subnets import of_points
 from aqt_search.training.workdir import check_lock, lock_workdir, read_json, write_json
 from experiments import finished_run, from_config, results
@@ -38,10 +41,12 @@ from experiments.subnet import subnet_of
 SAMPLES_FILE, SUBNETS_FILE, WEIGHTS_FOLDER = "samples.json", "subnets.json", "weights"
 _SEED_OFFSET = 6_000_101  # the order of the images is its own
 _CHUNK = 16  # subnets judged before they are written
+_COSTS = 10  # along the space, that subnets are drawn for
 # Keys that change nothing of what was judged: other targets are found from it.
 _NOT_OF_THE_SAMPLES = (
     "log_every", "data.data_dir", "sweep", "allocate", "subnets.target", "subnets.points",
-    "subnets.evaluations", "subnets.samples",
+    "subnets.evaluations", "subnets.samples", "search.cost", "search.target", "search.relative_to",
+    "search.further_costs",
 )  # fmt: skip
 
 
@@ -79,9 +84,8 @@ def sampled(setting: Setting, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
 
     They are written as they are judged; what is there already is not judged again.
     """
-    config, space = setting.config, setting.space
-    rng = np.random.default_rng(config.seed)
-    points = rng.integers(0, space.mask.sum(1), (config.subnets.samples, len(space.mask)))
+    config = setting.config
+    points = drawn(setting.space, config.subnets.samples, config.seed)
     path = workdir / SAMPLES_FILE
     there = read_json(path) if path.exists() else {"choices": [], "accuracies": []}
     known = there["accuracies"][: len(points)]
@@ -97,6 +101,22 @@ def sampled(setting: Setting, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
         write_json(path, {"choices": points[: len(known)].tolist(), "accuracies": known})
         print(f"{workdir.name}: {len(known)} of {len(points)} subnets judged.", flush=True)
     return points, np.array(known)
+
+
+def drawn(space: Space, count: int, seed: int) -> np.ndarray:
+    """Random subnets from one end of the space to the other: [count, decisions].
+
+    Decisions are independent, with a mean cost that is one of ten from the cheapest subnet's GBOPs
+    to the dearest's, in equal ratios. Uniform ones would all be small in one thing or another, and
+    tell a predictor nothing of large subnets. Of more the first are the same.
+    """
+    costs = space.cost_table(aqs.cost.gbops)
+    points = np.zeros((count, len(space.mask)), int)
+    for number, target in enumerate(np.geomspace(*costs.range, _COSTS)[:count]):
+        here = points[number::_COSTS]
+        log_p = tilted_log_probabilities(costs, target)
+        here[:] = sample_points(np.random.default_rng((seed, number)), log_p, len(here))
+    return points
 
 
 def judged_by(setting: Setting) -> Callable[[np.ndarray], np.ndarray]:
@@ -154,12 +174,14 @@ def target_of(setting: Setting) -> float | None:
 def found_by(setting: Setting, predictor: Predictor, target: float | None) -> dict[str, np.ndarray]:
     """The points to evaluate exactly, by name: that of the target, or some along the front."""
     config, costs = setting.config, setting.costs
+    cost = cost_names(config)[0]
+    of_cost = "" if cost == "gbops" else f"{cost.replace('/', '_')}_"
     search = functools.partial(
         evolution, predictor.predict, costs, evaluations=config.subnets.evaluations,
         seed=config.seed, population=min(500, config.subnets.evaluations // 5),
     )  # fmt: skip
     if target is not None:
-        return {f"target_{config.subnets.target:g}": search(target=target).choices}
+        return {f"{of_cost}target_{config.subnets.target:g}": search(target=target).choices}
     low, high = costs.range
     limits = np.geomspace(low, high, config.subnets.points + 2)[1:-1]
     front = search(target=high).front
@@ -170,7 +192,7 @@ def found_by(setting: Setting, predictor: Predictor, target: float | None) -> di
         if fits.any():
             best = front[fits][np.argmax(qualities[fits])]
             along[best.tobytes()] = best
-    return {f"subnet_{n}": point for n, point in enumerate(along.values(), start=1)}
+    return {f"{of_cost}subnet_{n}": point for n, point in enumerate(along.values(), start=1)}
 
 
 def evaluated(
@@ -224,11 +246,12 @@ def run(
         for name, choices in found_by(setting, predictor, target).items():
             predicted = float(predictor.predict(choices[None])[0])
             found[name] = evaluated(setting, workdir, name, choices, predicted)
+            release_programs()  # of a model of its own: after some ten no more would be mapped
         answer = {
             "rank_correlation": predictor.rank_correlation,
             "samples": len(points),
             "subnets": {
-                name: {k: result[k] for k in ("accuracy", "predicted_accuracy", "gbops")}
+                name: {k: result[k] for k in ("accuracy", "predicted_accuracy", "gbops", "costs")}
                 for name, result in found.items()
             },
         }
