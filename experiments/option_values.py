@@ -52,10 +52,9 @@ def by_gradients(
     """
     values = np.zeros(space.mask.shape)
     numbers = list(space.format_decisions)
-    if len(numbers) < len(values):
-        is_architecture = np.ones(len(values), bool)
-        is_architecture[numbers] = False
-        values = _by_losses(config, parts, space, variables, is_architecture, _FOR_NETS)
+    if space.net is not None:
+        judged = about_architecture(space)
+        values = _by_losses(config, parts, space, variables, judged, _FOR_NETS)
     if not numbers:
         return values
     of_formats = dataclasses.replace(
@@ -86,8 +85,18 @@ def one_at_a_time(
     Raises:
       DivergedError: a loss is not finite.
     """
-    every = np.ones(len(space.decisions), bool)
-    return _by_losses(config, parts, space, variables, every, 1)
+    architecture = about_architecture(space)
+    values = _by_losses(config, parts, space, variables, ~architecture, 1)
+    if space.net is not None:
+        values += _by_losses(config, parts, space, variables, architecture, _FOR_NETS)
+    return values
+
+
+def about_architecture(space: Space) -> np.ndarray:
+    """Which decisions of a space are about the architecture: bool [decisions]."""
+    found = np.ones(len(space.decisions), bool)
+    found[list(space.format_decisions)] = False
+    return found
 
 
 def _by_losses(

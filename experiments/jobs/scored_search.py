@@ -29,7 +29,7 @@ from experiments.architecture import configured_net
 from experiments.configured_search import configured_search
 from experiments.job import Job, claim_run
 from experiments.jobs.searched import Found, finish_search, probabilities_of
-from experiments.option_values import VALUES, rising
+from experiments.option_values import VALUES, about_architecture, rising
 
 
 class ScoredState(NamedTuple):
@@ -46,7 +46,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     net = configured_net(config, parts.model, images.splits.image_shape)
     setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
     space, (name, primary) = setting.space, next(iter(setting.costs.items()))
-    is_architecture = np.arange(len(space.decisions)) < (0 if net is None else len(net.decisions))
     qapply = of_points(from_config.quantized(parts.model, parallel.AXIS), net)
     update = from_config.make_update(config, parts, qapply, net)
 
@@ -61,7 +60,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
         judged = VALUES[config.search.searcher]
         values = judged(config, alone, setting.plain, state.train.variables)
         if net is not None:
-            risen = rising(values, primary, is_architecture)
+            risen = rising(values, primary, about_architecture(space))
             choices = allocate_subnet(risen, space, primary, setting.targets[name])
         else:
             choices = search.allocate(values, setting.costs, setting.targets)
