@@ -3,7 +3,7 @@
 The whole network in int8; the supernet that starts from it; its subnets, and the one for a target:
 
     C="--config=configs/cifar10_16px_qfa.py --config.data.name=folder:PATH"
-    python -m experiments.train $C --workdir=runs/whole
+    python -m experiments.train $C --workdir=runs/whole --config.formats="(('.*','int8'),)"
     python -m experiments.supernet $C --workdir=runs/supernet --config.checkpoint=runs/whole
     S="--workdir=runs/subnets --config.subnets.checkpoint=runs/supernet"
     python -m experiments.subnets $C $S
@@ -32,7 +32,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.search.architecture = "small_mobilenet_v3"
     if arg != "quick":
         config.epochs = 6.0
-    config.formats = ((".*", "int8"),)
     config.quantizers.weight = "lsq"
     config.quantizers.activation = "batch_quant"
     config.search.target, config.search.relative_to = 1.1, "int4"

@@ -340,7 +340,7 @@ SCHEMA: Mapping[str, Kind] = {
         Kind("(share, kinds of decisions)", (0.25, ("window", "formats")), _check_phase)
     ),
     "subnets.checkpoint": WORKDIR,
-    "subnets.samples": whole(300, least=20, most=1_000_000),
+    "subnets.samples": whole(300, least=20, most=5000),
     "subnets.images": COUNT,
     "subnets.evaluations": whole(20000, least=100, most=10_000_000),
     "subnets.points": whole(6, above=0, most=1000),

@@ -164,15 +164,19 @@ def test_subnets_are_drawn_from_one_end_of_the_space_to_the_other(config, images
     """Mean costs are those asked for: within five standard errors of 200 points."""
     space = supernet.supernet_space(config, from_config.build_parts(config, images))
     costs = space.cost_table(aqs.cost.gbops)
-    points = subnets.drawn(space, 2000, seed=0)
+    points = subnets.drawn(space, 4000, seed=0)
     assert (points < space.mask.sum(1)).all()
-    found = costs.of_many(points)
+    shares = (points[::2, :, None] == np.arange(space.max_options)).mean(0)
+    uniform = space.mask / space.mask.sum(1, keepdims=True)
+    assert np.abs(shares - uniform).max() < 5 * np.sqrt(0.25 / 2000)
+    found = costs.of_many(points[1::2])
     for number, target in enumerate(np.geomspace(*costs.range, 10)):
         here = found[number::10]
         # At the ends the tilt is finite, and the mean only close.
         error = 5 * here.std() / np.sqrt(len(here)) + 0.02 * target
         assert abs(here.mean() - target) <= error
-    np.testing.assert_array_equal(subnets.drawn(space, 33, seed=0), points[:33])
+    for count in (5, 33):
+        np.testing.assert_array_equal(subnets.drawn(space, count, seed=0), points[:count])
     assert not np.array_equal(subnets.drawn(space, 33, seed=1), points[:33])
 
 

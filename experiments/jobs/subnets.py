@@ -104,16 +104,19 @@ def sampled(setting: Setting, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drawn(space: Space, count: int, seed: int) -> np.ndarray:
-    """Random subnets from one end of the space to the other: [count, decisions].
+    """Random subnets: [count, decisions].
 
-    Decisions are independent, with a mean cost that is one of ten from the cheapest subnet's GBOPs
-    to the dearest's, in equal ratios. Uniform ones would all be small in one thing or another, and
-    tell a predictor nothing of large subnets. Of more the first are the same.
+    One half is uniform, which tells most of each decision. But all of these are small in one thing
+    or another, so the other half lies along the space: decisions are independent, with a mean cost
+    that is one of ten from the cheapest subnet's GBOPs to the dearest's, in equal ratios. Of more
+    subnets the first are the same.
     """
     costs = space.cost_table(aqs.cost.gbops)
     points = np.zeros((count, len(space.mask)), int)
-    for number, target in enumerate(np.geomspace(*costs.range, _COSTS)[:count]):
-        here = points[number::_COSTS]
+    uniform, along = points[::2], points[1::2]
+    uniform[:] = np.random.default_rng(seed).integers(0, space.mask.sum(1), uniform.shape)
+    for number, target in enumerate(np.geomspace(*costs.range, _COSTS)):
+        here = along[number::_COSTS]
         log_p = tilted_log_probabilities(costs, target)
         here[:] = sample_points(np.random.default_rng((seed, number)), log_p, len(here))
     return points

@@ -43,6 +43,8 @@ def supernet_space(config: ml_collections.ConfigDict, parts: from_config.Parts) 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
     """Training by the sandwich rule; what random subnets are drawn from is part of the state."""
+    why = "a supernet is trained in the formats of search.space"
+    from_config.refuse_unread(config, ("formats", "policy"), why)
     # Replicas hold different subnets, so each normalises by its own batch.
     parts = from_config.build_parts(config, images, axis_name=None)
     if parts.range_loss is not None:
