@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,9 +163,31 @@ def load_supernet(
             f"The run in {folder} is no supernet (its kind is {kind!r}): give the workdir of a"
             " finished run of experiments.supernet."
         )
+    _check_same_subnets(config, trained, folder)
     parts = from_config.build_parts(trained, images, axis_name=None)
     train = trained_state(trained, folder, parts)
     return Supernet(trained, parts, train.variables, train.auxiliary)
+
+
+def _check_same_subnets(
+    config: ml_collections.ConfigDict, trained: ml_collections.ConfigDict, folder: Path
+) -> None:
+    """Raises ConfigError where a configuration describes other subnets than were trained."""
+    keys = ("search.architecture", "search.architecture_rules", "search.space", "search.decide",
+            "quantizers")  # fmt: skip
+
+    def told(described: ml_collections.ConfigDict) -> dict[str, Any]:
+        whole = json.loads(json.dumps(described.to_dict()))
+        return {key: functools.reduce(dict.__getitem__, key.split("."), whole) for key in keys}
+
+    there, now = told(trained), told(config)
+    for key in keys:
+        if there[key] != now[key]:
+            raise from_config.ConfigError(
+                f"config.{key} is {now[key]!r}, but the supernet in {folder} was trained with"
+                f" {there[key]!r}. Give the supernet's --config and changes of it, or train another"
+                " supernet."
+            )
 
 
 def trained_state(

@@ -175,12 +175,27 @@ def check_devices(config: ml_collections.ConfigDict) -> None:
 
 
 def build_parts(
-    config: ml_collections.ConfigDict, images: Images, *, axis_name: str | None = AXIS
+    config: ml_collections.ConfigDict,
+    images: Images,
+    *,
+    axis_name: str | None = AXIS,
+    architecture: Mapping[str, Any] | None = None,
 ) -> Parts:
-    """Builds everything but the step. Raises ConfigError where values do not fit together."""
+    """Builds everything but the step.
+
+    Args:
+      config: of a run.
+      images: its data set.
+      axis_name: of the mapped axis that batches are sharded over.
+      architecture: of a finished run, as `finished_run.load` tells; None: that of `config.policy`,
+        or else of `config.model`.
+
+    Raises:
+      ConfigError: values do not fit together.
+    """
     check_devices(config)
     model = build_model(config, images.splits.num_classes, axis_name)
-    found = policy_architecture(config)
+    found = policy_architecture(config) if architecture is None else architecture
     model = model if found is None else model_of(model, found)
     epoch = steps_per_epoch(config, images)
     total = max(1, math.ceil(config.epochs * epoch))

@@ -17,7 +17,7 @@ from aqt_search.training.workdir import read_json
 from configs import digits_mobilenet_v2
 from experiments import finished_run, from_config, schema
 from experiments.architecture import configured_net, parsed_architecture
-from experiments.jobs import ptq, search, train
+from experiments.jobs import palettize, ptq, search, supernet, train
 from experiments.jobs.scored_search import sorted_state
 
 
@@ -93,6 +93,31 @@ def test_its_policy_is_trained_and_its_weights_are_quantized(finished, config, i
         assert ptq.run(after, quantized, images)["kind"] == "ptq"
         for each in (folder, quantized):
             assert read_json(each / "policy.json")["architecture"] == architecture
+
+
+@pytest.mark.parametrize("epochs", [0.0, 0.1])
+def test_its_weights_are_stored_with_palettes(finished, config, images, tmp_path, epochs):
+    workdir, result = finished
+    own = config.copy_and_resolve_references()
+    own.checkpoint, own.palette.epochs = str(workdir), epochs
+    own.palette.rules = (("^stem/", 2), (".*", None))
+    stored = palettize.run(own, tmp_path / "run", images)
+    architecture = read_json(workdir / "policy.json")["architecture"]
+    assert read_json(tmp_path / "run" / "policy.json")["architecture"] == architecture
+    sites = set(read_json(workdir / "sites.json"))
+    assert set(read_json(tmp_path / "run" / "palette.json")["weights"]) == {"stem/kernel"} <= sites
+    assert stored["weight_bytes"] > result["weight_bytes"]  # float beside it
+
+
+def test_weights_of_another_architecture_are_refused(finished, config, images, tmp_path):
+    workdir, _ = finished
+    own = config.copy_and_resolve_references()
+    own.checkpoint, own.formats = str(workdir), ((".*", "int8"),)
+    with pytest.raises(from_config.ConfigError, match=r"of another architecture.*policy.json"):
+        train.run(own, tmp_path / "a", images)
+    own.formats = ()
+    with pytest.raises(from_config.ConfigError, match=r"is of a subnet.*whole network"):
+        supernet.run(own, tmp_path / "b", images)
 
 
 def test_it_is_decided_once(config, images, tmp_path):
@@ -211,6 +236,8 @@ BAD = {
     "another network": ({"model.name": "resnet8", "model.form": "cifar", "model.windows": (),
                          "model.depths": ()},
                         "'resnet8'.*MobileNetV2 or MobileNetV3"),
+    "a space of another network": ({"search.architecture": "small_mobilenet_v3"},
+                                   "MobileNetV2 has no squeeze"),
     "rules of no group": ({"search.architecture": "", "search.architecture_rules": (
         ("width", "blok", (8, 16)),)}, "'blok' matches none"),
 }  # fmt: skip

@@ -125,6 +125,11 @@ UNSOUND = {
     "heads": (lambda p, h: h.reshape(2, 2, 4).mean(1, keepdims=True).repeat(2, 1).reshape(2, 8),
               "reshape"),
     "rolled": (lambda p, h: jnp.roll(h, 1, -1), "slice|concatenate"),
+    "divided by its size": (lambda p, h: h / jnp.abs(h), r"'v' lhs is nan"),
+    "normalized weight": (
+        lambda p, h: h / jnp.linalg.norm(p["w"], axis=0, keepdims=True), r"'v' lhs is nan"),
+    "scaled by 1 / norm": (
+        lambda p, h: h * jax.lax.rsqrt(jnp.sum(p["w"] ** 2, 0, keepdims=True)), r"'v' lhs is nan"),
     "scanned": (lambda p, h: jax.lax.scan(lambda c, _: (c * 2, None), h, None, 2)[0], "scan"),
 }  # fmt: skip
 
@@ -387,3 +392,14 @@ def test_choices_of_another_shape_are_refused():
     _, variables, net = v2_net()
     with pytest.raises(ArchitectureError, match=r"shape \(2,\).*vmap"):
         net.variables([0, 1], variables)
+    for wrong in (9, -1):
+        choices = net.largest
+        choices[1] = wrong
+        with pytest.raises(
+            ArchitectureError, match=rf"{net.decisions[1].name}' is {wrong}; .*0 to"
+        ):
+            net.variables(choices, variables)
+    with pytest.raises(ArchitectureError, match="float32; expected numbers of options"):
+        net.variables(net.largest.astype(np.float32), variables)
+    with pytest.raises(ArchitectureError, match="choices are traced"):
+        jax.jit(lambda c: net.extract(c, variables))(net.largest)

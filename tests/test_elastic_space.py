@@ -257,6 +257,8 @@ def test_costs_that_are_no_sums_are_refused(monkeypatch):
     monkeypatch.setattr(elastic_costs, "_MOST_SHAPES", 3)
     with pytest.raises(SpaceError, match=r"'block5/.*6 shapes it can have .*at most 3 are: offer"):
         space.cost_table(lambda sites, _: sum(site.macs**0.5 for site in sites.values()))
+    with pytest.raises(SpaceError, match="'stem/kernel' is not finite"):
+        space.cost_table(lambda sites, _: float("nan"))
     table = space.cost_table(cost.gbops)
     with pytest.raises(SpaceError, match="architecture"):
         search.allocate(np.zeros(space.mask.shape), {"gbops": table}, {"gbops": 1.0})

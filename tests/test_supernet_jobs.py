@@ -128,6 +128,8 @@ def test_subnets_are_plain_models_and_other_targets_need_no_more_images(found, i
     whole = aqs.assign(parts.sites, [(".*", "int8")])
     limit = 0.9 * aqs.roofline.latency_ms(parts.sites, whole, "edge_int8")
     assert 0.5 * limit < answer["costs"]["latency_ms/edge_int8"] <= 1.02 * limit
+    kept = read_json(workdir / "subnets.json")["subnets"]
+    assert {name, "target_0.9", "latency_ms_edge_int8_target_0.9"} <= set(kept)
 
 
 def test_subnets_that_were_stopped_end_in_the_same_answer(found, images, tmp_path, monkeypatch):
@@ -207,7 +209,19 @@ def test_what_is_no_supernet_or_another_is_refused(config, images, trained, foun
     other.subnets.checkpoint = str(found[0] / "points" / next(iter(found[2]["subnets"])))
     with pytest.raises(from_config.ConfigError, match=r"no finished run|no supernet"):
         subnets.run(other, tmp_path / "b", images)
-    other.subnets.checkpoint, other.model.width = str(trained[0]), 0.5
+    other.subnets.checkpoint = str(trained[0])
+    rules = config.search.architecture_rules
+    for changes, message in (
+        ({"search.architecture_rules": rules[:2]}, r"architecture_rules is .*was trained with"),
+        ({"search.architecture_rules": (), "search.architecture": "small_mobilenet_v2"},
+         "search.architecture is 'small_mobilenet_v2'.*trained with ''"),
+        ({"search.space": ((".*", ("int4", "int8")),)}, "search.space is .*was trained with"),
+    ):  # fmt: skip
+        another = other.copy_and_resolve_references()
+        another.update_from_flattened_dict(changes)
+        with pytest.raises(from_config.ConfigError, match=message):
+            subnets.run(another, tmp_path / "space", images)
+    other.model.width = 0.5
     with pytest.raises(from_config.ConfigError, match=r"model\.width"):
         subnets.run(other, tmp_path / "c", images)
     plain = config.copy_and_resolve_references()

@@ -243,9 +243,13 @@ class Elastic:
 
     def _known(self, choices: jax.typing.ArrayLike) -> np.ndarray:
         """Known choices, also where a function is traced."""
-        known = np.asarray(choices)
-        self._checked(known)
-        return known
+        if isinstance(choices, jax.core.Tracer):
+            raise ArchitectureError(
+                "choices are traced, but a subnet is cut out by known ones: its shapes depend on"
+                " them. Call this outside of jit, or mask by `variables`."
+            )
+        self._checked(choices)
+        return np.asarray(choices)
 
     def _checked(self, choices: jax.typing.ArrayLike) -> jax.Array:
         choices = jnp.asarray(choices)
@@ -254,7 +258,21 @@ class Elastic:
                 f"choices have shape {choices.shape}; expected one option number for each of the"
                 f" {len(self.decisions)} decisions. For many architectures use jax.vmap."
             )
+        if not jnp.issubdtype(choices.dtype, jnp.integer):
+            raise ArchitectureError(
+                f"choices are {choices.dtype}; expected numbers of options, int."
+            )
+        if not isinstance(choices, jax.core.Tracer):
+            self._check_options(np.asarray(choices).tolist())
         return choices
+
+    def _check_options(self, choices: Sequence[int]) -> None:
+        for decision, choice in zip(self.decisions, choices):
+            if not 0 <= choice < len(decision.options):
+                raise ArchitectureError(
+                    f"The choice of {decision.name!r} is {choice}; expected the number of one of"
+                    f" its {len(decision.options)} options, 0 to {len(decision.options) - 1}."
+                )
 
     def extract(
         self, choices: jax.typing.ArrayLike, variables: Any, matrices: Matrices | None = None

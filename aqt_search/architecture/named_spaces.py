@@ -120,6 +120,11 @@ def _squeezed(
     """
 
     def of(model: Any) -> dict[str, Any]:
+        if not hasattr(model.blocks[0], "squeezed"):
+            raise ArchitectureError(
+                f"This space is of a MobileNetV3; a {type(model).__name__} has no squeeze and"
+                " excitation. Take a space of MobileNetV2."
+            )
         widths: dict[Any, Any] = {}
         inputs = [model.stem_channels, *(block.channels for block in model.blocks)]
         for number, (block, channels) in enumerate(zip(model.blocks, inputs), start=1):
@@ -127,7 +132,7 @@ def _squeezed(
                 continue
             sizes = [r * channels for r in ratios if r * channels <= block.expanded]
             expand = f"^block{number}/expand/kernel$"
-            if getattr(block, "squeezed", False):
+            if block.squeezed:
                 squeeze = f"^block{number}/squeeze/kernel$"
                 widths[expand, squeeze] = tuple((size, _quarter(size)) for size in sizes)
             else:

@@ -87,6 +87,8 @@ def elastic_cost_table(
 
         probes = _probes(net, shares, rng)
         costs = np.array([ask(probe) for probe in probes])
+        if not np.isfinite(costs).all():
+            raise SpaceError(f"The cost of site {name!r} is not finite in some subnet.")
         found_terms = _linear_terms(shares, formats, costs, probes, mask.shape[1])
         if found_terms is None:
             found_terms = _terms_of_shapes(net, name, shares, formats, ask, mask.shape[1])

@@ -2,7 +2,9 @@
 
 The parameters of a channel that is cut are 0. What follows of it is computed equation by equation:
 the result of a convolution is 0 there, `relu(0)` is 0, `sigmoid(0)` is 0.5, and 0 times anything is
-0. A value for which nothing follows is unknown. Numbers are assumed to be finite.
+0. A value for which nothing follows is unknown, and assumed to be finite and, where something is
+divided by it, not 0. What follows may be infinite or no number: `0 / 0` where a weight is divided
+by its norm.
 """
 
 from __future__ import annotations
@@ -73,17 +75,17 @@ class CutValues:
         sources = _sources(self._graph, node, axis)
         numbers = [self.at(value, source) for value, source in sources]
         if node.primitive in _PRODUCTS:
-            return self._zero(node.outputs[0]) if any(_is_zero(n) for n in numbers) else None
+            return self._zero(node.outputs[0]) if _have_no_part(numbers) else None
         return _pooled(node, numbers[0]) if numbers else None
 
     def _result(self, node: Node, numbers: Sequence[Number]) -> Number:
         """The result of an equation on operands that are constant, or unknown."""
         zero = self._zero(node.outputs[0])
         if node.primitive in _PRODUCTS:
-            return zero if any(_is_zero(n) for n in numbers[:2]) else None
-        if node.primitive == "mul" and any(_is_zero(n) for n in numbers):
+            return zero if _have_no_part(numbers[:2]) else None
+        if node.primitive == "mul" and _have_no_part(numbers):
             return zero
-        if node.primitive == "div" and _is_zero(numbers[0]):
+        if node.primitive == "div" and _is_zero(numbers[0]) and numbers[1] is None:
             return zero
         if node.primitive == "select_n" and _all_equal(numbers[1:]):
             return numbers[1]
@@ -103,6 +105,12 @@ def _is_zero(number: Number) -> bool:
     return number is not None and number == 0
 
 
+def _have_no_part(numbers: Sequence[Number]) -> bool:
+    """Whether a product of numbers, or a sum of such products, is 0."""
+    finite = all(number is None or np.isfinite(number) for number in numbers)
+    return finite and any(_is_zero(number) for number in numbers)
+
+
 def _all_equal(numbers: Sequence[Number]) -> bool:
     return all(n is not None and n == numbers[0] for n in numbers)
 
@@ -117,8 +125,7 @@ def _evaluated(node: Node, numbers: Sequence[np.ndarray]) -> Number:
         result = operands[0]
     else:
         result = node.eqn.primitive.bind(*operands, **params)
-    number = np.asarray(result)
-    return number if np.isfinite(number) else None
+    return np.asarray(result)
 
 
 def _pooled(node: Node, number: Number) -> Number:

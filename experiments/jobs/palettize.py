@@ -163,6 +163,7 @@ def store(
     parts: from_config.Parts,
     variables: Mapping[str, Any],
     centroids: Mapping[str, jax.Array] | None,
+    architecture: Mapping[str, Any] | None = None,
     seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Clusters and evaluates weights, and writes all files; returns the result.
@@ -170,6 +171,7 @@ def store(
     Args:
       variables: {"params": ..., "batch_stats": ...} in float.
       centroids: that training found, in `seconds`; None: k-means finds them.
+      architecture: what tells the model from the configured one.
     """
     start, params = time.monotonic(), variables["params"]
     paletted = palettize(
@@ -200,8 +202,9 @@ def store(
         "weight_bytes": float(aqs.cost.weight_bytes(parts.sites, judged.assignment)) - saved,
     }
     ended = results.Ended(
-        config, workdir, parts, judged.assignment, judged.variables, judged, variables
-    )
+        config, workdir, parts, judged.assignment, judged.variables, judged, variables,
+        architecture,
+    )  # fmt: skip
     return results.finish(ended, facts)
 
 
@@ -211,7 +214,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     there = finished_run.load(config, Path(config.checkpoint), images)
     variables = {name: there.variables[name] for name in ("params", "batch_stats")}
     tuned = _training_config(config)
-    parts = from_config.build_parts(tuned, images)
+    parts = from_config.build_parts(tuned, images, architecture=there.architecture)
     select_weights(parts.sites, config.palette.rules)  # complains about rules before the claim
     step, run, schedule = None, Run(workdir, (), []), Schedule(0, 1, 1)
     if config.palette.epochs:
@@ -220,10 +223,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
 
     def finish(end: LoopResult) -> dict[str, Any]:
         if not config.palette.epochs:
-            return store(config, workdir, parts, variables, None)
+            return store(config, workdir, parts, variables, None, there.architecture)
         stats = end.state.batch_stats
         trained = {"params": end.state.params, "batch_stats": stats["model"]}
-        return store(config, workdir, parts, trained, stats["centroids"], end.seconds)
+        centroids = stats["centroids"]
+        return store(config, workdir, parts, trained, centroids, there.architecture, end.seconds)
 
     identity = claim_run(workdir, config, images, "palettize")
     return Job(step, run._replace(identity=identity), schedule, finish)

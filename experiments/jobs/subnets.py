@@ -258,7 +258,9 @@ def run(
                 for name, result in found.items()
             },
         }
+        path = workdir / SUBNETS_FILE
+        before = read_json(path)["subnets"] if path.exists() else {}
         check_lock(workdir)
-        write_json(workdir / SUBNETS_FILE, answer)
+        write_json(path, answer | {"subnets": before | answer["subnets"]})
         write_report(workdir)
         return answer

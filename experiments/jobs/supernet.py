@@ -72,8 +72,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
 
     state = from_config.initial_state(config, parts, first_assignment(space), matrices)
     if config.checkpoint:  # the whole model, whose important channels come first
-        there = finished_run.load(config, Path(config.checkpoint), images).variables
-        whole = {name: there[name] for name in ("params", "batch_stats") if name in there}
+        there = finished_run.load(config, Path(config.checkpoint), images)
+        if there.architecture is not None:
+            raise from_config.ConfigError(
+                f"The run in {config.checkpoint} is of a subnet, but a supernet starts from the"
+                " whole network: give a run that was trained without config.policy, or none."
+            )
+        own = there.variables
+        whole = {name: own[name] for name in ("params", "batch_stats") if name in own}
         state = state._replace(params=space.net.sort(whole)["params"])
     stream = from_config.training_stream(config, images)
     # Claimed last, so that a refused configuration does not keep the folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
 
     state = from_config.initial_state(config, parts, assignment)
     if config.checkpoint:
-        there = finished_run.load(config, Path(config.checkpoint), images).variables
+        there = _start(config, images)
         state = state._replace(params=there["params"], batch_stats=there["batch_stats"])
         if parts.range_loss is not None:  # its margins start from these weights
             state = state._replace(auxiliary=parts.range_loss.init(there["params"]))
@@ -52,6 +53,24 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     identity = claim_run(workdir, config, images, "train")
     run = Run(workdir, state, [stream], as_data(assignment), identity=identity)
     return Job(step, run, parts.schedule, finish)
+
+
+def _start(config: ml_collections.ConfigDict, images: from_config.Images) -> Mapping[str, Any]:
+    """The variables of `config.checkpoint`.
+
+    Raises:
+      ConfigError: they are of another architecture than that of `config.policy`.
+    """
+    there, own = finished_run.load(config, Path(config.checkpoint), images), {}
+    for name, told in (("there", there.architecture), ("now", policy_architecture(config))):
+        own[name] = None if told is None else told["blocks"]
+    if own["there"] != own["now"]:
+        raise from_config.ConfigError(
+            f"The run in {config.checkpoint} is of another architecture than the model that is"
+            " trained. Give config.policy the policy.json of that run, or another"
+            " config.checkpoint."
+        )
+    return there.variables
 
 
 def run(
