@@ -226,7 +226,9 @@ def test_bad_input_is_named(call, words):
 
 # --- The zoo by name ------------------------------------------------------------------------------
 
-FORMS = {"inception_v3": "imagenet", "vit_tiny": "cifar", "deit_tiny": "cifar"}
+FORMS = {
+    "inception_v3": "imagenet", "mobilenet_v3_tiny": "tiny", "vit_tiny": "cifar", "deit_tiny": "cifar",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

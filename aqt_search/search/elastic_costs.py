@@ -9,6 +9,7 @@ term each, whose shares are 1 for that shape and 0 for all others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,13 +79,7 @@ def elastic_cost_table(
     terms, fixed = [], 0.0
     for name in net.sites:
         shares, formats = site_shares(net, name), formats_of(name)
-
-        def ask(choices: np.ndarray, name=name, formats=formats) -> list[float]:
-            site = subnet_site(net, name, choices)
-            return [
-                0.0 if site is None else float(cost({name: site}, a)) for a in formats.assignments
-            ]
-
+        ask = functools.partial(_costs_in, net, name, cost, formats)
         probes = _probes(net, shares, rng)
         costs = np.array([ask(probe) for probe in probes])
         if not np.isfinite(costs).all():
@@ -100,6 +95,14 @@ def elastic_cost_table(
     table = _stacked(terms, fixed, mask)
     _check(table, net, cost, concrete, _random_points(mask, _CHECKS, rng))
     return table
+
+
+def _costs_in(
+    net: Elastic, name: str, cost: Callable, formats: FormatCosts, choices: np.ndarray
+) -> list[float]:
+    """What a site costs in a subnet, under every pair of options."""
+    site = subnet_site(net, name, choices)
+    return [0.0 if site is None else float(cost({name: site}, a)) for a in formats.assignments]
 
 
 def _random_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -151,7 +154,7 @@ def _terms_of_shapes(
     net: Elastic, name: str, shares: SiteShares, formats: FormatCosts, ask: Callable, width: int
 ) -> Iterator[Term]:
     """A term for every shape that a site can have."""
-    about = sorted({d for part in shares[:-1] for d in part} - set(shares.present))
+    about = sorted(set(shares.macs | shares.elements | shares.channels) - set(shares.present))
     counts = [len(net.decisions[decision].options) for decision in about]
     if math.prod(counts) > _MOST_SHAPES:
         raise SpaceError(
