@@ -227,8 +227,11 @@ def test_bad_input_is_named(call, words):
 # --- The zoo by name ------------------------------------------------------------------------------
 
 FORMS = {
-    "inception_v3": "imagenet", "mobilenet_v3_tiny": "tiny", "vit_tiny": "cifar", "deit_tiny": "cifar",
-}  # fmt: skip
+    "inception_v3": "imagenet",
+    "mobilenet_v3_tiny": "tiny",
+    "vit_tiny": "cifar",
+    "deit_tiny": "cifar",
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
