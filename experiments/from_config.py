@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,7 +111,13 @@ def equal_batches(count: int, largest: int) -> tuple[int, int]:
 def build_model(config: ml_collections.ConfigDict, classes: int, axis_name: str | None) -> Any:
     """The configured model. Raises ConfigError for an unknown name or a value it cannot have."""
     more = {"activation": config.model.activation} if config.model.activation else {}
+    taken = inspect.signature(models.MODELS.get(config.model.name, models.build)).parameters
     for key in ("windows", "expansions", "depths"):
+        if config.model[key] and key not in taken and config.model.name in models.MODELS:
+            raise ConfigError(
+                f"config.model.{key} is {config.model[key]!r}, but {config.model.name} has no such"
+                " choice: leave it empty, or take a MobileNetV2 or MobileNetV3."
+            )
         if config.model[key]:
             values = tuple(config.model[key])
             more[key] = values[0] if len(values) == 1 and key != "depths" else values

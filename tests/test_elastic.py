@@ -377,6 +377,19 @@ BAD = {
     "shapes differ": ({"depths": [(("block4",), (0, 1))]}, "'block4' cannot.*block5/expand"),
     "no such block": ({"depths": [(("block9",), (0, 1))]}, "'block9'.*Its parts are.*block7"),
     "deeper": ({"depths": [(("block3",), (0, 2))]}, "0 to 1"),
+    "one block in two": ({"depths": [(("block3",), (0, 1))] * 2}, "Two entries.*'block3'"),
+    "no options": ({"widths": {"block2/expand": 8}}, "'block2/expand' are 8; expected several"),
+    "no windows": ({"kernels": {"block2/depthwise": 3}}, "are 3; expected several"),
+    "pairs of unlike length": (
+        {"widths": {("block4/exp", "block5/exp"): ((8, 16), (16,))}},
+        r"\(16,\) is no .* expected 2 numbers",
+    ),
+    "one number for two": (
+        {"widths": {("block4/exp", "block5/exp"): (8, 16)}}, "8 is no option.*expected 2 numbers"
+    ),
+    "window of 1 x 1": ({"kernels": {"block2": (3, 5)}}, "'block2' matches.*its kernel is 1 x 1"),
+    "a block's name alone": ({"depths": [("block3", (0, 1))]}, "'block3'; expected a tuple"),
+    "half a block": ({"depths": [(("block3",), (0, 0.5))]}, "numbers of blocks to keep"),
     "nothing": ({}, "nothing to choose"),
 }  # fmt: skip
 
@@ -401,5 +414,12 @@ def test_choices_of_another_shape_are_refused():
             net.variables(choices, variables)
     with pytest.raises(ArchitectureError, match="float32; expected numbers of options"):
         net.variables(net.largest.astype(np.float32), variables)
+    for again in (net.variables, net.extract):
+        with pytest.raises(ArchitectureError, match=r"shape .*; expected .* of the whole"):
+            again(net.smallest, net.extract(net.smallest, variables))
+    with pytest.raises(ArchitectureError, match="that of the whole"):
+        net.sort(net.extract(net.smallest, variables))
+    with pytest.raises(ArchitectureError, match=r"have no '.*give all of the whole"):
+        net.sort({})
     with pytest.raises(ArchitectureError, match="choices are traced"):
         jax.jit(lambda c: net.extract(c, variables))(net.largest)

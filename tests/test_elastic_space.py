@@ -259,6 +259,8 @@ def test_costs_that_are_no_sums_are_refused(monkeypatch):
         space.cost_table(lambda sites, _: sum(site.macs**0.5 for site in sites.values()))
     with pytest.raises(SpaceError, match="'stem/kernel' is not finite"):
         space.cost_table(lambda sites, _: float("nan"))
+    with pytest.raises(SpaceError, match="cost is 'gbops'; expected a function"):
+        space.cost_table("gbops")
     table = space.cost_table(cost.gbops)
     with pytest.raises(SpaceError, match="architecture"):
         search.allocate(np.zeros(space.mask.shape), {"gbops": table}, {"gbops": 1.0})

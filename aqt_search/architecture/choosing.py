@@ -41,10 +41,12 @@ def chosen_widths(
     for key, options in widths.items():
         if isinstance(options, Times):  # after what it is a multiple of
             continue
+        options = _several(key, options)
         if isinstance(key, str):
             for group in _matched(channels.groups, key):
                 _width(channels.groups, (group,), [(option,) for option in options], into)
         else:
+            _check_tuples(key, options)
             groups = tuple(_one(channels.groups, pattern) for pattern in key)
             _width(channels.groups, groups, options, into)
     for key, options in widths.items():
@@ -91,6 +93,24 @@ def _values(factors: Factors) -> np.ndarray:
     return values
 
 
+def _several(key: Any, options: Any) -> tuple[Any, ...]:
+    if isinstance(options, str) or not isinstance(options, (Sequence, np.ndarray)):
+        raise ArchitectureError(
+            f"The options of {key!r} are {options!r}; expected several, such as (16, 32)."
+        )
+    return tuple(o.item() if isinstance(o, np.integer) else o for o in options)
+
+
+def _check_tuples(key: tuple[str, ...], options: Sequence[Any]) -> None:
+    """Raises where the groups of several regexes have not a number each."""
+    for option in options:
+        if not isinstance(option, Sequence) or len(option) != len(key):
+            raise ArchitectureError(
+                f"{option!r} is no option of {key!r}; expected {len(key)} numbers of channels, one"
+                " for each regular expression."
+            )
+
+
 def _check_free(group: ChannelGroup, chosen: Chosen) -> None:
     if group.refused is not None:
         raise ArchitectureError(
@@ -132,33 +152,38 @@ def chosen_kernels(channels: Channels, kernels: Mapping[str, Sequence[int]], int
         if site.kind == "conv_general_dilated" and site.weight is site.rhs
     }
     for pattern, options in kernels.items():
+        options = _several(pattern, options)
         for name in _matched(convolutions, pattern):
-            size = _window(channels, name)
+            size = _window(channels, name, pattern)
             wrong = [k for k in options if not (isinstance(k, int) and 1 <= k <= size)]
             if wrong or any((size - k) % 2 for k in options):
                 raise ArchitectureError(
-                    f"Site {name!r} cannot have windows of {tuple(options)!r}: its kernel is"
-                    f" {size} x {size}; expected sizes from 1 to {size} whose difference to it is"
-                    " even, so that they have the same middle. Build the model with its largest"
-                    " window."
+                    f"Site {name!r}, which {pattern!r} matches, cannot have windows of {options!r}:"
+                    f" its kernel is {size} x {size}; expected sizes from 1 to {size} whose"
+                    " difference to it is even, so that they have the same middle. Build the model"
+                    " with its largest window, or say more of the names of the convolutions that"
+                    " are meant."
                 )
             if name in into.windows:
                 raise ArchitectureError(f"Two entries of `kernels` decide about {name!r}.")
             _check_distinct(name, options)
-            decision = ArchitectureDecision(f"{name}:window", "window", tuple(options), (name,))
+            decision = ArchitectureDecision(f"{name}:window", "window", options, (name,))
             into.windows[name] = (Factor(into.add(decision), np.array(options)),)
 
 
-def _window(channels: Channels, name: str) -> int:
+def _window(channels: Channels, name: str, pattern: str) -> int:
     """The size of a square window."""
-    sizes = [channels.size_of(leaf, axis) for leaf, axis in channels.taps(name)]
-    if len(set(sizes)) != 1:
+    shape = channels.graph.sites[name].rhs.shape
+    window = [shape[axis] for axis in channels.window_axes(name)]
+    named = [channels.size_of(leaf, axis) for leaf, axis in channels.taps(name)]
+    if (window != named and set(window) != {1}) or len(set(window)) != 1:
+        what = "" if window == named else ", made of parameters and no parameter itself"
         raise ArchitectureError(
-            f"Site {name!r} cannot change its window: its kernel is"
-            f" {' x '.join(map(str, sizes)) or 'not a parameter as it stands'}; expected a square"
-            " one that is a parameter."
+            f"Site {name!r}, which {pattern!r} matches, cannot change its window: its kernel is"
+            f" {' x '.join(map(str, window))}{what}; expected a square one that is a parameter. Say"
+            " more of the names of the convolutions that are meant."
         )
-    return sizes[0]
+    return window[0]
 
 
 # --- Depths ---------------------------------------------------------------------------------------
@@ -168,8 +193,12 @@ def chosen_depths(
     channels: Channels, depths: Iterable[tuple[Sequence[str], Sequence[int]]], into: Chosen
 ) -> None:
     """Adds a decision about how many of some blocks, from the first, a subnet has."""
+    decided: set[str] = set()
     for blocks, options in depths:
         checked_blocks(blocks, options)
+        if twice := sorted(decided.intersection(blocks)):
+            raise ArchitectureError(f"Two entries of `depths` decide about {twice[0]!r}.")
+        decided.update(blocks)
         about, ends = tuple(blocks), dict.fromkeys((blocks[0], blocks[-1]))
         kind = ArchitectureDecision(f"{'..'.join(ends)}:depth", "depth", tuple(options), about)
         decision = into.add(kind)
@@ -193,9 +222,11 @@ def _matched(names: Mapping[str, Any], pattern: str) -> list[str]:
         raise ArchitectureError(f"{pattern!r} is not a regular expression: {error}.") from error
     if not found:
         raise ArchitectureError(
-            f"{pattern!r} matches none of {', '.join(names) or 'none'}; expected a regular"
-            " expression that is found in the name of a group of channels (widths) or of a"
-            " convolution (kernels)."
+            f"{pattern!r} matches none of {', '.join(names)}; expected a regular expression that is"
+            " found in the name of a group of channels (widths) or of a convolution (kernels)."
+            if names
+            else f"{pattern!r} matches nothing: the model has no group of channels that are axes of"
+            " parameters (widths), or no convolution (kernels)."
         )
     return found
 

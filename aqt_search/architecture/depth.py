@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.tracing.cut_values import CutValues
 from aqt_search.tracing.flat_graph import FlatGraph, Node, Value
@@ -106,11 +108,13 @@ def _live_sites(graph: FlatGraph, same: dict[Value, Value]) -> set[str]:
 
 def checked_blocks(blocks: Sequence[str], depths: Sequence[int]) -> None:
     """Raises ArchitectureError for depths that are no numbers of these blocks."""
-    if len(set(blocks)) != len(blocks) or not blocks:
+    if isinstance(blocks, str) or len(set(blocks)) != len(blocks) or not blocks:
         raise ArchitectureError(
-            f"depths name the blocks {tuple(blocks)!r}; expected distinct ones."
+            f"depths name the blocks {blocks!r}; expected a tuple of distinct ones: ('block3',)."
         )
-    wrong = [depth for depth in depths if not 0 <= depth <= len(blocks)]
+    whole = [isinstance(depth, (int, np.integer)) for depth in depths]
+    wrong = [depth for depth, is_whole in zip(depths, whole) if not is_whole]
+    wrong = wrong or [depth for depth in depths if not 0 <= depth <= len(blocks)]
     if wrong or len(set(depths)) < 2:
         raise ArchitectureError(
             f"The depths of blocks {', '.join(blocks)} are {tuple(depths)!r}; expected two or more"

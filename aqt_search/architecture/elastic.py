@@ -137,6 +137,7 @@ class Elastic:
           matrices: what makes smaller windows of larger ones, as of `matrices`; None: their middle.
         """
         choices = self._checked(choices)
+        self._check_whole(variables)
 
         def masked(path, leaf):
             name = parameter_name(path)
@@ -274,6 +275,16 @@ class Elastic:
                     f" its {len(decision.options)} options, 0 to {len(decision.options) - 1}."
                 )
 
+    def _check_whole(self, variables: Any) -> None:
+        """Raises for what has been cut already, or is of another model."""
+        for name, leaf in _leaves(variables):
+            mask = self.leaf_masks.get(name)
+            if mask is not None and np.shape(leaf) != mask.shape:
+                raise ArchitectureError(
+                    f"{name!r} has shape {np.shape(leaf)}; expected {mask.shape}, that of the whole"
+                    " model. Give its variables, not those of a subnet that was cut out of it."
+                )
+
     def extract(
         self, choices: jax.typing.ArrayLike, variables: Any, matrices: Matrices | None = None
     ) -> Any:
@@ -287,6 +298,7 @@ class Elastic:
           matrices: as of `variables`.
         """
         known = self._known(choices)
+        self._check_whole(variables)
 
         def cut(path, leaf):
             name = parameter_name(path)
@@ -313,8 +325,8 @@ class Elastic:
           by: variables whose weights are important, where `variables` are others of the same
             shapes, such as their momentum; by default `variables`.
         """
-        leaves, tree = _named(variables), jax.tree.structure(variables)
-        weights = leaves if by is None else _named(by)
+        leaves, tree = self._named(variables), jax.tree.structure(variables)
+        weights = leaves if by is None else self._named(by)
         orders = {
             group: np.argsort(-self._importance(group, weights), kind="stable")
             for group in self.widths
@@ -323,6 +335,19 @@ class Elastic:
             for name, axis in self.channels.groups[group].axes:
                 leaves[name] = np.take(leaves[name], order, axis)
         return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in leaves.values()])
+
+    def _named(self, variables: Any) -> dict[str, np.ndarray]:
+        """All leaves of the whole model by name, in the order of the tree."""
+        self._check_whole(variables)
+        leaves = {name: np.asarray(leaf) for name, leaf in _leaves(variables)}
+        axes = (axis for group in self.widths for axis in self.channels.groups[group].axes)
+        missing = [name for name, _ in axes if name not in leaves]
+        if missing:
+            raise ArchitectureError(
+                f"The variables have no {missing[0]!r}, whose channels are sorted: give all of the"
+                " whole model's."
+            )
+        return leaves
 
     def _importance(self, group: str, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """[channels], float64."""
@@ -334,10 +359,10 @@ class Elastic:
         return total
 
 
-def _named(variables: Any) -> dict[str, np.ndarray]:
-    """Leaves by name, in the order of the tree."""
+def _leaves(variables: Any) -> list[tuple[str, Any]]:
+    """Names and leaves, in the order of the tree."""
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
-    return {parameter_name(path): np.asarray(leaf) for path, leaf in flat}
+    return [(parameter_name(path), leaf) for path, leaf in flat]
 
 
 def _argmost(options: Sequence[Any], most: Callable) -> int:

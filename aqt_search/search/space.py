@@ -262,9 +262,14 @@ class Space:
         """Tabulates a cost that is a sum over sites, such as `cost.gbops`.
 
         Raises:
-          SpaceError: the architecture is decided, too, and the cost is not linear in the sizes of
-            sites.
+          SpaceError: `cost` is no function; or the architecture is decided, too, and the cost is no
+            sum over sites, or not finite.
         """
+        if not callable(cost):
+            raise SpaceError(
+                f"cost is {cost!r}; expected a function of sites and an assignment, such as"
+                " aqs.cost.gbops."
+            )
         if self.net is not None:
             pair_of = {
                 name: pair
