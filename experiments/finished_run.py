@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+import aqt_search as aqs
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.train_step import TrainState
@@ -24,12 +25,20 @@ from experiments.architecture import (
     configured_net,
     read_policy_file,
 )
-from experiments.assignment import configured_assignment
-from experiments.configured_search import configured_space, first_assignment
+from experiments.assignment import configured_assignment, read_policy
+from experiments.configured_search import (
+    configured_space,
+    first_assignment,
+    format_names,
+    plain_space,
+)
 from experiments.job import INPUTS, JOB, claimed_identity
+from experiments.quantizers import configured_quantizers
 from experiments.subnet import subnet_of
 
-_SUPERNET = "supernet"  # the kind of a result
+_SUPERNET, SUBNET = "supernet", "subnet"  # kinds of results
+_OF_SPACES = ("search", "random", _SUPERNET)  # whose weights were trained in all formats of one
+WEIGHTS_FOLDER = "weights"  # of a subnet
 
 
 class FinishedRun(NamedTuple):
@@ -53,6 +62,8 @@ def load(
 ) -> FinishedRun:
     """The run in `folder`, which `config` describes; `images` saves loading them again.
 
+    A subnet that experiments.subnets found (`points/<name>`) is one, too.
+
     Raises:
       ConfigError: there is no finished run, or one of another model, data set or seed.
       CheckpointError: its checkpoint is not whole.
@@ -66,8 +77,55 @@ def load(
             " held out is not what would be held out now. Restore its data set, or train anew."
         )
     parts = from_config.build_parts(trained, images, axis_name=None)
+    if _kind(folder) == SUBNET:
+        return FinishedRun(trained, *_subnet_there(trained, folder, parts))
     variables = trained_state(trained, folder, parts).variables
     return FinishedRun(trained, *_as_found(trained, folder, parts, variables))
+
+
+def _kind(folder: Path) -> str | None:
+    return (result_of(folder) or {}).get("kind")
+
+
+def _home(folder: Path) -> Path:
+    """The folder with the configuration of a run: of a subnet that of the job that found it."""
+    return folder.resolve().parents[1] if _kind(folder) == SUBNET else folder
+
+
+def ended_formats(run: FinishedRun, folder: Path) -> dict[str, aqs.SiteFormats]:
+    """The formats that the run in `folder` ended with, with its quantizers."""
+    names: list[str] = []
+    if _kind(folder) in (*_OF_SPACES, SUBNET):  # learned step sizes have one for each format
+        image_shape = run.parts.images.splits.image_shape
+        whole = from_config.build_parts(run.config, run.parts.images, axis_name=None)
+        net = configured_net(run.config, whole.model, image_shape)
+        names = format_names(plain_space(run.config, whole.sites, net))
+    formats = read_policy(folder / results.POLICY_FILE)
+    return configured_quantizers(run.config, names).of_assignment(run.parts.sites, formats)
+
+
+def _subnet_there(
+    config: ml_collections.ConfigDict, folder: Path, parts: from_config.Parts
+) -> tuple[from_config.Parts, Mapping[str, Any], Mapping[str, Any]]:
+    """A subnet with the weights in `folder`, which needs no supernet any more."""
+    net = configured_net(config, parts.model, parts.images.splits.image_shape)
+    assert net is not None
+    told = read_policy_file(folder / results.POLICY_FILE)[ARCHITECTURE]
+    formats = first_assignment(configured_space(config, parts.sites, net))
+    state = _zeros(lambda: from_config.initial_state(config, parts, formats))
+    whole = state.variables  # of the right structure
+    cut = subnet_of(parts, net, choices_of(net, told["choices"]), {}, whole)
+    restored = restore_latest(folder / WEIGHTS_FOLDER, cut.variables)
+    if restored is None:
+        raise from_config.ConfigError(
+            f"{folder} has no weights in {WEIGHTS_FOLDER}: run experiments.subnets again."
+        )
+    return cut.parts, restored.state, told
+
+
+def _zeros(make: Callable[[], Any]) -> Any:
+    """What `make` makes, with zeros in it."""
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(make))
 
 
 def _as_found(
@@ -90,7 +148,7 @@ def _as_found(
 
 def _images_there(folder: Path) -> str | None:
     """The fingerprint of the images a run was trained on; None of one that kept none."""
-    return read_json(folder / CONFIG_FILE).get(INPUTS, {}).get("data")
+    return read_json(_home(folder) / CONFIG_FILE).get(INPUTS, {}).get("data")
 
 
 def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
@@ -100,12 +158,13 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
       ConfigError: there is no finished run, or one of another model, data set or seed: its held-out
         images would be others.
     """
-    if result_of(folder) is None or not (folder / CONFIG_FILE).exists():
+    home = _home(folder)
+    if result_of(folder) is None or not (home / CONFIG_FILE).exists():
         raise from_config.ConfigError(
             f"{folder} holds no finished run: it has no {results.RESULT_FILE} without an error, or"
             f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
-    there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
+    there = _completed(read_json(home / CONFIG_FILE), base.get_config().to_dict())
     for key in (INPUTS, JOB):
         there.pop(key, None)
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)
@@ -157,7 +216,7 @@ def load_supernet(
       CheckpointError: its checkpoint is not whole.
     """
     trained = run_config(config, folder)
-    kind = (result_of(folder) or {}).get("kind")
+    kind = _kind(folder)
     if kind != _SUPERNET:
         raise from_config.ConfigError(
             f"The run in {folder} is no supernet (its kind is {kind!r}): give the workdir of a"
@@ -200,7 +259,7 @@ def trained_state(
       ConfigError: there is no checkpoint at all.
     """
     kind = read_json(folder / results.RESULT_FILE).get("kind")
-    searched = kind in ("search", "random", _SUPERNET)
+    searched = kind in _OF_SPACES
     shape = parts.images.splits.image_shape
     net = configured_net(config, parts.model, shape) if searched else None
     learned = kind == _SUPERNET and config.supernet.kernel_matrices
@@ -218,7 +277,7 @@ def trained_state(
         matrices = net.matrices() if net is not None and learned else ()
         return {"train": from_config.initial_state(config, parts, assignment, matrices)}
 
-    template = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(initial))
+    template = _zeros(initial)
     # Of a search the weights alone: what its policy remembers may be of another version.
     claimed = read_json(folder / CONFIG_FILE)
     identity = claimed_identity(claimed) if INPUTS in claimed else None

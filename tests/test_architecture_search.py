@@ -17,6 +17,7 @@ from aqt_search.training.workdir import read_json
 from configs import digits_mobilenet_v2
 from experiments import finished_run, from_config, schema
 from experiments.architecture import configured_net, parsed_architecture
+from experiments.frozen_run import frozen_run
 from experiments.jobs import palettize, ptq, search, supernet, train
 from experiments.jobs.scored_search import sorted_state
 
@@ -76,6 +77,17 @@ def test_its_weights_are_those_of_the_subnet(finished, config, images):
         ),
         result["gbops"],
     )
+
+
+def test_it_is_served_as_it_was_judged(finished, config, images):
+    workdir, result = finished
+    apply, frozen = frozen_run(config, workdir, images)
+    right = [
+        (np.argmax(aqs.serve(apply)(frozen, b["image"]), -1) == b["label"])[b["mask"] > 0]
+        for b in from_config.evaluation_batches(config, images, "test")
+    ]
+    # One image that a rounding decides may differ.
+    assert abs(np.concatenate(right).mean() - result["accuracy"]) <= 1.5 / len(images.splits.test)
 
 
 def test_its_policy_is_trained_and_its_weights_are_quantized(finished, config, images, tmp_path):

@@ -12,7 +12,8 @@ from aqt_search.training.metrics import read_metrics
 from aqt_search.training.workdir import lock_workdir, read_json
 from configs import digits_mobilenet_v2
 from experiments import finished_run, from_config, schema
-from experiments.jobs import subnets, supernet, train
+from experiments.frozen_run import frozen_run
+from experiments.jobs import ptq, subnets, supernet, train
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,38 @@ def test_subnets_are_plain_models_and_other_targets_need_no_more_images(found, i
     assert 0.5 * limit < answer["costs"]["latency_ms/edge_int8"] <= 1.02 * limit
     kept = read_json(workdir / "subnets.json")["subnets"]
     assert {name, "target_0.9", "latency_ms_edge_int8_target_0.9"} <= set(kept)
+
+
+def served_accuracy(config, folder, images):
+    """Of the test images, by integer codes alone."""
+    apply, frozen = frozen_run(config, folder, images)
+    served = jax.jit(aqs.serve(apply))
+    right = count = 0
+    for batch in from_config.evaluation_batches(config, images, "test"):
+        predictions = np.argmax(served(frozen, batch["image"]), -1)
+        right += ((predictions == batch["label"]) * batch["mask"]).sum()
+        count += batch["mask"].sum()
+    return right / count
+
+
+def test_a_subnet_is_frozen_without_the_supernet(found, trained, images, tmp_path):
+    """What was told of it is what it does: at most one image that a rounding decides differs."""
+    workdir, config, told = found
+    (name,) = told["subnets"]
+    alone = config.copy_and_resolve_references()
+    alone.subnets.checkpoint = ""
+    result = read_json(workdir / "points" / name / "result.json")
+    accuracy = served_accuracy(alone, workdir / "points" / name, images)
+    assert abs(accuracy - result["accuracy"]) <= 1.5 / len(images.splits.test)
+    alone.checkpoint, alone.formats = str(workdir / "points" / name), ((".*", "int8"),)
+    alone.ptq.images, alone.ptq.batch_size = 100, 100
+    assert ptq.run(alone, tmp_path / "ptq", images)["gbops"] > result["gbops"]
+
+
+def test_the_largest_is_frozen(config, trained, images):
+    workdir, result = trained
+    accuracy = served_accuracy(config, workdir, images)
+    assert abs(accuracy - result["accuracy"]) <= 1.5 / len(images.splits.test)
 
 
 def test_subnets_that_were_stopped_end_in_the_same_answer(found, images, tmp_path, monkeypatch):

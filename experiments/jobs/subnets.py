@@ -38,7 +38,7 @@ from experiments.jobs.searched import write_space
 from experiments.jobs.supernet import supernet_space
 from experiments.subnet import subnet_of
 
-SAMPLES_FILE, SUBNETS_FILE, WEIGHTS_FOLDER = "samples.json", "subnets.json", "weights"
+SAMPLES_FILE, SUBNETS_FILE = "samples.json", "subnets.json"
 _SEED_OFFSET = 6_000_101  # the order of the images is its own
 _CHUNK = 16  # subnets judged before they are written
 _COSTS = 10  # along the space, that subnets are drawn for
@@ -215,16 +215,19 @@ def evaluated(
     )  # fmt: skip
     costs = {n: float(cost_function(n)(subnet.parts.sites, subnet.formats))
              for n in cost_names(setting.config)}  # fmt: skip
+    judged = results.estimated(setting.config, subnet.parts, subnet.formats, subnet.variables)
+    statistics = judged.variables.get("own", judged.variables).get("batch_stats", {})
+    variables = {**subnet.variables, "batch_stats": statistics}
     ended = results.Ended(
-        setting.config, folder, subnet.parts, subnet.formats, subnet.variables,
+        setting.config, folder, subnet.parts, subnet.formats, variables, judged,
         architecture=subnet.architecture,
     )  # fmt: skip
     facts = {
-        "kind": "subnet", "steps": 0, "seconds": 0.0, "costs": costs, "without_retraining": True,
-        "predicted_accuracy": predicted, "choices": choices.tolist(),
+        "kind": finished_run.SUBNET, "steps": 0, "seconds": 0.0, "costs": costs,
+        "without_retraining": True, "predicted_accuracy": predicted, "choices": choices.tolist(),
     }  # fmt: skip
     with lock_workdir(folder):
-        save_checkpoint(folder / WEIGHTS_FOLDER, 0, subnet.variables)
+        save_checkpoint(folder / finished_run.WEIGHTS_FOLDER, 0, variables)
         write_space(folder, space)
         return results.finish(ended, facts)
 
