@@ -251,6 +251,9 @@ def run(
         found = {}
         for name, choices in found_by(setting, predictor, target).items():
             predicted = float(predictor.predict(choices[None])[0])
+            price = setting.costs.of_many(choices[None])[0]
+            print(f"{workdir.name}: {name}, predicted {100 * predicted:.2f} %,"
+                  f" {price:.4g} of {cost_names(config)[0]}; is evaluated ...", flush=True)  # fmt: skip
             found[name] = evaluated(setting, workdir, name, choices, predicted)
             release_programs()  # of a model of its own: after some ten no more would be mapped
         answer = {
