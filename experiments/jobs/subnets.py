@@ -208,6 +208,10 @@ def evaluated(
     known = finished_run.result_of(folder)
     if known is not None and known["choices"] == choices.tolist():
         return known
+    cost, price = cost_names(setting.config)[0], setting.costs.of_many(choices[None])[0]
+    print(
+        f"{name}: {cost} {price:.4g}, predicted {100 * predicted:.2f} %. Evaluating ...", flush=True
+    )
     own = np.asarray(space.architecture(choices))
     subnet = subnet_of(
         parts, net, own, space.concrete_assignment(choices), setting.variables,
@@ -251,9 +255,6 @@ def run(
         found = {}
         for name, choices in found_by(setting, predictor, target).items():
             predicted = float(predictor.predict(choices[None])[0])
-            price = setting.costs.of_many(choices[None])[0]
-            print(f"{workdir.name}: {name}, predicted {100 * predicted:.2f} %,"
-                  f" {price:.4g} of {cost_names(config)[0]}; is evaluated ...", flush=True)  # fmt: skip
             found[name] = evaluated(setting, workdir, name, choices, predicted)
             release_programs()  # of a model of its own: after some ten no more would be mapped
         answer = {
