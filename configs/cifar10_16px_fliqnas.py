@@ -10,11 +10,15 @@ all of the filters of every stage, one or two blocks of each; integer formats of
 weights and of activations. The target is in GBOPs: int4 in the MobileNetV2 of width 0.5 with
 windows of 3 costs 0.01599. `:float` offers float formats in place of the integers.
 
-Test accuracy at 0.0176 without retraining (commit 2c006b2), mean and range of seeds 0 to 2: 69.24 %
-(68.96 .. 69.51). Seed 0 alone: 61.46 % by the critic (commit 3631d83,
-`--config.search.searcher=critic`), whose model has 68.03 % from scratch.
-Formats alone (configs/cifar10_16px_mobilenet_v2.py) have 70.96 % (70.74 .. 71.23) at that cost, and
-int4 67.22 % at 0.0160.
+Test accuracy without retraining, mean and range of seeds 0 to 2, beside formats alone
+(configs/cifar10_16px_mobilenet_v2.py with the same target and `--config.search.relative_to=`):
+
+    GBOPs     formats and architecture    formats alone
+    0.0104    67.04 (67.00 .. 67.06)      65.78 (65.23 .. 66.43)      commit b33ad6b
+    0.0176    69.24 (68.96 .. 69.51)      70.96 (70.74 .. 71.23)      commit 2c006b2
+
+int4 has 67.22 % at 0.0160. By the critic (`--config.search.searcher=critic`, commit 3631d83), seed
+0 alone: 61.46 % at 0.0176, and its model 68.03 % from scratch.
 """
 
 import ml_collections

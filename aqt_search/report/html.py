@@ -134,7 +134,8 @@ def _summary(records: Sequence[Record]) -> str:
     groups = [g for g in group_points(records) if math.isfinite(g.accuracy)]
     failed = sum(r.error is not None for r in records)
     counts = [(k, sum(r.kind == k and r.error is None for r in records)) for k in KINDS]
-    told = ", ".join(f"{n} {'searched' if k == 'search' else k}" for k, n in counts if n)
+    words = {"search": "searched", "subnet": "of a supernet", "palette": "with palettes"}
+    told = ", ".join(f"{n} {words.get(k, k)}" for k, n in counts if n)
     items = [f"{len(records)} points: {told or 'none finished'}"]
     items[0] += f', <span class="bad">{failed} failed</span>.' if failed else ", none failed."
     if groups:
