@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -45,12 +47,13 @@ def allocate_subnet(
     """
     costs.check_target(target)
     tie = _TIE * (np.ptp(values) or 1.0) / target
-    subnets = _Subnets(values, space, costs, tie)
+    subnets = _subnets(values, space, costs, tie)
     nets, prices = _climbed(subnets, target)
     best = None
     while True:
-        bounds = [subnets.priced(nets, price)[0] + price * target for price in prices]
-        bounds, before = np.min(bounds, axis=0), best
+        there, before = subnets.of(nets), best
+        bounds = [subnets.priced(there, price)[0] + price * target for price in prices]
+        bounds = np.min(bounds, axis=0)
         for number in np.argsort(-bounds, kind="stable"):
             if best is not None and bounds[number] <= best.value + 0.01 * tie * target:
                 break
@@ -79,29 +82,26 @@ class _Open(NamedTuple):
     active: np.ndarray  # [n, decisions], bool
 
 
+@dataclasses.dataclass(frozen=True)
 class _Subnets:
     """Values and costs of subnets [n, architecture decisions]."""
 
-    def __init__(self, values: np.ndarray, space: Space, costs: CostTable, tie: float):
-        assert space.net is not None
-        self.values, self.costs, self.tie = values, costs, tie
-        count = len(space.net.decisions)
-        self.mask = costs.mask[:count]
-        self.smallest, self.largest = space.net.smallest, space.net.largest
-        self._active = jax.jit(jax.vmap(space.active))
-        terms = np.stack([costs.first, costs.second], axis=1)
-        self.open = terms[:, 0] >= count  # of sites whose formats are decided
-        self.pairs, term, pair = np.unique(
-            terms[self.open], axis=0, return_index=True, return_inverse=True
-        )
-        self.of_pair = np.eye(len(self.pairs))[pair]  # [open terms, pairs]
-        self.usable = costs.pairs[self.open][term]
+    values: np.ndarray  # [decisions, options]
+    costs: CostTable
+    tie: float
+    mask: np.ndarray  # [architecture decisions, options]
+    ends: tuple[np.ndarray, np.ndarray]  # the largest and the smallest
+    active: Callable  # of points [n, decisions]
+    open: np.ndarray  # [terms]: of sites whose formats are decided
+    pairs: np.ndarray  # [pairs, 2]: the decisions about each of these sites
+    of_pair: np.ndarray  # [open terms, pairs], 0 or 1
+    usable: np.ndarray  # [pairs, o, o]
 
     def of(self, nets: np.ndarray) -> _Open:
         size = 2 ** int(np.ceil(np.log2(len(nets))))  # few programs
         filled = np.zeros((size, len(self.values)), int)
         filled[:, : nets.shape[1]] = np.resize(nets, (size, nets.shape[1]))
-        active = np.asarray(self._active(filled))[: len(nets)]
+        active = np.asarray(self.active(filled))[: len(nets)]
         own = self.values[np.arange(nets.shape[1]), nets] * active[:, : nets.shape[1]]
         shares = self.costs.shares_of(filled[: len(nets)])
         fixed = self.costs.fixed + shares[:, ~self.open] @ self.costs.table[~self.open, 0, 0]
@@ -112,9 +112,9 @@ class _Subnets:
         values = self.values[first][:, :, None] + ~tied * self.values[second][:, None, :]
         return _Open(own.sum(1), fixed, values * active[:, first, None, None], costs, active)
 
-    def priced(self, nets: np.ndarray, price: float) -> tuple[np.ndarray, np.ndarray]:
+    def priced(self, there: _Open, price: float) -> tuple[np.ndarray, np.ndarray]:
         """max over formats of value - price * cost, and the cost there: [n], [n]."""
-        there, price = self.of(nets), price - self.tie
+        price = price - self.tie
         worth = np.where(self.usable, there.values - price * there.costs, -np.inf)
         worth = worth.reshape(*worth.shape[:2], worth.shape[2] ** 2)
         best = worth.argmax(axis=-1)[..., None]
@@ -139,16 +139,30 @@ class _Subnets:
         return _Point(np.concatenate([net, formats]), total)
 
 
+def _subnets(values: np.ndarray, space: Space, costs: CostTable, tie: float) -> _Subnets:
+    assert space.net is not None
+    count = len(space.net.decisions)
+    terms = np.stack([costs.first, costs.second], axis=1)
+    is_open = terms[:, 0] >= count
+    pairs, term, pair = np.unique(terms[is_open], axis=0, return_index=True, return_inverse=True)
+    return _Subnets(
+        values, costs, tie, costs.mask[:count], (space.net.largest, space.net.smallest),
+        jax.jit(jax.vmap(space.active)), is_open, pairs, np.eye(len(pairs))[pair],
+        costs.pairs[is_open][term],
+    )  # fmt: skip
+
+
 def _climbed(subnets: _Subnets, target: float) -> tuple[np.ndarray, list[float]]:
     """Subnets [n, decisions] that are best at a price, among their neighbours; and the prices."""
     unit = (np.ptp(subnets.values) or 1.0) / target
     low, high = -12.0, 6.0  # log10 of the price in units
-    found, prices, best = [subnets.largest, subnets.smallest], [0.0], subnets.largest
+    largest, found, prices = subnets.ends[0], list(subnets.ends), [0.0]
+    best = largest
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         price = unit * 10**middle
-        climbed = np.stack([_climb(subnets, start, price) for start in (subnets.largest, best)])
-        worth, costs = subnets.priced(climbed, price)
+        climbed = np.stack([_climb(subnets, start, price) for start in (largest, best)])
+        worth, costs = subnets.priced(subnets.of(climbed), price)
         best, cost = climbed[np.argmax(worth)], costs[np.argmax(worth)]
         found += list(climbed)
         prices.append(price)
@@ -157,10 +171,10 @@ def _climbed(subnets: _Subnets, target: float) -> tuple[np.ndarray, list[float]]
 
 
 def _climb(subnets: _Subnets, start: np.ndarray, price: float) -> np.ndarray:
-    best, reached = start, subnets.priced(start[None], price)[0][0]
+    best, reached = start, subnets.priced(subnets.of(start[None]), price)[0][0]
     while True:
         near = _changed_twice(best, subnets.mask)
-        worth, _ = subnets.priced(near, price)
+        worth, _ = subnets.priced(subnets.of(near), price)
         if worth.max() <= reached + 1e-12 * abs(reached):
             return best
         best, reached = near[np.argmax(worth)], worth.max()
