@@ -21,7 +21,7 @@ from configs import cifar10_16px_fliqnas
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = cifar10_16px_fliqnas.get_config("quick" if arg == "quick" else "")
+    config = cifar10_16px_fliqnas.get_config("quick" if arg == "quick" else "windows")
     if arg not in ("", "quick", "mobilenet_v2"):
         raise ValueError(
             f"Unknown form {arg!r} of the config: expected none, quick or mobilenet_v2."

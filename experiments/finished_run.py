@@ -162,7 +162,8 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
     if result_of(folder) is None or not (home / CONFIG_FILE).exists():
         raise from_config.ConfigError(
             f"{folder} holds no finished run: it has no {results.RESULT_FILE} without an error, or"
-            f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
+            f" no {CONFIG_FILE} (that of a subnet lies where experiments.subnets ran, two folders"
+            " above it). Give the --workdir of a run that has ended."
         )
     there = _completed(read_json(home / CONFIG_FILE), base.get_config().to_dict())
     for key in (INPUTS, JOB):

@@ -38,6 +38,7 @@ def frozen_run(
       ConfigError: there is no finished run, or one of another model, data set or seed.
       CheckpointError: its checkpoint is not whole.
     """
+    folder = Path(folder)
     images = images or from_config.load_images(config)
     run = finished_run.load(config, folder, images)
     formats = finished_run.ended_formats(run, folder)

@@ -23,11 +23,16 @@ from experiments.jobs.subnets import SUBNETS_FILE, run
 
 def table(found: Mapping[str, Any]) -> str:
     """The subnets found, as aligned text."""
-    lines = [f"{'subnet':<16} {'test %':>7} {'predicted %':>12} {'GBOPs':>10}"]
-    for name, row in found["subnets"].items():
+    rows = found["subnets"]
+    others = dict.fromkeys(cost for row in rows.values() for cost in row["costs"])
+    others.pop("gbops", None)
+    titles = "".join(f" {cost:>22}" for cost in others)
+    lines = [f"{'subnet':<16} {'test %':>7} {'predicted %':>12} {'GBOPs':>10}{titles}"]
+    for name, row in rows.items():
+        costs = "".join(f" {row['costs'][cost]:>22.4g}" for cost in others)
         lines.append(
             f"{name:<16} {100 * row['accuracy']:>7.2f} {100 * row['predicted_accuracy']:>12.2f}"
-            f" {row['gbops']:>10.4g}"
+            f" {row['gbops']:>10.4g}{costs}"
         )
     return "\n".join([
         *lines,

@@ -184,6 +184,7 @@ WHOLE = {
     "tunas_mobilenet_v2": ("mobilenet_v2", 224, {"windows": 7}),
     "ofa_mobilenet_v3": ("mobilenet_v3_ofa", 224, {"width": 1.2}),
     "small_mobilenet_v2": ("mobilenet_v2", 16, {"form": "tiny", "windows": 5}),
+    "small_mobilenet_v2_own_windows": ("mobilenet_v2", 16, {"form": "tiny"}),
     "small_mobilenet_v3": ("mobilenet_v3_tiny", 16, {"form": "tiny"}),
 }
 

@@ -390,6 +390,18 @@ BAD = {
     "window of 1 x 1": ({"kernels": {"block2": (3, 5)}}, "'block2' matches.*its kernel is 1 x 1"),
     "a block's name alone": ({"depths": [("block3", (0, 1))]}, "'block3'; expected a tuple"),
     "half a block": ({"depths": [(("block3",), (0, 0.5))]}, "numbers of blocks to keep"),
+    "one group for two": (
+        {"widths": {("block5/exp", "k5/exp"): ((8, 16), (16, 8))}}, "Several .* match 'block5/exp"
+    ),
+    "widths alone": ({"widths": ["block2/expand"]}, "widths is .* by regular expression"),
+    "a number for a name": ({"widths": {3: (8, 16)}}, "3 is no key of `widths`"),
+    "a number to multiply": (
+        {"widths": {"block5/expand": Times(3, (1, 2))}}, "3 is no regular expression"
+    ),
+    "one ratio": ({"widths": {"block5/expand": Times("stem", 2)}}, "are 2; expected several"),
+    "no pair": ({"depths": [("block3",)]}, "depths is .* expected pairs"),
+    "a depth": ({"depths": [(("block3",), 1)]}, "different numbers of blocks"),
+    "yes and no": ({"widths": {"block2/expand": (True, 8)}}, "expected several"),
     "nothing": ({}, "nothing to choose"),
 }  # fmt: skip
 
@@ -414,12 +426,15 @@ def test_choices_of_another_shape_are_refused():
             net.variables(choices, variables)
     with pytest.raises(ArchitectureError, match="float32; expected numbers of options"):
         net.variables(net.largest.astype(np.float32), variables)
+    for lost in ({"model": variables}, {}, None):
+        with pytest.raises(ArchitectureError, match="nor anything else that is decided about"):
+            net.variables(net.smallest, lost)
     for again in (net.variables, net.extract):
         with pytest.raises(ArchitectureError, match=r"shape .*; expected .* of the whole"):
             again(net.smallest, net.extract(net.smallest, variables))
     with pytest.raises(ArchitectureError, match="that of the whole"):
         net.sort(net.extract(net.smallest, variables))
     with pytest.raises(ArchitectureError, match=r"have no '.*give all of the whole"):
-        net.sort({})
+        net.sort({"params": variables["params"]})
     with pytest.raises(ArchitectureError, match="choices are traced"):
         jax.jit(lambda c: net.extract(c, variables))(net.largest)

@@ -250,6 +250,32 @@ def test_scales_that_stay_are_not_of_blocks(calibration):
         space.point(np.zeros(len(space.decisions), int))
 
 
+def residual(params, x):
+    h = x @ params["stem"]
+    for name in ("block1", "block2"):
+        h = h + jax.nn.relu(h @ params[name]["up"]) @ params[name]["down"]
+    return h @ params["head"]
+
+
+def test_latency_of_every_point():
+    """A product's time is a largest of two: that of three corners of two widths tells no fourth."""
+    block = {"up": jnp.ones((6, 10)), "down": jnp.ones((10, 6))}
+    params = {"stem": jnp.ones((8, 6)), "block1": block, "block2": block, "head": jnp.ones((6, 3))}
+    net = elastic(residual, params, jnp.ones((1, 8)), widths={"^stem": (3, 6), "up": (4, 10)},
+                  depths=[(("block1", "block2"), (0, 1, 2))])  # fmt: skip
+    space = make_space(net.sites, [("stem|head", "int8"), (".*", ("int4", "int8"))], net=net)
+    points = np.array(list(itertools.product(*map(range, space.mask.sum(1)))))
+    for chip in ("edge_int8", "h100"):
+        latency = functools.partial(aqs.roofline.latency_ms, chip=chip)
+        expected = [
+            latency(
+                subnet_sites(net, point[: len(net.decisions)]), space.concrete_assignment(point)
+            )
+            for point in points
+        ]
+        np.testing.assert_allclose(space.cost_table(latency).of_many(points), expected, rtol=1e-12)
+
+
 def test_costs_that_are_no_sums_are_refused(monkeypatch):
     space = space_of("tied")
     with pytest.raises(SpaceError, match=r"of a subnet is .*, the sum over its sites"):

@@ -38,6 +38,7 @@ def chosen_widths(
     channels: Channels, widths: Mapping[str | tuple[str, ...], Sequence[Any] | Times], into: Chosen
 ) -> None:
     """Adds a decision for every group that a regex matches, or one for the groups of several."""
+    _check_mapping("widths", widths)
     for key, options in widths.items():
         if isinstance(options, Times):  # after what it is a multiple of
             continue
@@ -51,7 +52,7 @@ def chosen_widths(
             _width(channels.groups, groups, options, into)
     for key, options in widths.items():
         if isinstance(options, Times):
-            for pattern in (key,) if isinstance(key, str) else key:
+            for pattern in key if isinstance(key, tuple) else (key,):
                 for group in _matched(channels.groups, pattern):
                     _expansion(channels.groups, group, options, into)
 
@@ -60,6 +61,11 @@ def _width(
     groups: Mapping[str, ChannelGroup], names: tuple[str, ...], options: Sequence, into: Chosen
 ) -> None:
     options = [tuple(option) for option in options]
+    if len(set(names)) < len(names):
+        raise ArchitectureError(
+            f"Several regular expressions of one entry of `widths` match {names[0]!r}; expected a"
+            " group of channels for each."
+        )
     for number, name in enumerate(names):
         _check_free(groups[name], into)
         _check_widths(groups[name], [option[number] for option in options])
@@ -73,6 +79,7 @@ def _width(
 
 def _expansion(groups: Mapping[str, ChannelGroup], name: str, times: Times, into: Chosen) -> None:
     _check_free(groups[name], into)
+    times = Times(times.of, _several(name, times.ratios))
     of = _one(groups, times.of)
     base = into.widths.get(of)
     largest = groups[of].size if base is None else max(_values(base))
@@ -94,15 +101,28 @@ def _values(factors: Factors) -> np.ndarray:
 
 
 def _several(key: Any, options: Any) -> tuple[Any, ...]:
-    if isinstance(options, str) or not isinstance(options, (Sequence, np.ndarray)):
+    is_several = isinstance(options, (Sequence, np.ndarray)) and not isinstance(options, str)
+    if not is_several or any(isinstance(option, bool) for option in options):
         raise ArchitectureError(
             f"The options of {key!r} are {options!r}; expected several, such as (16, 32)."
         )
     return tuple(o.item() if isinstance(o, np.integer) else o for o in options)
 
 
-def _check_tuples(key: tuple[str, ...], options: Sequence[Any]) -> None:
+def _check_mapping(name: str, choices: Any) -> None:
+    if not isinstance(choices, Mapping):
+        raise ArchitectureError(
+            f"{name} is {choices!r}; expected options by regular expression, such as"
+            f" {{'^block2/': (3, 5)}}."
+        )
+
+
+def _check_tuples(key: Any, options: Sequence[Any]) -> None:
     """Raises where the groups of several regexes have not a number each."""
+    if not isinstance(key, tuple) or not key:
+        raise ArchitectureError(
+            f"{key!r} is no key of `widths`; expected a regular expression or a tuple of several."
+        )
     for option in options:
         if not isinstance(option, Sequence) or len(option) != len(key):
             raise ArchitectureError(
@@ -146,6 +166,7 @@ def _check_distinct(name: str, options: Sequence[Any]) -> None:
 
 def chosen_kernels(channels: Channels, kernels: Mapping[str, Sequence[int]], into: Chosen) -> None:
     """Adds a decision about the window of every convolution that a regex matches."""
+    _check_mapping("kernels", kernels)
     convolutions = {
         name: site
         for name, site in channels.graph.sites.items()
@@ -194,7 +215,7 @@ def chosen_depths(
 ) -> None:
     """Adds a decision about how many of some blocks, from the first, a subnet has."""
     decided: set[str] = set()
-    for blocks, options in depths:
+    for blocks, options in _pairs(depths):
         checked_blocks(blocks, options)
         if twice := sorted(decided.intersection(blocks)):
             raise ArchitectureError(f"Two entries of `depths` decide about {twice[0]!r}.")
@@ -212,10 +233,23 @@ def chosen_depths(
                 into.skipped[site] = (*into.skipped.get(site, ()), gate)
 
 
+def _pairs(depths: Any) -> list[tuple[Any, Any]]:
+    if isinstance(depths, Iterable):
+        depths = list(depths)
+        if all(isinstance(entry, Sequence) and len(entry) == 2 for entry in depths):
+            return depths
+    raise ArchitectureError(
+        f"depths is {depths!r}; expected pairs of blocks and numbers of blocks, such as"
+        " [(('block3', 'block4'), (0, 1, 2))]."
+    )
+
+
 # --- Names ----------------------------------------------------------------------------------------
 
 
 def _matched(names: Mapping[str, Any], pattern: str) -> list[str]:
+    if not isinstance(pattern, str):
+        raise ArchitectureError(f"{pattern!r} is no regular expression: expected a text.")
     try:
         found = [name for name in names if re.search(pattern, name)]
     except re.error as error:

@@ -108,10 +108,12 @@ def _live_sites(graph: FlatGraph, same: dict[Value, Value]) -> set[str]:
 
 def checked_blocks(blocks: Sequence[str], depths: Sequence[int]) -> None:
     """Raises ArchitectureError for depths that are no numbers of these blocks."""
-    if isinstance(blocks, str) or len(set(blocks)) != len(blocks) or not blocks:
+    several = isinstance(blocks, Sequence) and all(isinstance(block, str) for block in blocks)
+    if isinstance(blocks, str) or not several or len(set(blocks)) != len(blocks) or not blocks:
         raise ArchitectureError(
             f"depths name the blocks {blocks!r}; expected a tuple of distinct ones: ('block3',)."
         )
+    depths = depths if isinstance(depths, Sequence) else (depths,)
     whole = [isinstance(depth, (int, np.integer)) for depth in depths]
     wrong = [depth for depth, is_whole in zip(depths, whole) if not is_whole]
     wrong = wrong or [depth for depth in depths if not 0 <= depth <= len(blocks)]

@@ -132,7 +132,8 @@ class Elastic:
         """The variables of a subnet: 0 where it has no channel, tap or block.
 
         Args:
-          choices: int [decisions]; may be traced.
+          choices: int [decisions]; may be traced, and are not checked then: numbers of no option
+            are brought to the nearest, as by all indexing in JAX.
           variables: of the whole model.
           matrices: what makes smaller windows of larger ones, as of `matrices`; None: their middle.
         """
@@ -277,7 +278,13 @@ class Elastic:
 
     def _check_whole(self, variables: Any) -> None:
         """Raises for what has been cut already, or is of another model."""
-        for name, leaf in _leaves(variables):
+        leaves = _leaves(variables)
+        if self.leaf_masks.keys().isdisjoint(name for name, _ in leaves):
+            raise ArchitectureError(
+                f"The variables have no {next(iter(self.leaf_masks))!r}, nor anything else that is"
+                " decided about: give them as the model takes them."
+            )
+        for name, leaf in leaves:
             mask = self.leaf_masks.get(name)
             if mask is not None and np.shape(leaf) != mask.shape:
                 raise ArchitectureError(

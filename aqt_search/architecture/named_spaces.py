@@ -80,7 +80,7 @@ def _inverted_residuals(
     """A space of MobileNetV2: filters of every stage, expansion and window of every block, depths.
 
     Args:
-      windows: of the depthwise convolutions.
+      windows: of the depthwise convolutions; () leaves them alone.
       ratios: expansions; those of blocks without one stay.
       shares: of the largest number of filters of a stage; () leaves them alone.
       least: blocks of every stage.
@@ -98,7 +98,8 @@ def _inverted_residuals(
                 widths[f"^{maker}/kernel$"] = tuple(options)
         kernels = {}
         for number, (block, of) in enumerate(zip(model.blocks, makers), start=1):
-            kernels[f"^block{number}/depthwise/"] = tuple(windows)
+            if windows:
+                kernels[f"^block{number}/depthwise/"] = tuple(windows)
             if block.expanded > sizes[number - 1]:
                 widths[f"^block{number}/expand/kernel$"] = Times(f"^{of}/kernel$", tuple(ratios))
         return {"widths": widths, "kernels": kernels, "depths": _depths(model, least)}
@@ -169,6 +170,9 @@ NAMED_SPACES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     # Ours, for 16 to 32 pixels on a CPU: forms "tiny" and "cifar" with windows of 5.
     "small_mobilenet_v2": _inverted_residuals(
         windows=(3, 5), ratios=(2, 4, 6), shares=(0.5, 0.75, 1.0), least=1, divisor=4
+    ),
+    "small_mobilenet_v2_own_windows": _inverted_residuals(
+        windows=(), ratios=(2, 4, 6), shares=(0.5, 0.75, 1.0), least=1, divisor=4
     ),
     "small_mobilenet_v3": _squeezed(windows=(3, 5), ratios=(2, 4, 6), least=1),
 }  # fmt: skip

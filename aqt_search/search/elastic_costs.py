@@ -29,7 +29,7 @@ from aqt_search.search.cost_table import CostTable
 from aqt_search.search.options import SpaceError
 
 _EXACT = 1e-9  # of the largest cost: rounding in float64
-_PROBES = 6  # random architectures that tell the parts of a site's cost apart
+_PROBES = 256  # architectures that tell the parts of a site's cost apart: all if there are no more
 _CHECKS = 16  # random points whose cost is asked
 _MOST_SHAPES = 4096  # of a site
 # Parts of a site's cost, simplest first: the first that explains it is taken.
@@ -117,11 +117,18 @@ def _probes(net: Elastic, shares: SiteShares, rng: np.random.Generator) -> list[
         for option in range(len(net.decisions[decision].options)):
             found.append(net.largest)
             found[-1][decision] = option
-    for _ in range(_PROBES if about else 0):
+    sizes = [decision for decision in about if net.decisions[decision].kind != "depth"]
+    counts = [len(net.decisions[decision].options) for decision in sizes]
+    # Between few shapes all are asked: some sum may fit every other one.
+    every = math.prod(counts) <= _PROBES
+    drawn = (
+        itertools.product(*map(range, counts))
+        if every
+        else rng.integers(0, counts, (_PROBES, len(counts)))
+    )
+    for options in drawn:
         found.append(net.largest)
-        for decision in about:
-            if net.decisions[decision].kind != "depth":
-                found[-1][decision] = rng.integers(len(net.decisions[decision].options))
+        found[-1][sizes] = options
     return found
 
 
