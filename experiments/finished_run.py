@@ -87,11 +87,6 @@ def _kind(folder: Path) -> str | None:
     return (result_of(folder) or {}).get("kind")
 
 
-def _home(folder: Path) -> Path:
-    """The folder with the configuration of a run: of a subnet that of the job that found it."""
-    return folder.resolve().parents[1] if _kind(folder) == SUBNET else folder
-
-
 def ended_formats(run: FinishedRun, folder: Path) -> dict[str, aqs.SiteFormats]:
     """The formats that the run in `folder` ended with, with its quantizers."""
     names: list[str] = []
@@ -148,7 +143,7 @@ def _as_found(
 
 def _images_there(folder: Path) -> str | None:
     """The fingerprint of the images a run was trained on; None of one that kept none."""
-    return read_json(_home(folder) / CONFIG_FILE).get(INPUTS, {}).get("data")
+    return read_json(folder / CONFIG_FILE).get(INPUTS, {}).get("data")
 
 
 def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
@@ -158,14 +153,12 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
       ConfigError: there is no finished run, or one of another model, data set or seed: its held-out
         images would be others.
     """
-    home = _home(folder)
-    if result_of(folder) is None or not (home / CONFIG_FILE).exists():
+    if result_of(folder) is None or not (folder / CONFIG_FILE).exists():
         raise from_config.ConfigError(
             f"{folder} holds no finished run: it has no {results.RESULT_FILE} without an error, or"
-            f" no {CONFIG_FILE} (that of a subnet lies where experiments.subnets ran, two folders"
-            " above it). Give the --workdir of a run that has ended."
+            f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."
         )
-    there = _completed(read_json(home / CONFIG_FILE), base.get_config().to_dict())
+    there = _completed(read_json(folder / CONFIG_FILE), base.get_config().to_dict())
     for key in (INPUTS, JOB):
         there.pop(key, None)
     now, then = _identity(json.loads(json.dumps(config.to_dict()))), _identity(there)

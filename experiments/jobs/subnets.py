@@ -29,7 +29,13 @@ from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.parallel import release_programs
 from aqt_search.training.subnets import of_points
-from aqt_search.training.workdir import check_lock, lock_workdir, read_json, write_json
+from aqt_search.training.workdir import (
+    CONFIG_FILE,
+    check_lock,
+    lock_workdir,
+    read_json,
+    write_json,
+)
 from experiments import finished_run, from_config, results
 from experiments.configured_search import checked_targets, cost_names
 from experiments.from_config import cost_function
@@ -231,6 +237,8 @@ def evaluated(
         "without_retraining": True, "predicted_accuracy": predicted, "choices": choices.tolist(),
     }  # fmt: skip
     with lock_workdir(folder):
+        # That of this job, so that the folder says all of itself.
+        write_json(folder / CONFIG_FILE, read_json(workdir / CONFIG_FILE))
         save_checkpoint(folder / finished_run.WEIGHTS_FOLDER, 0, variables)
         write_space(folder, space)
         return results.finish(ended, facts)
