@@ -132,8 +132,8 @@ class Elastic:
         """The variables of a subnet: 0 where it has no channel, tap or block.
 
         Args:
-          choices: int [decisions]; may be traced, and are not checked then: numbers of no option
-            are brought to the nearest, as by all indexing in JAX.
+          choices: int [decisions]; may be traced, and are not checked then: as by all indexing in
+            JAX a number above the last option is the last, and negative ones count from the end.
           variables: of the whole model.
           matrices: what makes smaller windows of larger ones, as of `matrices`; None: their middle.
         """
