@@ -35,12 +35,17 @@ from aqt_search.numerics.quantizer import Quantizer, Recipe, quantizer, recipe
 # --- Quantized tensors as values ------------------------------------------------------------------
 
 
-@functools.partial(outline, static_argnums=(1,))
-def quantize_dequantize(q: Quantized, dtype: np.dtype) -> tuple[jax.Array, jax.Array | None]:
-    """The values of `fake_quantized` in `dtype`, and where their gradient passes (None: always)."""
+@functools.partial(outline, static_argnums=(1, 2))
+def quantize_dequantize(
+    q: Quantized, dtype: np.dtype, told: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """The values of `fake_quantized` in `dtype`, and where their gradient passes.
+
+    None says that it does everywhere, or that it was not to be told.
+    """
     found = codes_of_tensor(q, q.grid())
     values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(dtype)
-    if found.inside is None:
+    if found.inside is None or not told:
         return values, None
     return values, join_blocks(found.inside, q.how.granularity, q.x.shape)
 
@@ -48,7 +53,7 @@ def quantize_dequantize(q: Quantized, dtype: np.dtype) -> tuple[jax.Array, jax.A
 @jax.custom_jvp
 def fake_quantized(q: Quantized) -> jax.Array:
     """What the tensor's format makes of it, in its shape and dtype: see `fake_quant`."""
-    return quantize_dequantize(q, q.x.dtype)[0]
+    return quantize_dequantize(q, q.x.dtype, False)[0]
 
 
 @fake_quantized.defjvp
@@ -58,7 +63,7 @@ def _fake_quantized_jvp(primals, tangents):
         # Nothing is clipped, so the gradient is the identity and saves nothing.
         return fake_quantized(q), tangent.x
     stopped = dataclasses.replace(q, x=jax.lax.stop_gradient(q.x))
-    values, inside = quantize_dequantize(stopped, q.x.dtype)
+    values, inside = quantize_dequantize(stopped, q.x.dtype, True)
 
     def through(x, bounds):
         return straight_through(dataclasses.replace(q, x=x, bounds=bounds), values, inside)

@@ -172,6 +172,12 @@ def is_integer(fmt: NumericFormat) -> bool | np.ndarray | jax.Array:
     return (fmt.mantissa_bits == fmt.min_exponent) & ((fmt.mantissa_bits > 0) | (fmt.max_value < 2))
 
 
+def is_known_integer(fmt: NumericFormat) -> bool:
+    """Whether the format is an integer one, and that is known before the program runs."""
+    # In numpy: numbers on a device would make this one more step of a program being traced.
+    return not is_traced(fmt) and bool(np.all(is_integer(NumericFormat(*map(np.asarray, fmt)))))
+
+
 def unsigned_twin(fmt: NumericFormat) -> NumericFormat:
     """The format of as many bits without a sign: int4 to uint4; formats other than intN stay.
 
@@ -255,14 +261,26 @@ def _round_steps(steps: jax.Array, rounding: str, random: jax.Array | None) -> j
 
 
 def round_to_grid(
-    x: jax.Array, grid: Grid, rounding: str = "nearest_even", random: jax.Array | None = None
+    x: jax.Array,
+    grid: Grid,
+    rounding: str = "nearest_even",
+    random: jax.Array | None = None,
+    *,
+    integer: bool = False,
 ) -> jax.Array:
     """The rule of `round_to_format` on a float32 or float64 array, with no gradient rule.
 
-    `rounding` is one of `ROUNDINGS`; "stochastic" takes `random`, uniform in [0, 1), of x's shape.
+    Args:
+      x, grid: what is rounded, and to what.
+      rounding: one of `ROUNDINGS`.
+      random: uniform in [0, 1), of x's shape; "stochastic" takes it.
+      integer: whether the grid is known to be `is_integer`. Its steps are 1, so that the same
+        numbers come of rounding alone.
     """
     # The limits lie on the grid, so clipping first changes nothing and takes care of infinity.
     clipped = jnp.minimum(jnp.maximum(x, grid.min_value), grid.max_value)
+    if integer:
+        return _round_steps(clipped, rounding, random)
     power = jnp.maximum(leading_power(clipped), grid.min_power)
     # ulp = power * step may lie below the smallest normal number, which backends flush to zero;
     # the power and the step, applied one after the other, never do.

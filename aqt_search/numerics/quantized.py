@@ -17,7 +17,14 @@ import numpy as np
 
 from aqt_search.numerics.calibration import Bounds, tells_nothing
 from aqt_search.numerics.explicit_axes import replicated, sharded_as
-from aqt_search.numerics.formats import Grid, NumericFormat, as_grid, round_to_grid, unsigned_twin
+from aqt_search.numerics.formats import (
+    Grid,
+    NumericFormat,
+    as_grid,
+    is_known_integer,
+    round_to_grid,
+    unsigned_twin,
+)
 from aqt_search.numerics.granularity import split_blocks
 from aqt_search.numerics.outline import where
 from aqt_search.numerics.quantizer import Quantizer, Recipe
@@ -57,6 +64,8 @@ class Quantized:
     key: jax.Array | None  # for stochastic rounding
     active: jax.Array | None  # which elements calibrations count, broadcasts to x; None: all
     how: Recipe = dataclasses.field(metadata={"static": True})
+    # Whether the format is known to be an integer one, which takes less to round to.
+    integer: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def grid(self) -> Grid:
         """The format as its arithmetic needs it."""
@@ -93,7 +102,8 @@ def in_one_format(
     dtype = np.dtype(np.float32) if x is None else carrier_dtype(x.dtype)
     tensor = cast(jax.Array, x)  # None for a gradient
     grids = pack_grids([q.fmt], dtype)
-    return Quantized(tensor, grids, np.int32(0), bounds, q.key, q.active, how)
+    integer = is_known_integer(q.fmt)
+    return Quantized(tensor, grids, np.int32(0), bounds, q.key, q.active, how, integer)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------
@@ -151,7 +161,8 @@ def _calibrate(q: Quantized, x: jax.Array, grid: Grid, state: Any) -> tuple[Boun
     nearest = how._replace(rounding="nearest_even")
 
     def error(bounds: Bounds) -> jax.Array:
-        return over.sum(jnp.square(_encode(x, bounds, grid, nearest, None).values() - x))
+        encoded = _encode(x, bounds, grid, nearest, None, q.integer)
+        return over.sum(jnp.square(encoded.values() - x))
 
     return how.calibration.apply(state, x, over, grid, error)
 
@@ -190,7 +201,7 @@ def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
     x = q.blocks()
     if bounds is None:
         bounds, _ = _calibrate(q, x, grid, ())
-    found = _encode(x, bounds, grid, how, random)
+    found = _encode(x, bounds, grid, how, random, q.integer)
     if how.calibration.covers:
         return found
     low = -bounds.high if bounds.low is None else bounds.low
@@ -201,12 +212,13 @@ def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
     return Codes(codes, found.scale, inside)
 
 
-def _encode(x: jax.Array, bounds: Bounds, grid: Grid, how: Recipe, random) -> Codes:
+def _encode(x: jax.Array, bounds: Bounds, grid: Grid, how: Recipe, random, integer: bool) -> Codes:
     scale = scale_of(bounds, grid, how)
     steps = x * (1 / scale.value())
     if scale.zero_point is not None:
         steps = steps + scale.zero_point
-    return Codes(round_to_grid(steps, grid, how.rounding, random), scale, None)
+    codes = round_to_grid(steps, grid, how.rounding, random, integer=integer)
+    return Codes(codes, scale, None)
 
 
 def _random(key: jax.Array, shape: tuple[int, ...], axis_name: Hashable | None, dtype) -> jax.Array:

@@ -12,12 +12,11 @@ that are traced.
 
 from __future__ import annotations
 
-import functools
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -29,7 +28,8 @@ from aqt_search.numerics.formats import (
     is_traced,
     is_unscaled,
 )
-from aqt_search.numerics.symbolic import certainly
+from aqt_search.numerics.outline import where
+from aqt_search.products.measured_facts import Work, facts_about
 
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
 
@@ -53,14 +53,16 @@ class _Limits(NamedTuple):
     significant_bits: int
     smallest_exponent: int  # of the last bit
     largest: float
+    smallest: float
 
 
+_LARGEST_BF16 = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 _LIMITS = {
-    _INT8: _Limits(8, 0, 127.0),
-    _SHIFTED: _Limits(8, 0, 255.0),
-    _E4M3: _Limits(4, -9, 448.0),
-    _E5M2: _Limits(3, -16, 57344.0),
-    _BF16: _Limits(8, -133, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+    _INT8: _Limits(8, 0, 127.0, -127.0),
+    _SHIFTED: _Limits(8, 0, 255.0, 0.0),
+    _E4M3: _Limits(4, -9, 448.0, -448.0),
+    _E5M2: _Limits(3, -16, 57344.0, -57344.0),
+    _BF16: _Limits(8, -133, _LARGEST_BF16, -_LARGEST_BF16),
 }
 
 
@@ -72,13 +74,12 @@ def accumulator(carrier: Carrier) -> np.dtype:
 def _holds(carrier: Carrier, fmt: NumericFormat) -> bool:
     limits = _LIMITS[carrier]
     scaled = not bool(is_unscaled(fmt)) or carrier == _BF16
-    unsigned = int(fmt.min_value) == 0
     return (
         scaled
         and int(fmt.mantissa_bits) < limits.significant_bits
         and int(fmt.min_exponent) - int(fmt.mantissa_bits) >= limits.smallest_exponent
+        and limits.smallest <= float(fmt.min_value)
         and float(fmt.max_value) <= limits.largest
-        and (carrier != _SHIFTED or unsigned)
     )
 
 
@@ -90,7 +91,7 @@ def does_not_fit(carrier: Carrier, grid: Grid) -> jax.Array:
         (grid.steps > dtype(2.0 ** (limits.significant_bits - 1)))
         | (grid.min_power * grid.step < dtype(2.0**limits.smallest_exponent))
         | (grid.max_value > dtype(limits.largest))
-        | ((grid.min_value < 0) if carrier.shift else False)
+        | (grid.min_value < dtype(limits.smallest))
     )
 
 
@@ -145,46 +146,12 @@ def carriers_of(
     )
 
 
-@functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for bfloat16 products (Linux; else unknown)."""
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-class Work(NamedTuple):
-    """What the choice of an execution depends on; sizes may be symbolic."""
-
-    kind: str  # of the layout
-    rows: int  # output positions: batch and free axes of the left operand
-    terms: int  # products summed per output
-    columns: int  # output channels
-    groups: int  # of a convolution; more than 1 for a dot with batch axes, too
-    inputs: int  # input channels of a convolution per group
-
-
 def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
-    """The execution that `auto` takes: what was measured to be fastest, "emulated" where unknown.
-
-    On CPU (two Zen 4 cores, jax 0.10.2, python -m benchmarks.quantized_ops): a dot with its
-    quantization takes 0.63 times the float32 time in bf16, where the CPU multiplies bfloat16, and
-    0.90 times in int8; an int8 convolution of 64 channels 0.51 times (without quantization, of 32
-    channels 0.49 and of 16 channels 2.0 times). Other backends were not measured.
-    """
-    if jax.default_backend() != "cpu" or any(is_traced(fmt) for fmt in formats):
+    """The execution that `auto` takes: what is known to be fastest, "emulated" where unknown."""
+    if any(is_traced(fmt) for fmt in formats):
         return "emulated"
-    if work.kind != "conv_general_dilated":
-        sizes = work.rows, work.terms, work.columns
-        if work.groups > 1 or not certainly(lambda: all(n >= 64 for n in sizes)):
-            return "emulated"
-        if _cpu_multiplies_bfloat16() and _family("bf16", formats):
-            return "bf16"
-        return "int8" if _family("int8", formats) else "emulated"
-    wide = work.groups == 1 and certainly(lambda: work.inputs >= 32 and work.columns >= 32)
-    return "int8" if wide and _family("int8", formats) else "emulated"
+    known = (fact.execution for fact in facts_about(work) if fact.ratio < 1)
+    return next((name for name in known if _family(name, formats)), "emulated")
 
 
 def check_execution(execution: str) -> None:
@@ -195,8 +162,25 @@ def check_execution(execution: str) -> None:
         )
 
 
+_NOT_A_NUMBER = -128  # the one number of int8 that no symmetric format has
+
+
 def encode_carrier(codes: jax.Array, carrier: Carrier) -> jax.Array:
-    """Codes as the carrier's numbers; what becomes of NaN in int8 is for their scale to say."""
+    """Codes as the carrier's numbers; what becomes of NaN in int8 `bad_sums` tells."""
     if carrier.shift:
         codes = codes - codes.dtype.type(carrier.shift)
+    elif carrier.dtype == np.int8:
+        codes = where(jnp.isnan(codes), _NOT_A_NUMBER, codes)
     return codes.astype(carrier.dtype)
+
+
+def bad_sums(
+    encoded: jax.Array, codes: jax.Array, carrier: Carrier, axes: Sequence[int]
+) -> jax.Array:
+    """Which sums over `axes` have a NaN among them, of codes that int8 carries; axes are kept.
+
+    The carrier's numbers are read where one of them is free to say so: a fourth of the bytes.
+    """
+    if carrier.shift:
+        return jnp.isnan(jnp.max(codes, axes, keepdims=True, initial=0))
+    return jnp.min(encoded, axes, keepdims=True, initial=0) == _NOT_A_NUMBER

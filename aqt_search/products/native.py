@@ -18,9 +18,16 @@ from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
 from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
-from aqt_search.products.carriers import Carrier, accumulator, does_not_fit, encode_carrier
+from aqt_search.products.carriers import (
+    Carrier,
+    accumulator,
+    bad_sums,
+    does_not_fit,
+    encode_carrier,
+)
 from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
+from aqt_search.products.measured_facts import convolves_over_rows, work_of
 from aqt_search.products.operands import (
     OperandValue,
     dtype_of,
@@ -44,9 +51,16 @@ class Forward(NamedTuple):
 # --- Codes of an operand --------------------------------------------------------------------------
 
 
-@functools.partial(outline, static_argnums=(1,))
-def _encode(q: Quantized, carrier: Carrier) -> Codes:
-    """A tensor's codes in a carrier; the zero point is what stands for 0 after its shift."""
+@functools.partial(outline, static_argnums=(1, 2, 3))
+def _encode(q: Quantized, carrier: Carrier, summed: tuple[int, ...], told: bool) -> Codes:
+    """A tensor's codes in a carrier; the zero point is what stands for 0 after its shift.
+
+    Args:
+      q: the tensor.
+      carrier: of the codes.
+      summed: the axes that the product sums over: one bad number is in all of these sums.
+      told: whether to tell which elements lie within the bounds.
+    """
     grid, how = q.grid(), q.how
     found = codes_of_tensor(q, grid)
     axis = how.granularity.block_axis
@@ -55,15 +69,15 @@ def _encode(q: Quantized, carrier: Carrier) -> Codes:
         return part if part is None or axis is None else jnp.squeeze(part, axis + 1)
 
     scale, zero = found.scale.value(), found.scale.zero_point
-    if found.inside is not None:
-        # Codes of NaN do not survive in integers, so their scale tells of them.
-        bad = jnp.any(jnp.isnan(found.codes), how.over(q.x.ndim).axes, keepdims=True)
+    codes = encode_carrier(found.codes, carrier)
+    if carrier.dtype == np.int8 and not how.calibration.covers:  # else the scale is NaN already
+        bad = bad_sums(codes, found.codes, carrier, summed if axis is None else (axis + 1,))
         scale = where(bad, jnp.nan, scale)
     scale = where(does_not_fit(carrier, grid), jnp.nan, scale)
     if carrier.shift:
         zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    codes = join_blocks(encode_carrier(found.codes, carrier), how.granularity, q.x.shape)
-    inside = found.inside
+    codes = join_blocks(codes, how.granularity, q.x.shape)
+    inside = found.inside if told else None
     if inside is not None:
         inside = join_blocks(inside, how.granularity, q.x.shape)
     return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
@@ -214,11 +228,12 @@ def _row_parameters(
     layout: Layout, lhs: Part, rhs: Part, accumulate: np.dtype
 ) -> Mapping[str, Any] | None:
     """The parameters of a convolution that runs over rows; None for any other product."""
-    params = layout.parameters
-    if params is None or accumulate != np.int32 or jax.default_backend() != "cpu":
+    params, shapes = layout.parameters, (lhs.codes.shape, rhs.codes.shape)
+    if params is None or accumulate != np.int32:
         return None
-    applies = row_convolution.applies(params, lhs.codes.shape, rhs.codes.shape)
-    return params if applies else None
+    if not convolves_over_rows(work_of(layout, *shapes)):
+        return None
+    return params if row_convolution.applies(params, *shapes) else None
 
 
 def _native(
@@ -321,13 +336,20 @@ def _encoded_values(encoded: Codes, operand: Quantized | QTensor) -> jax.Array:
 
 
 def native_forward(
-    bind: Bind, layout: Layout, carriers: Sequence[Carrier], dtype: np.dtype, operands
+    bind: Bind, layout: Layout, carriers: Sequence[Carrier], dtype: np.dtype, operands, told: bool
 ) -> Forward:
-    """The product of two operands on codes held in `carriers`, as `dtype`."""
-    encoded = [
-        (_encode_stored if isinstance(o, QTensor) else _encode)(o, carrier)
-        for o, carrier in zip(operands, carriers)
-    ]
+    """The product of two operands on codes held in `carriers`, as `dtype`.
+
+    `told` says whether its derivative is wanted: without, `inside` is not computed.
+    """
+
+    def encode(operand, carrier: Carrier, out_axes) -> Codes:
+        if isinstance(operand, QTensor):
+            return _encode_stored(operand, carrier)
+        summed = tuple(axis for axis, out in enumerate(out_axes) if out is None)
+        return _encode(operand, carrier, summed, told)
+
+    encoded = [encode(*one) for one in zip(operands, carriers, layout.out_axes)]
     spans = [code.scale.zero_point is not None for code in encoded]  # those of uint8, too
     lhs, rhs = (_operand(code, layout, side, any(spans)) for side, code in enumerate(encoded))
     accumulate, most = accumulator(carriers[0]), most_terms(spans)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,9 @@ from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Quantized, carrier_dtype
 from aqt_search.products import depthwise
-from aqt_search.products.carriers import Carrier, Work, carriers_of, check_execution, fastest
+from aqt_search.products.carriers import Carrier, carriers_of, check_execution, fastest
 from aqt_search.products.layout import Layout
+from aqt_search.products.measured_facts import work_of
 from aqt_search.products.native import Bind, Forward, block_place, native_forward, refusal
 from aqt_search.products.operands import OperandValue, abstract, dtype_of, values_of
 
@@ -48,7 +48,9 @@ def _back_through(operand: Quantized, value, inside, gradient: jax.Array) -> Qua
     _, pull = jax.vjp(through, operand.x, operand.bounds)
     x, bounds = pull(gradient)
     none: Any = None  # no gradient
-    return Quantized(x, none, none, bounds, none, none, operand.how)
+    return dataclasses.replace(
+        operand, x=x, grids=none, row=none, bounds=bounds, key=none, active=none
+    )
 
 
 def _stopped(operand: OperandValue) -> OperandValue:
@@ -60,6 +62,34 @@ def _stopped(operand: OperandValue) -> OperandValue:
 
 def _with_forward_derivative(forward: Callable, bind: Bind) -> Callable:
     """A product of two operands with the derivatives of `bind` on their quantized values."""
+    differentiated = _differentiated(forward, bind)
+
+    @jax.custom_jvp
+    def run(lhs, rhs):
+        return forward((lhs, rhs), told=False).result
+
+    def rule(primals, tangents):
+        leaves, tree = jax.tree.flatten(primals)
+        slopes = jax.tree.leaves(tangents)
+        moved = [
+            n
+            for n, slope in enumerate(slopes)
+            if not isinstance(slope, jax.custom_derivatives.SymbolicZero)
+        ]
+
+        def of_moved(*values):
+            own = dict(zip(moved, values))
+            operands = [own.get(n, leaf) for n, leaf in enumerate(leaves)]
+            return differentiated(*jax.tree.unflatten(tree, operands))
+
+        return jax.jvp(of_moved, [leaves[n] for n in moved], [slopes[n] for n in moved])
+
+    run.defjvp(rule, symbolic_zeros=True)
+    return run
+
+
+def _differentiated(forward: Callable, bind: Bind) -> Callable:
+    """The product together with what its derivative needs."""
 
     @jax.custom_jvp
     def differentiable(result, lhs, rhs):
@@ -79,7 +109,7 @@ def _with_forward_derivative(forward: Callable, bind: Bind) -> Callable:
     differentiable.defjvp(rule, symbolic_zeros=True)
 
     def run(lhs, rhs):
-        found = forward((_stopped(lhs), _stopped(rhs)))
+        found = forward((_stopped(lhs), _stopped(rhs)), told=True)
         values = (
             _through(operand, value, inside)
             for operand, value, inside in zip((lhs, rhs), found.values, found.inside)
@@ -94,10 +124,10 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
 
     @jax.custom_vjp
     def run(lhs, rhs, gradients):
-        return forward((lhs, rhs)).result
+        return forward((lhs, rhs), told=False).result
 
     def run_forward(lhs, rhs, gradients):
-        found = forward((lhs, rhs))
+        found = forward((lhs, rhs), told=True)
         return found.result, (found.values, found.inside, (lhs, rhs), gradients)
 
     def run_backward(saved, gradient):
@@ -123,15 +153,17 @@ def _with_quantized_gradients(forward: Callable, bind: Bind) -> Callable:
     return run
 
 
-def _value_and_inside(operand: OperandValue, dtype: np.dtype) -> tuple[jax.Array, jax.Array | None]:
+def _value_and_inside(
+    operand: OperandValue, dtype: np.dtype, told: bool
+) -> tuple[jax.Array, jax.Array | None]:
     if isinstance(operand, Quantized):
-        return quantize_dequantize(operand, dtype)
+        return quantize_dequantize(operand, dtype, told)
     value = operand.dequantize(dtype) if isinstance(operand, QTensor) else operand.astype(dtype)
     return value, None
 
 
 def _emulated_forward(
-    bind: Bind, dtype: np.dtype, operands: tuple[OperandValue, OperandValue]
+    bind: Bind, dtype: np.dtype, operands: tuple[OperandValue, OperandValue], told: bool
 ) -> Forward:
     """The product of values as they were before they were rounded to the operands' dtype.
 
@@ -139,7 +171,7 @@ def _emulated_forward(
     step off the grid. What is kept for gradients is in the operands' dtype.
     """
     wide = [carrier_dtype(dtype_of(operand)) for operand in operands]
-    found = [_value_and_inside(operand, w) for operand, w in zip(operands, wide)]
+    found = [_value_and_inside(operand, w, told) for operand, w in zip(operands, wide)]
     (lhs, lhs_inside), (rhs, rhs_inside) = found
     values = lhs.astype(dtype_of(operands[0])), rhs.astype(dtype_of(operands[1]))
     accumulate = np.float32 if _is_narrow(operands) else None
@@ -162,7 +194,8 @@ def _choose(layout: Layout, operands, execution: str, formats) -> str:
         # Blocks make a product for each: never faster than one.
         if reason or block_place(layout, operands) is not None:
             return "emulated"
-        return fastest(_work(layout, operands), formats)
+        shapes = (abstract(operand).shape for operand in operands)
+        return fastest(work_of(layout, *shapes), formats)
     if reason:
         raise ValueError(
             f"Execution {execution!r} runs products on codes, but {reason}. Use 'emulated', or"
@@ -241,13 +274,3 @@ def _run(
     if quantized_gradients:
         return _with_quantized_gradients(forward, of_values)(*operands, gradients)
     return _with_forward_derivative(forward, of_values)(*operands)
-
-
-def _work(layout: Layout, operands: tuple[OperandValue, OperandValue]) -> Work:
-    lhs, rhs = (abstract(o).shape for o in operands)
-    terms = math.prod(rhs[axis] for axis in layout.contracting[1])
-    rows = math.prod(n for axis, n in enumerate(lhs) if axis not in layout.contracting[0])
-    columns = math.prod(n for axis, n in enumerate(rhs) if axis not in layout.contracting[1])
-    groups = layout.groups + len(layout.batch[0])
-    inputs = rhs[layout.contracting[1][-1]] if layout.contracting[1] else 1
-    return Work(layout.kind, rows, terms, columns, groups, inputs)

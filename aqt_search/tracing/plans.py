@@ -14,7 +14,7 @@ import numpy as np
 
 from aqt_search.numerics.explicit_axes import entered
 from aqt_search.numerics.fake_quant import check_key
-from aqt_search.numerics.formats import NumericFormat, is_traced
+from aqt_search.numerics.formats import NumericFormat, is_known_integer, is_traced
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
 from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
@@ -231,6 +231,9 @@ def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quant
     grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes if plans}
     starts = itertools.accumulate((len(plan.each) for plan in plans.values()), initial=0)
     rows = dict(zip(plans, map(np.int32, starts)))
+    integers = {
+        key for key, p in plans.items() if all(is_known_integer(o.quantizer.fmt) for o in p.each)
+    }
 
     def quantized(key: Key, x: Any, numbers: Mapping[Path, jax.Array]) -> Quantized:
         plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
@@ -242,7 +245,8 @@ def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quant
             random_key = jnp.stack(keys)[number] if keys else None  # of all layers or of none
             active = _of_layers([p.quantizer.active for p in plan.layers], number)
         grid, random_key, active = entered((grids[dtype], random_key, active))
-        return Quantized(x, grid, row, None, random_key, active, plan.how)
+        integer = key in integers
+        return Quantized(x, grid, row, None, random_key, active, plan.how, integer)
 
     return quantized
 
