@@ -149,7 +149,7 @@ def served_dot(column: str, weights: jax.Array, fmt: str, bound: float | None) -
         return peers.aqt_served_dot(weights, bits, bound)
     if column == "AQT mended":
         return None
-    stored = aqs.quantize_tensor(weights, fmt, channel_axes=(1,))
+    stored = aqs.quantize_tensor(weights, fmt, channel_axes=(1,), order=(1, 0))
     static = aqs.Quantizer("int8", calibration=aqs.fixed(bound)) if bound else "int8"
 
     def run(x, stored):

@@ -20,6 +20,7 @@ from absl import logging
 import aqt_search as aqs
 from aqt_search import data, models
 from aqt_search.architecture.elastic import Elastic
+from aqt_search.products.carriers import holding
 from aqt_search.tracing.rules import match_rules
 from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
@@ -238,9 +239,41 @@ def build_parts(
     return Parts(images, model, sites, optimizer, schedule, loss)
 
 
-def quantized(model: Any, axis_name: str | None = None) -> Callable:
-    """The model's function under an assignment, the states of calibrations among its variables."""
-    return with_scales(aqs.quantize_with_state(model.apply, axis_name=axis_name))
+_SIGNED = tuple(aqs.numeric_format(f"int{bits}") for bits in range(2, 9))
+_NARROW = (*_SIGNED, *map(aqs.numeric_format, ("uint8", "e4m3", "e5m2", "bf16")))
+
+
+def formats_like(assignment: Mapping[str, aqs.SiteFormats]) -> tuple[aqs.NumericFormat, ...]:
+    """Formats among which, or narrower than which, those of an assignment are.
+
+    The same ones for many assignments, so that these share a program: all signed integers of 8 bits
+    or fewer; all formats of 8 bits or fewer and bf16; none where there are wider ones.
+    """
+    specs = [spec for formats in assignment.values() for spec in formats if spec is not None]
+    known = [aqs.quantizer(spec).fmt for spec in specs]
+    if all(fmt in _SIGNED for fmt in known):
+        return _SIGNED
+    return _NARROW if all(holding([*_NARROW, fmt]) for fmt in known) else ()
+
+
+def quantized(
+    model: Any,
+    axis_name: str | None = None,
+    *,
+    residuals: str = "values",
+    formats: Sequence[aqs.NumericFormat] = (),
+) -> Callable:
+    """The model's function under an assignment, the states of calibrations among its variables.
+
+    Args:
+      model: the network.
+      axis_name: as in `quantize`, and `residuals`, too.
+      formats: that those of assignments, which are traced, are among.
+    """
+    stateful = aqs.quantize_with_state(
+        model.apply, axis_name=axis_name, residuals=residuals, options=formats
+    )
+    return with_scales(stateful)
 
 
 def initial_state(

@@ -25,6 +25,7 @@ from aqt_search.numerics import by_name
 from aqt_search.numerics.formats import numeric_format
 from aqt_search.numerics.quantizer import operand_spec
 from aqt_search.palette.rules import palette_of
+from aqt_search.products.derivatives import RESIDUALS
 from aqt_search.search.options import Choice, parsed_rule
 from aqt_search.search.searchers import SEARCHERS
 from aqt_search.search.space import DECIDE
@@ -250,6 +251,7 @@ SCHEMA: Mapping[str, Kind] = {
     "batch_size": BATCH,
     "epochs": number(10.0, above=0, most=1e6),
     "label_smoothing": SHARE,
+    "residuals": one_of(RESIDUALS),
     "optimizer.name": accepted(lambda name: make_optimizer(name, 0.1), "an optimizer", "sgd"),
     "optimizer.learning_rate": RATE,
     "optimizer.schedule": accepted(

@@ -234,6 +234,7 @@ def quantize_tensor(
     *,
     bounds: Bounds | None = None,
     row_axes: int = 0,
+    order: Sequence[int] = (),
 ) -> QTensor:
     """Stores `x` in a format; its `dequantize()` equals `fake_quant(x, fmt, channel_axes)`.
 
@@ -243,8 +244,10 @@ def quantize_tensor(
         it, so it cannot be traced.
       channel_axes: axes along which every index has its own scale.
       bounds: as a calibration with state gave them.
-      row_axes: leading axes whose every index starts a byte of its own, so that rows can be taken
-        out of packed data.
+      row_axes: leading axes of the data whose every index starts a byte of its own, so that rows
+        can be taken out of packed data.
+      order: the axes of x in the order that they lie in the data; () as they are. Products read
+        weights fastest along their last axis: store [k, n] of x @ w in the order (1, 0).
 
     Raises:
       FormatError: unknown or traced format, or one wider than 8 bits without a storage dtype.
@@ -256,6 +259,11 @@ def quantize_tensor(
     q = quantizer(fmt)
     fmt = _storable(q.fmt)
     x, q, how = prepare(x, q, channel_axes, None, "quantize_tensor")
+    lying = tuple(order) or tuple(range(x.ndim))
+    if sorted(lying) != list(range(x.ndim)):
+        raise ValueError(
+            f"order is {tuple(order)}; expected the axes of x, 0 to {x.ndim - 1}, each once."
+        )
     if bounds is None and q.calibration.read is not None:
         raise ValueError(
             "This calibration has state: pass bounds, as calibration.read(state) gives them."
@@ -263,23 +271,23 @@ def quantize_tensor(
 
     def store(tensor):
         found = codes_of_tensor(tensor, tensor.grid())
-        codes = join_blocks(found.codes, how.granularity, x.shape)
+        codes = join_blocks(found.codes, how.granularity, x.shape).transpose(lying)
         if fmt in STORAGE_DTYPES:
             data = codes.astype(STORAGE_DTYPES[fmt])
         else:
-            data = codes_of(codes, fmt).reshape(*x.shape[:row_axes], -1)
+            data = codes_of(codes, fmt).reshape(*codes.shape[:row_axes], -1)
             data = pack_codes(data, int(fmt.bits)) if fmt.bits < 8 else data
         return data, (None, None, None) if fmt.bits >= 16 else _stored_scale(found.scale, q, how)
 
     sharding = jax.typeof(x).sharding
     whole = replicated(sharding)
-    of_data = sharding if fmt in STORAGE_DTYPES else whole
+    of_data = sharding if fmt in STORAGE_DTYPES and not order else whole
     tensor = in_one_format(x, dataclasses.replace(q, fmt=fmt), how, bounds)
     data, (scale, tensor_scale, zero_point) = sharded_as(store, of_data, whole)(tensor)
     centred = q.calibration.centred and bool(is_integer(fmt))
     return QTensor(
         data, scale, tensor_scale, zero_point, fmt, how.granularity._replace(rows=False), x.shape,
-        x.dtype, row_axes, centred,
+        x.dtype, row_axes, centred, tuple(int(axis) for axis in np.argsort(lying)) if order else (),
     )  # fmt: skip
 
 

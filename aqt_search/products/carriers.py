@@ -12,6 +12,7 @@ that are traced.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from aqt_search.numerics.formats import (
     is_traced,
     is_unscaled,
 )
-from aqt_search.numerics.outline import where
+from aqt_search.numerics.outline import outline, where
 from aqt_search.products.measured_facts import Work, facts_about
 
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
@@ -146,6 +147,13 @@ def carriers_of(
     )
 
 
+def holding(formats: Sequence[NumericFormat]) -> Carrier | None:
+    """The narrowest carrier of the codes of all these formats; None if there is none."""
+    known = [] if any(map(is_traced, formats)) else formats
+    fitting = (c for c in _LIMITS if known and all(_holds(c, fmt) for fmt in known))
+    return next(fitting, None)
+
+
 def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
     """The execution that `auto` takes: what is known to be fastest, "emulated" where unknown."""
     if any(is_traced(fmt) for fmt in formats):
@@ -183,4 +191,10 @@ def bad_sums(
     """
     if carrier.shift:
         return jnp.isnan(jnp.max(codes, axes, keepdims=True, initial=0))
-    return jnp.min(encoded, axes, keepdims=True, initial=0) == _NOT_A_NUMBER
+    return _least(encoded, tuple(axes)) == _NOT_A_NUMBER
+
+
+@functools.partial(outline, static_argnums=(1,))
+def _least(encoded: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Outlined, so that it reads the codes and does not round anew."""
+    return jnp.min(encoded, axes, keepdims=True, initial=0)

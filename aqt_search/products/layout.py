@@ -17,6 +17,7 @@ class Layout(NamedTuple):
     groups: int = 1
     refused: str | None = None  # why it has no form on codes
     parameters: Mapping[str, Any] | None = None  # of a convolution's primitive, where known
+    numbers: Any = None  # the dimension numbers of a dot or a convolution
 
     def gradient_contracting(self, side: int) -> tuple[int, ...]:
         """The result's axes that the product for the gradient of `side` sums over."""
@@ -38,7 +39,10 @@ def dot_layout(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> Layout:
                 axes[axis], position = position, position + 1
         out_axes.append(tuple(axes))
     lhs_axes, rhs_axes = out_axes
-    return Layout("dot_general", contracting, (lhs_axes, rhs_axes), position, batch)
+    return Layout(
+        "dot_general", contracting, (lhs_axes, rhs_axes), position, batch,
+        numbers=(contracting, batch),
+    )  # fmt: skip
 
 
 def ragged_layout(lhs_ndim: int, rhs_ndim: int, numbers: Any) -> Layout:
@@ -54,7 +58,7 @@ def ragged_layout(lhs_ndim: int, rhs_ndim: int, numbers: Any) -> Layout:
     return without._replace(
         kind="ragged_dot_general", contracting=(tuple(contracting[0]), tuple(contracting[1])),
         batch=(tuple(batch[0]), tuple(batch[1])), out_axes=(without.out_axes[0], tuple(rhs)),
-        refused="it is a product in groups of rows",
+        refused="it is a product in groups of rows", numbers=None,
     )  # fmt: skip
 
 
@@ -74,7 +78,7 @@ def conv_layout(
         contracting = ((lhs_spec[0], *contracting[0]), contracting[1])
     return Layout(
         "conv_general_dilated", contracting, (tuple(lhs), tuple(rhs)), ndim,
-        groups=max(groups, batch_groups), parameters=parameters,
+        groups=max(groups, batch_groups), parameters=parameters, numbers=dimension_numbers,
     )  # fmt: skip
 
 

@@ -90,12 +90,17 @@ def _version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".")[:3] if part.isdecimal())
 
 
+def known_at(jaxlib_version: str, facts: Sequence[Fact]) -> list[Fact]:
+    """Those measured with the newest jaxlib that is not newer than this one, or else the oldest."""
+    known = sorted({_version(fact.jaxlib) for fact in facts})
+    fitting = [v for v in known if v <= _version(jaxlib_version)] or known[:1]
+    return [fact for fact in facts if _version(fact.jaxlib) in fitting[-1:]]
+
+
 def facts_at_hand() -> list[Fact]:
-    """The facts of this backend and chip, of the newest jaxlib that is not newer than this one."""
+    """What is known of this backend and chip."""
     here = [f for f in FACTS if f.backend == jax.default_backend() and f.chip in chip()]
-    known = sorted({_version(fact.jaxlib) for fact in here})
-    fitting = [v for v in known if v <= _version(jaxlib.__version__)] or known[:1]
-    return [fact for fact in here if _version(fact.jaxlib) in fitting[-1:]]
+    return known_at(jaxlib.__version__, here)
 
 
 def _applies(fact: Fact, work: Work) -> bool:

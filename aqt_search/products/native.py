@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_search.numerics.granularity import join_blocks, resolved_channel_axes
-from aqt_search.numerics.outline import outline, where
+from aqt_search.numerics.granularity import resolved_channel_axes
+from aqt_search.numerics.outline import outline
 from aqt_search.numerics.qtensor import QTensor
-from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
+from aqt_search.numerics.quantized import Codes, Quantized
 from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
-from aqt_search.products.carriers import (
-    Carrier,
-    accumulator,
-    bad_sums,
-    does_not_fit,
-    encode_carrier,
-)
+from aqt_search.products.carriers import Carrier, accumulator
+from aqt_search.products.derivatives import Bind, Forward, values_of_codes
+from aqt_search.products.encoding import encode_stored, encode_tensor
 from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
+from aqt_search.products.matrices import product_of_matrices
 from aqt_search.products.measured_facts import convolves_over_rows, work_of
 from aqt_search.products.operands import (
     OperandValue,
@@ -35,67 +31,6 @@ from aqt_search.products.operands import (
     has_zero_point,
     is_centred,
 )
-
-# bind(lhs, rhs, preferred_element_type); None leaves the result's dtype as it would be.
-Bind = Callable[[jax.Array, jax.Array, Any], jax.Array]
-
-
-class Forward(NamedTuple):
-    """A product with what its derivative needs."""
-
-    result: jax.Array
-    values: tuple[jax.Array, jax.Array]  # of the operands, for the gradient
-    inside: tuple[jax.Array | None, jax.Array | None]
-
-
-# --- Codes of an operand --------------------------------------------------------------------------
-
-
-@functools.partial(outline, static_argnums=(1, 2, 3))
-def _encode(q: Quantized, carrier: Carrier, summed: tuple[int, ...], told: bool) -> Codes:
-    """A tensor's codes in a carrier; the zero point is what stands for 0 after its shift.
-
-    Args:
-      q: the tensor.
-      carrier: of the codes.
-      summed: the axes that the product sums over: one bad number is in all of these sums.
-      told: whether to tell which elements lie within the bounds.
-    """
-    grid, how = q.grid(), q.how
-    found = codes_of_tensor(q, grid)
-    axis = how.granularity.block_axis
-
-    def joined(part):
-        return part if part is None or axis is None else jnp.squeeze(part, axis + 1)
-
-    scale, zero = found.scale.value(), found.scale.zero_point
-    codes = encode_carrier(found.codes, carrier)
-    if carrier.dtype == np.int8 and not how.calibration.covers:  # else the scale is NaN already
-        bad = bad_sums(codes, found.codes, carrier, summed if axis is None else (axis + 1,))
-        scale = where(bad, jnp.nan, scale)
-    scale = where(does_not_fit(carrier, grid), jnp.nan, scale)
-    if carrier.shift:
-        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    codes = join_blocks(codes, how.granularity, q.x.shape)
-    inside = found.inside if told else None
-    if inside is not None:
-        inside = join_blocks(inside, how.granularity, q.x.shape)
-    return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
-
-
-def _encode_stored(q: QTensor, carrier: Carrier) -> Codes:
-    dtype = np.dtype(np.float32)
-    codes = q.codes(np.dtype(np.int16) if carrier.shift else carrier.dtype)
-    if carrier.shift:
-        codes = (codes - np.int16(carrier.shift)).astype(np.int8)
-    scale = q.scales(dtype)
-    if scale is None:
-        scale = jnp.ones((1,) * q.ndim, dtype)
-    zero = q.zero_point
-    if carrier.shift:
-        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    return Codes(codes, Scale(scale, zero_point=zero), None)
-
 
 # --- Native products ------------------------------------------------------------------------------
 
@@ -199,31 +134,6 @@ def _of_equal_sizes(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Arr
     return jnp.broadcast_to(a, shapes[0]), jnp.broadcast_to(b, shapes[1])
 
 
-def _as_matrices(a: jax.Array, b: jax.Array, layout: Layout, accumulate) -> jax.Array:
-    """A dot as one of [batch, rows, terms] and [batch, terms, columns].
-
-    XLA:CPU of jaxlib 0.10.2 has no bfloat16 product for some other orders of axes.
-    """
-    sides, free = [], []
-    for x, contracting, batch, order in zip((a, b), layout.contracting, layout.batch, (1, -1)):
-        rest = [axis for axis in range(x.ndim) if axis not in (*contracting, *batch)]
-        groups = (list(batch), *[rest, list(contracting)][::order])
-        flat = x.transpose([axis for group in groups for axis in group])
-        sides.append(flat.reshape([math.prod(x.shape[axis] for axis in g) for g in groups]))
-        free.append(rest)
-    if not layout.batch[0]:
-        sides = [x[0] for x in sides]
-    last, batched = sides[0].ndim - 1, tuple(range(sides[0].ndim - 2))
-    numbers = (((last,), (last - 1,)), (batched, batched))
-    lhs, rhs = sides
-    product = jax.lax.dot_general(lhs, rhs, numbers, preferred_element_type=accumulate)
-    axes = [(a, 0, axis) for axis in (*layout.batch[0], *free[0])]
-    axes += [(b, 1, axis) for axis in free[1]]
-    product = product.reshape([x.shape[axis] for x, _, axis in axes])
-    order = [layout.out_axes[side][axis] for _, side, axis in axes]
-    return product.transpose(np.argsort(np.array(order)))
-
-
 def _row_parameters(
     layout: Layout, lhs: Part, rhs: Part, accumulate: np.dtype
 ) -> Mapping[str, Any] | None:
@@ -242,13 +152,18 @@ def _native(
     """The product of codes times the scales, in float32; at most `most` terms in an int32 sum."""
     row_params = _row_parameters(layout, lhs.part, rhs.part, accumulate)
 
+    # Outlined, or the sums over the rows of the kernel are all kept, and added in each consumer.
+    over_rows = outline(
+        lambda a, b: row_convolution.row_convolution(a, b, row_params or {}, accumulate)
+    )
+
     def bind_codes(a, b):
         if row_params is not None:
-            return row_convolution.row_convolution(a, b, row_params, accumulate)
+            return over_rows(a, b)
         if layout.kind == "einsum":
             a, b = _of_equal_sizes(a, b, layout)
         if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
-            return _as_matrices(a, b, layout, accumulate)
+            return product_of_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
 
     def to_result(part: jax.Array, side: int) -> jax.Array:
@@ -317,24 +232,6 @@ def block_place(layout: Layout, operands) -> tuple[int, int] | None:
     return None
 
 
-def _encoded_values(encoded: Codes, operand: Quantized | QTensor) -> jax.Array:
-    """What codes stand for, in the operand's dtype."""
-    if isinstance(operand, QTensor):
-        return operand.dequantize()
-    codes = encoded.codes.astype(np.float32)
-    size, axis = operand.how.granularity.block_size, operand.how.granularity.block_axis
-
-    def spread(part):
-        if size is None or axis is None:
-            return part
-        return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, codes.shape[axis], axis=axis)
-
-    scale = encoded.scale
-    if scale.zero_point is not None:
-        codes = codes - spread(scale.zero_point)
-    return (codes * spread(scale.block)).astype(operand.x.dtype)
-
-
 def native_forward(
     bind: Bind, layout: Layout, carriers: Sequence[Carrier], dtype: np.dtype, operands, told: bool
 ) -> Forward:
@@ -345,9 +242,9 @@ def native_forward(
 
     def encode(operand, carrier: Carrier, out_axes) -> Codes:
         if isinstance(operand, QTensor):
-            return _encode_stored(operand, carrier)
+            return encode_stored(operand, carrier)
         summed = tuple(axis for axis, out in enumerate(out_axes) if out is None)
-        return _encode(operand, carrier, summed, told)
+        return encode_tensor(operand, carrier, summed, told)
 
     encoded = [encode(*one) for one in zip(operands, carriers, layout.out_axes)]
     spans = [code.scale.zero_point is not None for code in encoded]  # those of uint8, too
@@ -360,6 +257,12 @@ def native_forward(
         result = _native(bind, layout, lhs, rhs, accumulate, most)
     else:
         result = _native_blocks(layout, lhs, rhs, *place, accumulate, most)
-    left, right = map(_encoded_values, encoded, operands)
+    left, right = map(_values, encoded, operands)
     inside = encoded[0].inside, encoded[1].inside
-    return Forward(result.astype(dtype), (left, right), inside)
+    return Forward(result.astype(dtype), (left, right), inside, (encoded[0], encoded[1]))
+
+
+def _values(encoded: Codes, operand: Quantized | QTensor) -> jax.Array:
+    if isinstance(operand, QTensor):
+        return operand.dequantize()
+    return values_of_codes(encoded, operand.how, operand.x.dtype)

@@ -50,6 +50,6 @@ def abstract(operand: OperandValue) -> jax.ShapeDtypeStruct:
     """An operand's type, with its sharding where that is known."""
     if not isinstance(operand, QTensor):
         return type_of(operand.x if isinstance(operand, Quantized) else operand)
-    packed = operand.data.shape != operand.shape
-    sharding = None if packed else jax.typeof(operand.data).sharding
+    unlike = operand.order or operand.data.shape != operand.shape  # turned, or packed
+    sharding = None if unlike else jax.typeof(operand.data).sharding
     return jax.ShapeDtypeStruct(operand.shape, operand.dtype, sharding=sharding)

@@ -27,8 +27,9 @@ from aqt_search.numerics.granularity import PER_CHANNEL, PER_TENSOR, Granularity
 from aqt_search.numerics.qtensor import QTensor, widened
 from aqt_search.numerics.quantized import Quantized, in_one_format
 from aqt_search.numerics.quantizer import Quantizer, quantizer, recipe
+from aqt_search.products.carriers import holding
+from aqt_search.products.derivatives import Bind, check_residuals
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, einsum_layout
-from aqt_search.products.native import Bind
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 
@@ -85,15 +86,18 @@ def _format_of(x: Any, fmt: Format) -> NumericFormat | None:
 
 def _product(
     bind: Bind, layout: Layout, lhs: Any, rhs: Any, formats: tuple[Format, Format],
-    gradients: tuple[Format, Format], execution: str,
+    gradients: tuple[Format, Format], execution: str, residuals: str,
 ) -> jax.Array:  # fmt: skip
+    check_residuals(residuals)
+    known = (_format_of(lhs, formats[0]), _format_of(rhs, formats[1]))
+    kept = [None if fmt is None else holding([fmt]) for fmt in known]
     operands = (
         _operand(lhs, formats[0], PER_TENSOR, layout.contracting[0], "lhs"),
         _operand(rhs, formats[1], PER_CHANNEL, layout.contracting[1], "rhs"),
     )
     return product(
-        bind, layout, operands, (_format_of(lhs, formats[0]), _format_of(rhs, formats[1])),
-        execution, (_gradient(gradients[0], layout, 0), _gradient(gradients[1], layout, 1)),
+        bind, layout, operands, known, execution,
+        (_gradient(gradients[0], layout, 0), _gradient(gradients[1], layout, 1)), residuals, kept,
     )  # fmt: skip
 
 
@@ -109,6 +113,7 @@ def dot_general(
     lhs_gradient: Format = None,
     rhs_gradient: Format = None,
     execution: str = "emulated",
+    residuals: str = "values",
     **lax_arguments: Any,
 ) -> jax.Array:
     """`lax.dot_general` on quantized operands.
@@ -124,6 +129,10 @@ def dot_general(
         multiply codes held in that dtype and scale the result; "native" takes the first of them
         that holds both formats; "auto" takes what was measured to be fastest. Equal up to the order
         of summation and, with scales that are no powers of two, float32 rounding.
+      residuals: what is kept of quantized operands for the backward pass. "values" are in the
+        operands' dtype; "codes" are what these are computed from again (a quarter of float32 for
+        int8), with the same gradients and, then, a first derivative in reverse mode alone. Formats
+        that are traced, or of more than 8 bits but bf16, keep values.
 
     Raises:
       FormatError: unknown format name; a format that does not fit the execution.
@@ -132,16 +141,17 @@ def dot_general(
         calibration with state; stochastic rounding without a key.
     """
 
-    def bind(a, b, accumulate):
+    def bind(a, b, accumulate, numbers=None):
         return jax.lax.dot_general(
-            a, b, dimension_numbers, precision=precision,
+            a, b, numbers or dimension_numbers, precision=precision,
             preferred_element_type=accumulate or preferred_element_type, **lax_arguments,
         )  # fmt: skip
 
     layout = dot_layout(lhs.ndim, rhs.ndim, dimension_numbers)
     return _product(
-        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
-    )
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution,
+        residuals,
+    )  # fmt: skip
 
 
 def conv_general_dilated(
@@ -162,6 +172,7 @@ def conv_general_dilated(
     lhs_gradient: Format = None,
     rhs_gradient: Format = None,
     execution: str = "emulated",
+    residuals: str = "values",
     **lax_arguments: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated` on quantized operands.
@@ -173,15 +184,16 @@ def conv_general_dilated(
 
     Args:
       lhs ... preferred_element_type, lax_arguments: as in lax.
-      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution: as for `dot_general`.
+      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution, residuals: as for
+        `dot_general`.
 
     Raises:
       As `dot_general`.
     """
 
-    def bind(a, b, accumulate):
+    def bind(a, b, accumulate, numbers=None):
         return jax.lax.conv_general_dilated(
-            a, b, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+            a, b, window_strides, padding, lhs_dilation, rhs_dilation, numbers or dimension_numbers,
             feature_group_count, batch_group_count, precision,
             accumulate or preferred_element_type, **lax_arguments,
         )  # fmt: skip
@@ -194,8 +206,9 @@ def conv_general_dilated(
         parameters = traced.eqns[0].params
     layout = conv_layout(axes, feature_group_count, batch_group_count, parameters)
     return _product(
-        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
-    )
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution,
+        residuals,
+    )  # fmt: skip
 
 
 def einsum(
@@ -208,6 +221,7 @@ def einsum(
     lhs_gradient: Format = None,
     rhs_gradient: Format = None,
     execution: str = "emulated",
+    residuals: str = "values",
     preferred_element_type: Any = None,
     **einsum_arguments: Any,
 ) -> jax.Array:
@@ -218,7 +232,8 @@ def einsum(
     Args:
       subscripts: as in numpy, with or without an ellipsis and an explicit output.
       lhs, rhs: floating-point arrays, or `QTensor`s.
-      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution: as for `dot_general`.
+      lhs_format, rhs_format, lhs_gradient, rhs_gradient, execution, residuals: as for
+        `dot_general`.
       preferred_element_type, einsum_arguments: as in `jnp.einsum`.
 
     Raises:
@@ -242,8 +257,9 @@ def einsum(
     lhs_labels, rhs_labels = inputs.split(",")
     layout = einsum_layout(lhs_labels, rhs_labels, output)
     return _product(
-        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution
-    )
+        bind, layout, lhs, rhs, (lhs_format, rhs_format), (lhs_gradient, rhs_gradient), execution,
+        residuals,
+    )  # fmt: skip
 
 
 def take(

@@ -157,6 +157,13 @@ class Space:
         return np.array([np.arange(self.max_options) < len(d.options) for d in self.decisions])
 
     @property
+    def formats(self) -> tuple[NumericFormat, ...]:
+        """All formats that are chosen among: fp32 stands for what an option leaves unquantized."""
+        tables = (zip(*q.fmt) for q in self._quantizers()[2])
+        rows = (tuple(number.item() for number in row) for table in tables for row in table)
+        return tuple(NumericFormat(*row) for row in dict.fromkeys(rows))
+
+    @property
     def format_decisions(self) -> dict[int, Decision]:
         """The decisions that are about formats, by their number."""
         return {n: d for n, d in enumerate(self.decisions) if isinstance(d, Decision)}

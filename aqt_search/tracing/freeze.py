@@ -24,12 +24,20 @@ from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor, concrete_format, quantize_tensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.quantizer import Quantizer, quantizer
+from aqt_search.products.stored_order import storage_order
 from aqt_search.tracing.control_flow import Call, Cond, Path, Remat, Scan, While, control_flow
 from aqt_search.tracing.interpreter import MISSING, Held, Interpreter, Outcome, visit_bodies
 from aqt_search.tracing.layers import equal_specs, layer_indices, split_layer
 from aqt_search.tracing.liveness import scan_liveness
 from aqt_search.tracing.matching import for_sites
-from aqt_search.tracing.plans import Plan, init_states, make_plans, quantized_by, stacks_of
+from aqt_search.tracing.plans import (
+    Plan,
+    init_states,
+    make_plans,
+    quantized_by,
+    site_layout,
+    stacks_of,
+)
 from aqt_search.tracing.shared_weights import Shared, shared_weights
 from aqt_search.tracing.sites import SIDES, Key, SiteError, SiteFormats
 from aqt_search.tracing.static_leaves import wrapped
@@ -226,7 +234,10 @@ def _stored_weights(trace: Trace, plans: Mapping[Key, Plan], held: Held) -> dict
             state = held.states.get(key, ())
             bounds = calibrated(quantized(key, x, {}), state, update=False)[0].bounds
             rows = int(site.kind == "gather")
-            found[key] = quantize_tensor(x, plans[key].quantizer, bounds=bounds, row_axes=rows)
+            order = () if rows else storage_order(site_layout(eqn), SIDES.index(side))
+            found[key] = quantize_tensor(
+                x, plans[key].quantizer, bounds=bounds, row_axes=rows, order=order
+            )
         return [MISSING] * len(eqn.outvars), found
 
     found = Interpreter(trace, {name for name, _ in plans}, at_site, visit_bodies).run(held)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_search.numerics.fake_quant import fake_quantized, with_gradient_rule
-from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.formats import NumericFormat, is_traced, unsigned_twin
 from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
+from aqt_search.products.carriers import Carrier, holding
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 from aqt_search.tracing.interpreter import EMPTY, MISSING, Held, Interpreter, Outcome, run_flow
@@ -31,9 +32,28 @@ from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Operand, SiteError
 from aqt_search.tracing.trace import Trace
 
 
+class Residuals(NamedTuple):
+    """What sites keep for their backward products."""
+
+    kind: str = "values"  # or "codes"
+    options: tuple[NumericFormat, ...] = ()  # what traced formats are among
+
+    def carrier(self, plan: Plan | None) -> Carrier | None:
+        """What holds an operand's codes between the passes; None where nothing is known to."""
+        if self.kind == "values" or plan is None:
+            return None
+        formats = [layer.quantizer.fmt for layer in plan.each]
+        if any(map(is_traced, formats)):
+            formats = [unsigned_twin(fmt) if plan.twin else fmt for fmt in self.options]
+        return holding(formats) if formats else None
+
+
+VALUES = Residuals()
+
+
 def run_planned(
     trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: str, update: bool,
-    told: bool = False,
+    told: bool = False, residuals: Residuals = VALUES,
 ) -> Outcome:  # fmt: skip
     """Runs a trace under plans: its outputs, and the next states of calibrations.
 
@@ -42,8 +62,11 @@ def run_planned(
       held: states of calibrations, and weights that are stored.
       execution: as in `ops.dot_general`.
       update, told: as in `quantized.calibrated`.
+      residuals: for the backward products.
     """
-    sites = PlannedSites(trace, plans, execution=execution, update=update, told=told)
+    sites = PlannedSites(
+        trace, plans, execution=execution, update=update, told=told, residuals=residuals
+    )
     # Only sites with formats change anything: the rest of the program runs as it is.
     return Interpreter(trace, sites.names, sites.at_site, run_flow).run(sites.with_numbers(held))
 
@@ -53,7 +76,7 @@ class PlannedSites:
 
     def __init__(
         self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool,
-        told: bool = False,
+        told: bool = False, residuals: Residuals = VALUES,
     ):  # fmt: skip
         self.names = {name for name, _ in plans}
         self._sites = trace.sites
@@ -61,6 +84,7 @@ class PlannedSites:
         self._execution = execution
         self._update = update
         self._told = told
+        self._residuals = residuals
         self._quantized = quantized_by(trace, plans)
         self._numbers = numbers_of(trace, plans)
 
@@ -86,8 +110,9 @@ class PlannedSites:
             of_plan = None if plan is None else _known_format(plan)
             formats.append(value.fmt if mixed and isinstance(value, QTensor) else of_plan)
 
-        def bind(lhs, rhs, accumulate):
+        def bind(lhs, rhs, accumulate, numbers=None):
             more = {} if accumulate is None else {"preferred_element_type": accumulate}
+            more |= {} if numbers is None else {"dimension_numbers": numbers}
             return eqn.primitive.bind(lhs, rhs, *operands[2:], **(eqn.params | more))
 
         keys = ((name, field) for field in GRADIENTS)
@@ -95,9 +120,10 @@ class PlannedSites:
             self._quantized(k, None, held.numbers) if k in self._plans else None for k in keys
         )
         (lhs, rhs), (lhs_format, rhs_format) = values, formats
+        kept = [self._residuals.carrier(self._plans.get((name, side))) for side in SIDES]
         result = product(
             bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution,
-            (of_lhs, of_rhs),
+            (of_lhs, of_rhs), self._residuals.kind, kept,
         )  # fmt: skip
         return [result], states
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from aqt_search.numerics.calibration import moving_average
-from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.granularity import PER_TOKEN
 from aqt_search.numerics.quantizer import Quantizer, quantizer
 from aqt_search.products.carriers import check_execution
+from aqt_search.products.derivatives import check_residuals
 from aqt_search.tracing.interpreter import Held
 from aqt_search.tracing.layers import (
     layer_indices,
@@ -31,7 +32,7 @@ from aqt_search.tracing.layers import (
     stack_of,
 )
 from aqt_search.tracing.matching import for_sites, unknown_site
-from aqt_search.tracing.planned_sites import run_planned
+from aqt_search.tracing.planned_sites import Residuals, run_planned
 from aqt_search.tracing.plans import Plan, init_states, make_plans, stacks_of
 from aqt_search.tracing.signature import named_after
 from aqt_search.tracing.sites import Key, Site, SiteError, SiteFormats, is_unquantized
@@ -78,8 +79,19 @@ def find_sites(
     return trace_function(fun, params, args, kwargs, axis_sizes or {}).sites
 
 
+def residuals_of(residuals: str, options: Sequence[str | NumericFormat]) -> Residuals:
+    """What sites keep for their backward products, as `quantize` takes it."""
+    check_residuals(residuals)
+    return Residuals(residuals, tuple(map(numeric_format, options)))
+
+
 def quantize(
-    fun: Callable, *, axis_name: Hashable | None = None, execution: str = "emulated"
+    fun: Callable,
+    *,
+    axis_name: Hashable | None = None,
+    execution: str = "emulated",
+    residuals: str = "values",
+    options: Sequence[str | NumericFormat] = (),
 ) -> Callable:
     """Returns `qfun(assignment, params, *args, **kwargs)`: `fun` with its products quantized.
 
@@ -103,6 +115,14 @@ def quantize(
         that the result does not depend on the number of devices.
       execution: how products are run, as in `ops.dot_general`; "auto" falls back to "emulated"
         site by site.
+      residuals: what products keep of their operands for the backward pass: "values", or the
+        "codes" that these are computed from again, as in `ops.dot_general`.
+      options: formats that traced ones are among. With them the codes of these, too, are kept, in
+        the narrowest dtype that holds all; a format that is none of them gives gradients of NaN.
+
+    Raises:
+      FormatError: an unknown format among the options.
+      ValueError: unknown execution or residuals.
 
     Raises (when called):
       SiteError: the assignment names a site that does not exist, holds something other than
@@ -111,6 +131,7 @@ def quantize(
       FormatError, ValueError: a site that `execution` does not apply to.
     """
     check_execution(execution)
+    kept = residuals_of(residuals, options)
 
     @named_after(fun, "assignment", "params")
     def quantized(assignment: Assignment, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +145,7 @@ def quantize(
                     f"Site {name!r}: the calibration of {field} has state, which quantize does not"
                     " carry. Use quantize_with_state."
                 )
-        outputs, _ = run_planned(trace, plans, execution=execution, update=False)
+        outputs, _ = run_planned(trace, plans, execution=execution, update=False, residuals=kept)
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs)
 
     return quantized
@@ -139,7 +160,12 @@ class StatefulFunction(NamedTuple):
 
 
 def quantize_with_state(
-    fun: Callable, *, axis_name: Hashable | None = None, execution: str = "emulated"
+    fun: Callable,
+    *,
+    axis_name: Hashable | None = None,
+    execution: str = "emulated",
+    residuals: str = "values",
+    options: Sequence[str | NumericFormat] = (),
 ) -> StatefulFunction:
     """`quantize` for quantizers whose calibrations have state, such as `moving_average(absmax())`.
 
@@ -154,6 +180,7 @@ def quantize_with_state(
     calibration with state cannot stand in a while loop (SiteError).
     """
     check_execution(execution)
+    kept = residuals_of(residuals, options)
 
     def prepare(assignment, params, args, kwargs):
         trace = trace_function(fun, params, args, kwargs, {})
@@ -174,6 +201,7 @@ def quantize_with_state(
             Held(held, {}, stacks),
             execution=execution,
             update=update,
+            residuals=kept,
         )
         return jax.tree_util.tree_unflatten(trace.out_tree, outputs), _nested(held | states)
 

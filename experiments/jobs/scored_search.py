@@ -46,7 +46,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     net = configured_net(config, parts.model, images.splits.image_shape)
     setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
     space, (name, primary) = setting.space, next(iter(setting.costs.items()))
-    qapply = of_points(from_config.quantized(parts.model, parallel.AXIS), net)
+    kept = {"residuals": config.residuals, "formats": space.formats}
+    qapply = of_points(from_config.quantized(parts.model, parallel.AXIS, **kept), net)
     update = from_config.make_update(config, parts, qapply, net)
 
     def step(state: ScoredState, inputs, batch: Batch):

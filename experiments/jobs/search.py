@@ -52,7 +52,8 @@ def prepare_sampled(
     setting = configured_search(config, parts.sites, parts.schedule.total_steps, net)
     one_shot = setting.one_shot
     assert one_shot is not None  # of all that sample
-    qapply = of_points(from_config.quantized(parts.model), net)
+    kept = {"residuals": config.residuals, "formats": setting.space.formats}
+    qapply = of_points(from_config.quantized(parts.model, **kept), net)
     update = from_config.make_update(config, parts, qapply, net)
     step = make_search_step(qapply, update, setting.space, one_shot, measure=config.search.measure)
     held_out = config.search.quality == "held_out"

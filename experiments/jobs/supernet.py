@@ -55,7 +55,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     assert space.net is not None
     matrices = space.net.matrices() if options.kernel_matrices else ()
     step = make_supernet_step(
-        from_config.quantized(parts.model), space, parts.optimizer, smallest_subnet(parts, space),
+        from_config.quantized(parts.model, residuals=config.residuals, formats=space.formats),
+        space, parts.optimizer, smallest_subnet(parts, space),
         subnets=options.subnets, distillation=options.distillation,
         label_smoothing=config.label_smoothing,
     )  # fmt: skip

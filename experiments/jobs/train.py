@@ -23,7 +23,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
     """Training under fixed formats, which are an input of the step."""
     parts = from_config.build_parts(config, images)
     assignment = configured_assignment(config, parts.sites)
-    qapply = from_config.quantized(parts.model, parallel.AXIS)
+    kept = {"residuals": config.residuals, "formats": from_config.formats_like(assignment)}
+    qapply = from_config.quantized(parts.model, parallel.AXIS, **kept)
     update = from_config.make_update(config, parts, qapply)
 
     def step(state: TrainState, formats, batch):

@@ -1,0 +1,77 @@
+"""Codes of a product's operands, in the dtype that carries them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_search.numerics.granularity import join_blocks
+from aqt_search.numerics.outline import outline, where
+from aqt_search.numerics.qtensor import QTensor
+from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
+from aqt_search.numerics.scale import Scale
+from aqt_search.products.carriers import Carrier, bad_sums, does_not_fit, encode_carrier
+
+
+@functools.partial(outline, static_argnums=(1, 2, 3))
+def encode_tensor(q: Quantized, carrier: Carrier, summed: tuple[int, ...], told: bool) -> Codes:
+    """A tensor's codes in a carrier; the zero point is what stands for 0 after its shift.
+
+    Args:
+      q: the tensor.
+      carrier: of the codes.
+      summed: the axes that the product sums over: one bad number is in all of these sums.
+      told: whether to tell which elements lie within the bounds.
+    """
+    found = codes_of_tensor(q, q.grid())
+    return _in_carrier(q, found if told else found._replace(inside=None), carrier, summed)
+
+
+@functools.partial(outline, static_argnums=(1, 2))
+def values_and_codes(
+    q: Quantized, dtype: np.dtype, carrier: Carrier
+) -> tuple[jax.Array, jax.Array | None, Codes]:
+    """`quantize_dequantize`, and the codes that its values can be computed from again."""
+    found = codes_of_tensor(q, q.grid())
+    values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(dtype)
+    codes = _in_carrier(q, found, carrier, q.how.over(q.x.ndim).axes)
+    return values, codes.inside, codes._replace(inside=None)
+
+
+def _in_carrier(q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int, ...]) -> Codes:
+    how, axis = q.how, q.how.granularity.block_axis
+
+    def joined(part):
+        return part if part is None or axis is None else jnp.squeeze(part, axis + 1)
+
+    scale, zero = found.scale.value(), found.scale.zero_point
+    codes = encode_carrier(found.codes, carrier)
+    if carrier.dtype == np.int8 and not how.calibration.covers:  # else the scale is NaN already
+        bad = bad_sums(codes, found.codes, carrier, summed if axis is None else (axis + 1,))
+        scale = where(bad, jnp.nan, scale)
+    scale = where(does_not_fit(carrier, q.grid()), jnp.nan, scale)
+    if carrier.shift:
+        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
+    codes, inside = (
+        None if part is None else join_blocks(part, how.granularity, q.x.shape)
+        for part in (codes, found.inside)
+    )
+    return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
+
+
+def encode_stored(q: QTensor, carrier: Carrier) -> Codes:
+    """The codes of a stored tensor in a carrier."""
+    dtype = np.dtype(np.float32)
+    codes = q.codes(np.dtype(np.int16) if carrier.shift else carrier.dtype)
+    if carrier.shift:
+        codes = (codes - np.int16(carrier.shift)).astype(np.int8)
+    scale = q.scales(dtype)
+    if scale is None:
+        scale = jnp.ones((1,) * q.ndim, dtype)
+    zero = q.zero_point
+    if carrier.shift:
+        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
+    return Codes(codes, Scale(scale, zero_point=zero), None)
