@@ -67,7 +67,8 @@ def make_programs(depth: int, batch_size: int, image_size: int) -> list[Program]
     image = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
     variables = {"params": train.params, "batch_stats": train.batch_stats}
     sites = aqs.find_sites(model.apply, variables, image, train=False)
-    qapply = aqs.quantize(model.apply)
+    # As the jobs run it: codes are kept for the backward pass.
+    qapply = aqs.quantize(model.apply, residuals="codes", options=SIXTEEN)
     update = make_update(qapply, optimizer)
     static = aqs.assign(sites, [(".*", "int8")])
 

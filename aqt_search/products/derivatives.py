@@ -172,14 +172,13 @@ class _Residual:
 def _residual(
     operand: OperandValue, value: jax.Array, inside: jax.Array | None, codes: Codes | None
 ) -> _Residual:
-    of_operand = abstract(operand)
-    kept: Any = (None, None, None)
-    if isinstance(operand, Quantized):
-        kept = (codes, None if codes is not None else value, inside)
-        none: Any = None
-        if operand.how.calibration.derivative is None:
-            operand = _without(operand, x=none, bounds=operand.bounds)
-    return _Residual(*kept, operand, of_operand.shape, of_operand.dtype)
+    of = abstract(operand)
+    if not isinstance(operand, Quantized):
+        return _Residual(None, None, None, operand, of.shape, of.dtype)
+    if operand.how.calibration.derivative is None:
+        operand = _without(operand, x=None, bounds=operand.bounds)
+    kept = value if codes is None else None
+    return _Residual(codes, kept, inside, operand, of.shape, of.dtype)
 
 
 def _without(operand: Quantized, x: Any, bounds: Any) -> Quantized:
@@ -230,13 +229,13 @@ def _values_after(residual: _Residual, gradient: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         residual, _ = jax.lax.optimization_barrier((residual, gradient))
         return residual.values()
+    return _outlined_values(residual, gradient[(0,) * gradient.ndim])
 
-    @outline
-    def values(residual, after):
-        residual, _ = jax.lax.optimization_barrier((residual, after))
-        return residual.values()
 
-    return values(residual, gradient[(0,) * gradient.ndim])
+@outline
+def _outlined_values(residual: _Residual, after: jax.Array) -> jax.Array:
+    residual, _ = jax.lax.optimization_barrier((residual, after))
+    return residual.values()
 
 
 def _gradient(

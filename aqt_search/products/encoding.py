@@ -55,10 +55,9 @@ def _in_carrier(q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int,
     scale = where(does_not_fit(carrier, q.grid()), jnp.nan, scale)
     if carrier.shift:
         zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    codes, inside = (
-        None if part is None else join_blocks(part, how.granularity, q.x.shape)
-        for part in (codes, found.inside)
-    )
+    codes, inside = join_blocks(codes, how.granularity, q.x.shape), found.inside
+    if inside is not None:
+        inside = join_blocks(inside, how.granularity, q.x.shape)
     return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
 
 

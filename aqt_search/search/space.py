@@ -159,9 +159,11 @@ class Space:
     @property
     def formats(self) -> tuple[NumericFormat, ...]:
         """All formats that are chosen among: fp32 stands for what an option leaves unquantized."""
-        tables = (zip(*q.fmt) for q in self._quantizers()[2])
-        rows = (tuple(number.item() for number in row) for table in tables for row in table)
-        return tuple(NumericFormat(*row) for row in dict.fromkeys(rows))
+        tables = [np.stack(list(q.fmt), 1).tolist() for q in self._quantizers()[2]]
+        rows = dict.fromkeys(tuple(row) for table in tables for row in table)
+        return tuple(
+            NumericFormat(int(m), int(e), low, high, int(bits)) for m, e, low, high, bits in rows
+        )
 
     @property
     def format_decisions(self) -> dict[int, Decision]:

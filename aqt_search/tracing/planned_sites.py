@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from aqt_search.numerics.formats import NumericFormat, is_traced, unsigned_twin
 from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
+from aqt_search.numerics.symbolic import certainly
 from aqt_search.products.carriers import Carrier, holding
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
@@ -31,6 +33,8 @@ from aqt_search.tracing.plans import (
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Operand, SiteError
 from aqt_search.tracing.trace import Trace
 
+_FEW = 2**18  # elements of a weight that take less memory than two more kernels are worth
+
 
 class Residuals(NamedTuple):
     """What sites keep for their backward products."""
@@ -38,9 +42,11 @@ class Residuals(NamedTuple):
     kind: str = "values"  # or "codes"
     options: tuple[NumericFormat, ...] = ()  # what traced formats are among
 
-    def carrier(self, plan: Plan | None) -> Carrier | None:
-        """What holds an operand's codes between the passes; None where nothing is known to."""
+    def carrier(self, operand: Operand, plan: Plan | None) -> Carrier | None:
+        """What holds an operand's codes between the passes; None where its values are kept."""
         if self.kind == "values" or plan is None:
+            return None
+        if operand.role == "weight" and certainly(lambda: math.prod(operand.shape) < _FEW):
             return None
         formats = [layer.quantizer.fmt for layer in plan.each]
         if any(map(is_traced, formats)):
@@ -120,7 +126,11 @@ class PlannedSites:
             self._quantized(k, None, held.numbers) if k in self._plans else None for k in keys
         )
         (lhs, rhs), (lhs_format, rhs_format) = values, formats
-        kept = [self._residuals.carrier(self._plans.get((name, side))) for side in SIDES]
+        site = self._sites[name]
+        kept = [
+            self._residuals.carrier(getattr(site, side), self._plans.get((name, side)))
+            for side in SIDES
+        ]
         result = product(
             bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution,
             (of_lhs, of_rhs), self._residuals.kind, kept,
