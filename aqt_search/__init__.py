@@ -67,6 +67,7 @@ from aqt_search.products.ops import conv_general_dilated, dot_general, einsum, t
 from aqt_search.tracing.assignment_file import AssignmentError, from_json, to_json
 from aqt_search.tracing.freeze import Frozen, NotCalibrated, freeze
 from aqt_search.tracing.layers import layer_sites
+from aqt_search.tracing.measured_executions import measure_executions
 from aqt_search.tracing.rules import RuleError, assign
 from aqt_search.tracing.serve import serve
 from aqt_search.tracing.sites import Operand, Site, SiteError, SiteFormats
@@ -134,6 +135,7 @@ __all__ = [
     "layer_sites",
     "lsq",
     "mean_deviation",
+    "measure_executions",
     "merge_learned",
     "min_max",
     "moving_average",

@@ -13,7 +13,7 @@ that are traced.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from aqt_search.numerics.formats import (
 from aqt_search.numerics.outline import outline, where
 from aqt_search.products.measured_facts import Work, facts_about
 
+Execution = str | Mapping[str, str]  # of all sites, or by site
 EXECUTIONS = ("emulated", "native", "auto", "int8", "fp8", "bf16")
 
 
@@ -162,12 +163,16 @@ def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
     return next((name for name in known if _family(name, formats)), "emulated")
 
 
-def check_execution(execution: str) -> None:
-    """Raises ValueError for an unknown execution."""
-    if execution not in EXECUTIONS:
-        raise ValueError(
-            f"Unknown execution {execution!r}: expected one of {', '.join(EXECUTIONS)}."
-        )
+def check_execution(execution: Execution) -> None:
+    """Raises ValueError for an unknown execution, of all sites or of one."""
+    by_site = execution if isinstance(execution, Mapping) else {"": execution}
+    for name, own in by_site.items():
+        if own not in EXECUTIONS:
+            of = f" of site {name!r}" if name else ""
+            raise ValueError(
+                f"Unknown execution {own!r}{of}: expected one of {', '.join(EXECUTIONS)}, or a"
+                " mapping of sites to these."
+            )
 
 
 _NOT_A_NUMBER = -128  # the one number of int8 that no symmetric format has

@@ -18,7 +18,7 @@ from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import calibrated
 from aqt_search.numerics.symbolic import certainly
-from aqt_search.products.carriers import Carrier, holding
+from aqt_search.products.carriers import Carrier, Execution, holding
 from aqt_search.products.operands import OperandValue
 from aqt_search.products.product import product
 from aqt_search.tracing.interpreter import EMPTY, MISSING, Held, Interpreter, Outcome, run_flow
@@ -58,15 +58,15 @@ VALUES = Residuals()
 
 
 def run_planned(
-    trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: str, update: bool,
-    told: bool = False, residuals: Residuals = VALUES,
+    trace: Trace, plans: Mapping[Key, Plan], held: Held = EMPTY, *, execution: Execution,
+    update: bool, told: bool = False, residuals: Residuals = VALUES,
 ) -> Outcome:  # fmt: skip
     """Runs a trace under plans: its outputs, and the next states of calibrations.
 
     Args:
       trace, plans: the function.
       held: states of calibrations, and weights that are stored.
-      execution: as in `ops.dot_general`.
+      execution: as in `transform.quantize`.
       update, told: as in `quantized.calibrated`.
       residuals: for the backward products.
     """
@@ -77,11 +77,20 @@ def run_planned(
     return Interpreter(trace, sites.names, sites.at_site, run_flow).run(sites.with_numbers(held))
 
 
+def _check_sites(execution: Execution, trace: Trace) -> None:
+    named = [] if isinstance(execution, str) else list(execution)
+    if named and not any(name in trace.sites for name in named):
+        raise SiteError(
+            "The execution is by site, and none of its sites is in this function:"
+            f" {', '.join(map(repr, named[:3]))}. Measure it for this function."
+        )
+
+
 class PlannedSites:
     """Evaluates sites under plans."""
 
     def __init__(
-        self, trace: Trace, plans: Mapping[Key, Plan], *, execution: str, update: bool,
+        self, trace: Trace, plans: Mapping[Key, Plan], *, execution: Execution, update: bool,
         told: bool = False, residuals: Residuals = VALUES,
     ):  # fmt: skip
         self.names = {name for name, _ in plans}
@@ -91,6 +100,7 @@ class PlannedSites:
         self._update = update
         self._told = told
         self._residuals = residuals
+        _check_sites(execution, trace)
         self._quantized = quantized_by(trace, plans)
         self._numbers = numbers_of(trace, plans)
 
@@ -132,10 +142,15 @@ class PlannedSites:
             for side in SIDES
         ]
         result = product(
-            bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution,
+            bind, site_layout(eqn), (lhs, rhs), (lhs_format, rhs_format), self._execution_of(name),
             (of_lhs, of_rhs), self._residuals.kind, kept,
         )  # fmt: skip
         return [result], states
+
+    def _execution_of(self, name: str) -> str:
+        if isinstance(self._execution, str):
+            return self._execution
+        return self._execution.get(name, "auto")
 
     def operand(self, key: Key, x: jax.Array, held: Held) -> tuple[OperandValue, dict[Key, Any]]:
         """An operand as its site takes it, and the next state of its calibration, if it has one."""

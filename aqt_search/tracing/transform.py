@@ -21,7 +21,7 @@ from aqt_search.numerics.calibration import moving_average
 from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.granularity import PER_TOKEN
 from aqt_search.numerics.quantizer import Quantizer, quantizer
-from aqt_search.products.carriers import check_execution
+from aqt_search.products.carriers import Execution, check_execution
 from aqt_search.products.derivatives import check_residuals
 from aqt_search.tracing.interpreter import Held
 from aqt_search.tracing.layers import (
@@ -89,7 +89,7 @@ def quantize(
     fun: Callable,
     *,
     axis_name: Hashable | None = None,
-    execution: str = "emulated",
+    execution: Execution = "emulated",
     residuals: str = "values",
     options: Sequence[str | NumericFormat] = (),
 ) -> Callable:
@@ -114,7 +114,8 @@ def quantize(
       axis_name: a mapped axis that shards the batch; activation scales are then shared over it, so
         that the result does not depend on the number of devices.
       execution: how products are run, as in `ops.dot_general`; "auto" falls back to "emulated"
-        site by site.
+        site by site. Or a mapping of sites to these, as `measure_executions` finds it, in which
+        "auto" holds for sites that are not named.
       residuals: what products keep of their operands for the backward pass: "values", or the
         "codes" that these are computed from again, as in `ops.dot_general`.
       options: formats that traced ones are among. With them the codes of these, too, are kept, in
@@ -163,7 +164,7 @@ def quantize_with_state(
     fun: Callable,
     *,
     axis_name: Hashable | None = None,
-    execution: str = "emulated",
+    execution: Execution = "emulated",
     residuals: str = "values",
     options: Sequence[str | NumericFormat] = (),
 ) -> StatefulFunction:
