@@ -22,8 +22,13 @@ from aqt_search.products.derivatives import Bind, Forward, values_of_codes
 from aqt_search.products.encoding import encode_stored, encode_tensor
 from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
-from aqt_search.products.matrices import product_of_matrices
-from aqt_search.products.measured_facts import convolves_over_rows, work_of
+from aqt_search.products.matrices import product_of_matrices, products_of_matrices
+from aqt_search.products.measured_facts import (
+    LEAST_ROWS,
+    convolves_over_rows,
+    has_few_rows,
+    work_of,
+)
 from aqt_search.products.operands import (
     OperandValue,
     dtype_of,
@@ -112,14 +117,17 @@ def _sum_of_products(bind_codes, zeros, lhs: Part, rhs: Part) -> jax.Array:
 
     Exact in int32 if the left side fits: what wraps on the way there comes back.
     """
-    product = bind_codes(lhs.codes, rhs.codes)
+    left, right = zeros
+    product, *ones = bind_codes([lhs.codes, *([] if left is None else [lhs.ones])], rhs.codes)
     left, right = (zero if zero is None else zero.astype(product.dtype) for zero in zeros)
     if left is not None:
-        product = product - left * bind_codes(lhs.ones, rhs.codes)
+        product = product - left * ones[0]
     if right is not None:
-        product = product - right * bind_codes(lhs.codes, rhs.ones)
+        (sums,) = bind_codes([lhs.codes], rhs.ones)
+        product = product - right * sums
     if left is not None and right is not None:
-        product = product + left * right * bind_codes(lhs.ones, rhs.ones)
+        (terms,) = bind_codes([lhs.ones], rhs.ones)
+        product = product + left * right * terms
     return product
 
 
@@ -157,7 +165,7 @@ def _native(
         lambda a, b: row_convolution.row_convolution(a, b, row_params or {}, accumulate)
     )
 
-    def bind_codes(a, b):
+    def bind_one(a, b):
         if row_params is not None:
             return over_rows(a, b)
         if layout.kind == "einsum":
@@ -165,6 +173,15 @@ def _native(
         if layout.kind != "conv_general_dilated" and a.dtype == jnp.bfloat16:
             return product_of_matrices(a, b, layout, accumulate)
         return bind(a, b, accumulate)
+
+    def bind_codes(lefts, b):
+        """The products of several left operands with b."""
+        few = [has_few_rows(layout, a.shape, accumulate) for a in lefts]
+        joined = [a for a, own in zip(lefts, few) if own]
+        found = iter(())
+        if joined:
+            found = iter(products_of_matrices(joined, b, layout, accumulate, least_rows=LEAST_ROWS))
+        return [next(found) if own else bind_one(a, b) for a, own in zip(lefts, few)]
 
     def to_result(part: jax.Array, side: int) -> jax.Array:
         return _to_result(part, layout.out_axes[side], layout.out_ndim)

@@ -28,6 +28,7 @@ from aqt_search.products.measured_facts import chip
 from aqt_search.products.stored_order import storage_order
 from aqt_search.tracing.interpreter import EMPTY, Held
 from aqt_search.tracing.matching import for_sites
+from aqt_search.tracing.origins import array_type
 from aqt_search.tracing.planned_sites import PlannedSites, Residuals
 from aqt_search.tracing.plans import Plan, make_plans, quantized_by, site_equations, site_layout
 from aqt_search.tracing.sites import SIDES, Key, Site
@@ -91,7 +92,7 @@ def measure_executions(
         found = _times_of(trace, plans, states, names[0], purpose, seconds / len(groups))
         milliseconds |= dict.fromkeys(names, found)
     return {
-        "executions": {name: min(found, key=found.get) for name, found in milliseconds.items()},
+        "executions": {name: _fastest(found) for name, found in milliseconds.items()},
         "milliseconds": milliseconds,
         "purpose": purpose,
         "backend": jax.default_backend(),
@@ -99,6 +100,10 @@ def measure_executions(
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
     }
+
+
+def _fastest(times: Mapping[str, float]) -> str:
+    return min(times, key=lambda execution: times[execution])
 
 
 def _chip() -> str:
@@ -177,7 +182,7 @@ def _operands(site: Site, eqn: jex_core.JaxprEqn) -> list[Any]:
     rng, found = np.random.default_rng(0), []
     sides: Sequence[Any] = (site.lhs, site.rhs)
     for place, variable in enumerate(eqn.invars):
-        aval = variable.aval
+        aval = array_type(variable)
         if not jnp.issubdtype(aval.dtype, jnp.floating):  # the sizes of groups of rows
             share = site.lhs.shape[0] // max(aval.size, 1)
             found.append(jnp.full(aval.shape, share, aval.dtype))
