@@ -175,7 +175,7 @@ def check_execution(execution: Execution) -> None:
             )
 
 
-_NOT_A_NUMBER = -128  # the one number of int8 that no symmetric format has
+NOT_A_NUMBER = -128  # the one number of int8 that no symmetric format has
 
 
 def encode_carrier(codes: jax.Array, carrier: Carrier) -> jax.Array:
@@ -183,7 +183,7 @@ def encode_carrier(codes: jax.Array, carrier: Carrier) -> jax.Array:
     if carrier.shift:
         codes = codes - codes.dtype.type(carrier.shift)
     elif carrier.dtype == np.int8:
-        codes = where(jnp.isnan(codes), _NOT_A_NUMBER, codes)
+        codes = where(jnp.isnan(codes), NOT_A_NUMBER, codes)
     return codes.astype(carrier.dtype)
 
 
@@ -196,7 +196,7 @@ def bad_sums(
     """
     if carrier.shift:
         return jnp.isnan(jnp.max(codes, axes, keepdims=True, initial=0))
-    return _least(encoded, tuple(axes)) == _NOT_A_NUMBER
+    return _least(encoded, tuple(axes)) == NOT_A_NUMBER
 
 
 @functools.partial(outline, static_argnums=(1,))

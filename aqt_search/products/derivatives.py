@@ -19,6 +19,7 @@ from aqt_search.numerics.fake_quant import straight_through
 from aqt_search.numerics.outline import outline
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Codes, Quantized
+from aqt_search.products.encoding import values_of_codes
 from aqt_search.products.operands import OperandValue, abstract, values_of
 
 RESIDUALS = ("values", "codes")
@@ -51,21 +52,6 @@ def check_residuals(residuals: str) -> None:
         raise ValueError(
             f"Unknown residuals {residuals!r}: expected one of {', '.join(RESIDUALS)}."
         )
-
-
-def values_of_codes(codes: Codes, how: Any, dtype: np.dtype) -> jax.Array:
-    """What the codes of a product's operand stand for: (codes - zero_point) * scale."""
-    numbers = codes.codes.astype(codes.scale.block.dtype)
-    size, axis = how.granularity.block_size, how.granularity.block_axis
-
-    def spread(part):
-        if size is None or axis is None:
-            return part
-        return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, numbers.shape[axis], axis=axis)
-
-    if codes.scale.zero_point is not None:
-        numbers = numbers - spread(codes.scale.zero_point)
-    return (numbers * spread(codes.scale.block)).astype(dtype)
 
 
 def _through(operand: OperandValue, value: jax.Array, inside: jax.Array | None) -> jax.Array:

@@ -12,8 +12,15 @@ from aqt_search.numerics.granularity import join_blocks
 from aqt_search.numerics.outline import outline, where
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Codes, Quantized, codes_of_tensor
+from aqt_search.numerics.quantizer import Recipe
 from aqt_search.numerics.scale import Scale
-from aqt_search.products.carriers import Carrier, bad_sums, does_not_fit, encode_carrier
+from aqt_search.products.carriers import (
+    NOT_A_NUMBER,
+    Carrier,
+    bad_sums,
+    does_not_fit,
+    encode_carrier,
+)
 
 
 @functools.partial(outline, static_argnums=(1, 2, 3))
@@ -34,14 +41,19 @@ def encode_tensor(q: Quantized, carrier: Carrier, summed: tuple[int, ...], told:
 def values_and_codes(
     q: Quantized, dtype: np.dtype, carrier: Carrier
 ) -> tuple[jax.Array, jax.Array | None, Codes]:
-    """`quantize_dequantize`, and the codes that its values can be computed from again."""
-    found = codes_of_tensor(q, q.grid())
-    values = join_blocks(found.values(), q.how.granularity, q.x.shape).astype(dtype)
-    codes = _in_carrier(q, found, carrier, q.how.over(q.x.ndim).axes)
-    return values, codes.inside, codes._replace(inside=None)
+    """`quantize_dequantize`, and the codes that its values are computed from, here and again."""
+    codes = _in_carrier(q, codes_of_tensor(q, q.grid()), carrier, None)
+    inside, codes = codes.inside, codes._replace(inside=None)
+    return _values_of_codes(codes, q.how, dtype), inside, codes
 
 
-def _in_carrier(q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int, ...]) -> Codes:
+def _in_carrier(
+    q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int, ...] | None
+) -> Codes:
+    """Codes in a carrier; bad numbers are told by the scales of the sums that they are in.
+
+    Without a product (`summed` is None) by those of their own scale, where no code tells of them.
+    """
     how, axis = q.how, q.how.granularity.block_axis
 
     def joined(part):
@@ -49,7 +61,11 @@ def _in_carrier(q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int,
 
     scale, zero = found.scale.value(), found.scale.zero_point
     codes = encode_carrier(found.codes, carrier)
-    if carrier.dtype == np.int8 and not how.calibration.covers:  # else the scale is NaN already
+    told = how.calibration.covers  # by the scale, which is NaN already
+    if summed is None:
+        told = told or (zero is None and not carrier.shift)
+        summed = how.over(q.x.ndim).axes
+    if carrier.dtype == np.int8 and not told:
         bad = bad_sums(codes, found.codes, carrier, summed if axis is None else (axis + 1,))
         scale = where(bad, jnp.nan, scale)
     scale = where(does_not_fit(carrier, q.grid()), jnp.nan, scale)
@@ -59,6 +75,27 @@ def _in_carrier(q: Quantized, found: Codes, carrier: Carrier, summed: tuple[int,
     if inside is not None:
         inside = join_blocks(inside, how.granularity, q.x.shape)
     return Codes(codes, Scale(joined(scale), zero_point=joined(zero)), inside)
+
+
+def values_of_codes(codes: Codes, how: Recipe, dtype: np.dtype) -> jax.Array:
+    """What the codes of a product's operand stand for: (codes - zero_point) * scale."""
+    numbers, zero = codes.codes.astype(codes.scale.block.dtype), codes.scale.zero_point
+    size, axis = how.granularity.block_size, how.granularity.block_axis
+
+    def spread(part):
+        if size is None or axis is None:
+            return part
+        return jax.lax.slice_in_dim(jnp.repeat(part, size, axis), 0, numbers.shape[axis], axis=axis)
+
+    if zero is not None:
+        numbers = numbers - spread(zero)
+    elif codes.codes.dtype == np.int8 and not how.calibration.covers:
+        numbers = where(codes.codes == NOT_A_NUMBER, jnp.nan, numbers)
+    return (numbers * spread(codes.scale.block)).astype(dtype)
+
+
+# Outlined, so that it reads the codes and does not round anew.
+_values_of_codes = outline(values_of_codes, static_argnums=(1, 2))
 
 
 def encode_stored(q: QTensor, carrier: Carrier) -> Codes:

@@ -18,8 +18,8 @@ from aqt_search.numerics.quantized import Codes, Quantized
 from aqt_search.numerics.scale import Scale
 from aqt_search.products import row_convolution
 from aqt_search.products.carriers import Carrier, accumulator
-from aqt_search.products.derivatives import Bind, Forward, values_of_codes
-from aqt_search.products.encoding import encode_stored, encode_tensor
+from aqt_search.products.derivatives import Bind, Forward
+from aqt_search.products.encoding import encode_stored, encode_tensor, values_of_codes
 from aqt_search.products.int32_sums import Part, in_parts, most_terms, unknown_place
 from aqt_search.products.layout import Layout, dot_layout
 from aqt_search.products.matrices import product_of_matrices, products_of_matrices
