@@ -12,7 +12,7 @@ from aqt_search.numerics.formats import NumericFormat
 from aqt_search.numerics.mixed_stack import MixedStack
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantizer import Quantizer
-from aqt_search.products.carriers import Execution, check_execution
+from aqt_search.products.carriers import check_execution
 from aqt_search.tracing.freeze import Dropped, Frozen
 from aqt_search.tracing.interpreter import MISSING, Held, Stacks
 from aqt_search.tracing.layers import by_layer, layer_indices, layer_name, split_layer
@@ -26,7 +26,7 @@ from aqt_search.tracing.trace import Trace, trace_function
 from aqt_search.tracing.transform import CalibrationState, check_assignment, flat_state
 
 
-def serve(fun: Callable, *, execution: Execution = "auto") -> Callable:
+def serve(fun: Callable, *, execution: str | Mapping[str, str] = "auto") -> Callable:
     """Returns `served(frozen, *args, **kwargs)`: `fun` on stored weights, for evaluation.
 
     It computes what `quantize_with_state(fun).evaluate` (or `quantize(fun)`, where activations have

@@ -21,7 +21,7 @@ from aqt_search.numerics.calibration import moving_average
 from aqt_search.numerics.formats import NumericFormat, numeric_format
 from aqt_search.numerics.granularity import PER_TOKEN
 from aqt_search.numerics.quantizer import Quantizer, quantizer
-from aqt_search.products.carriers import Execution, check_execution
+from aqt_search.products.carriers import check_execution
 from aqt_search.products.derivatives import check_residuals
 from aqt_search.tracing.interpreter import Held
 from aqt_search.tracing.layers import (
@@ -89,7 +89,7 @@ def quantize(
     fun: Callable,
     *,
     axis_name: Hashable | None = None,
-    execution: Execution = "emulated",
+    execution: str | Mapping[str, str] = "emulated",
     residuals: str = "values",
     options: Sequence[str | NumericFormat] = (),
 ) -> Callable:
@@ -164,7 +164,7 @@ def quantize_with_state(
     fun: Callable,
     *,
     axis_name: Hashable | None = None,
-    execution: Execution = "emulated",
+    execution: str | Mapping[str, str] = "emulated",
     residuals: str = "values",
     options: Sequence[str | NumericFormat] = (),
 ) -> StatefulFunction:
