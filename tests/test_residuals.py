@@ -100,6 +100,16 @@ def test_what_is_kept(name, bytes_each):
     assert sum(x.nbytes for x in kept) < 0.6 * sum(x.nbytes for x in values if x.size >= 128)
 
 
+def test_an_empty_batch_has_gradients():
+    """Of weights they are sums of nothing."""
+    x, w = np.zeros((0, 8), np.float32), sample(8, 4)
+
+    def loss(w):
+        return jnp.sum(dot(x, w, lhs_format="int8", rhs_format="int8", residuals="codes"))
+
+    np.testing.assert_array_equal(jax.grad(loss)(w), np.zeros((8, 4)))
+
+
 def test_bad_numbers_are_not_lost():
     """NaN in int8 codes: the gradients that it enters are NaN, as with values."""
     x, w = sample(3, 8), sample(8, 4, seed=1)

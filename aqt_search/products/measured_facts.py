@@ -60,7 +60,8 @@ class Fact(NamedTuple):
     measured: bool = True  # else by the vendor's published rates
 
 
-# CPU: two Zen 4 cores. H100: 80 GB, [n, k] weights (`python -m benchmarks.accelerator`).
+# CPU: two Zen 4 cores; dots by `python -m benchmarks.quantized_ops --only serving-static`, the int8
+# convolutions alone, beside float32 ones. H100: 80 GB, [n, k] weights, a scale per row.
 FACTS = (
     Fact("cpu", "avx512_bf16", "0.10.2", "dot_general", "bf16", "lax", 0.58),
     Fact("cpu", "amx_bf16", "0.10.2", "dot_general", "bf16", "lax", 0.58),

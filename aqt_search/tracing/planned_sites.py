@@ -33,7 +33,7 @@ from aqt_search.tracing.plans import (
 from aqt_search.tracing.sites import GRADIENTS, SIDES, Key, Operand, SiteError
 from aqt_search.tracing.trace import Trace
 
-_FEW = 2**18  # elements of a weight that take less memory than two more kernels are worth
+_SMALL_WEIGHT = 2**18  # elements of a weight that take less memory than two more kernels are worth
 
 
 class Residuals(NamedTuple):
@@ -46,7 +46,7 @@ class Residuals(NamedTuple):
         """What holds an operand's codes between the passes; None where its values are kept."""
         if self.kind == "values" or plan is None:
             return None
-        if operand.role == "weight" and certainly(lambda: math.prod(operand.shape) < _FEW):
+        if operand.role == "weight" and certainly(lambda: math.prod(operand.shape) < _SMALL_WEIGHT):
             return None
         formats = [layer.quantizer.fmt for layer in plan.each]
         if any(map(is_traced, formats)):

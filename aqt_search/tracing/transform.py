@@ -119,7 +119,7 @@ def quantize(
       residuals: what products keep of their operands for the backward pass: "values", or the
         "codes" that these are computed from again, as in `ops.dot_general`.
       options: formats that traced ones are among. With them the codes of these, too, are kept, in
-        the narrowest dtype that holds all; a format that is none of them gives gradients of NaN.
+        the narrowest dtype that holds all; one that this does not hold gives NaN.
 
     Raises:
       FormatError: an unknown format among the options.
