@@ -59,7 +59,7 @@ def instructions(hlo, opcodes):
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
-@pytest.mark.parametrize("execution", ["emulated", "native", "bf16", "auto"])
+@pytest.mark.parametrize("execution", ["native", "bf16", "auto"])
 @pytest.mark.parametrize("make", [linen, batched])
 def test_served_programs_read_weights_as_they_lie(make, execution, fmt):
     apply, params, x = make()

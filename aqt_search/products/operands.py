@@ -28,10 +28,19 @@ def dtype_of(operand: OperandValue) -> np.dtype:
 def values_of(operand: OperandValue) -> jax.Array:
     """The operand as the emulated product takes it."""
     if isinstance(operand, QTensor):
-        return operand.dequantize()
+        return stored_values(operand)
     if isinstance(operand, Quantized):
         return fake_quantized(operand)
     return operand
+
+
+def stored_values(operand: QTensor, dtype: np.dtype | None = None) -> jax.Array:
+    """`operand.dequantize(dtype)`, written with its axes in their order.
+
+    XLA would read them as they lie, in a product that then adds up in another order.
+    """
+    values = operand.dequantize(dtype)
+    return jax.lax.optimization_barrier(values) if operand.order else values
 
 
 def has_zero_point(operand: Quantized | QTensor) -> bool:

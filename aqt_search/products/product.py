@@ -31,7 +31,7 @@ from aqt_search.products.encoding import values_and_codes
 from aqt_search.products.layout import Layout
 from aqt_search.products.measured_facts import work_of
 from aqt_search.products.native import block_place, native_forward, refusal
-from aqt_search.products.operands import OperandValue, abstract, dtype_of, values_of
+from aqt_search.products.operands import OperandValue, abstract, dtype_of, stored_values, values_of
 from aqt_search.products.stored_order import in_stored_order
 
 
@@ -50,8 +50,9 @@ def _emulated(
         if carrier is None or not told:
             return _Emulated(*quantize_dequantize(operand, dtype, told))
         return _Emulated(*values_and_codes(operand, dtype, carrier))
-    value = operand.dequantize(dtype) if isinstance(operand, QTensor) else operand.astype(dtype)
-    return _Emulated(value)
+    if isinstance(operand, QTensor):
+        return _Emulated(stored_values(operand, dtype))
+    return _Emulated(operand.astype(dtype))
 
 
 def _emulated_forward(
@@ -139,7 +140,8 @@ def product(
       ValueError: unknown execution, or one that this product has no form for.
     """
     plain, own = bind, operands
-    bind, layout, operands = in_stored_order(bind, layout, operands)
+    if execution != "emulated":  # which adds up in the order of the training step
+        bind, layout, operands = in_stored_order(bind, layout, operands)
     execution = _choose(layout, operands, execution, formats)
     known = [fmt for fmt in formats if fmt is not None]  # both, where neither was refused
     carriers = None
