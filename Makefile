@@ -20,7 +20,8 @@ test: $(INSTALLED)
 # What the library promises, without the jobs: for a second Python and jax.
 FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \
 	qtensor gradient_rules learned_scales ops depthwise sites control_flow rules transform freeze \
-	stateful assignment_file cost roofline space policy critic answer searchers own_loop import))
+	stateful assignment_file cost roofline space policy critic answer searchers own_loop import \
+	residuals stored_order matrices measured_facts measured_executions))
 
 test-fast: $(INSTALLED)
 	$(RUN) $(PYTEST) $(FAST)
