@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple, overload
@@ -246,6 +247,25 @@ def as_grid(fmt: NumericFormat, dtype: np.dtype) -> Grid:
     return Grid(
         low, high, _power_of_two(fmt.min_exponent, dtype), _power_of_two(mantissa_bits, dtype),
         _power_of_two(-mantissa_bits, dtype), 1 / high, jnp.asarray(is_unscaled(fmt), dtype),
+    )  # fmt: skip
+
+
+def known_format(formats: Sequence[NumericFormat]) -> NumericFormat | None:
+    """The one that all of these are, in numbers of Python; None if they differ or are traced."""
+    if any(isinstance(n, jax.core.Tracer) or np.ndim(n) for fmt in formats for n in fmt):
+        return None
+    found = {NumericFormat(*(np.asarray(field).item() for field in fmt)) for fmt in formats}
+    return found.pop() if len(found) == 1 else None
+
+
+@functools.cache
+def known_grid(fmt: NumericFormat, dtype: np.dtype) -> Grid:
+    """`as_grid` of a `known_format`, in numbers of numpy."""
+    kind = dtype.type
+    low, high = kind(fmt.min_value), kind(fmt.max_value)
+    return Grid(
+        low, high, kind(2.0**fmt.min_exponent), kind(2.0**fmt.mantissa_bits),
+        kind(2.0**-fmt.mantissa_bits), kind(1) / high, kind(bool(is_unscaled(fmt))),
     )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from aqt_search.numerics.formats import (
     NumericFormat,
     as_grid,
     is_known_integer,
+    known_format,
+    known_grid,
     round_to_grid,
     unsigned_twin,
 )
@@ -58,17 +60,24 @@ class Quantized:
     """A tensor with all that quantizing it takes: its format, bounds, random key and recipe."""
 
     x: jax.Array  # any shape, floating point; None for a gradient, which is still to come
-    grids: jax.Array  # [n, 7], of `pack_grids`, in the dtype that x is rounded in
-    row: jax.typing.ArrayLike  # [], int32: of the format in `grids`
+    # [n, 7], of `pack_grids`, and the format's row, [], int32; None where `known` tells it.
+    grids: jax.Array | None
+    row: jax.typing.ArrayLike | None
     bounds: Bounds | None  # as a calibration with state gave them; None for one without
     key: jax.Array | None  # for stochastic rounding
     active: jax.Array | None  # which elements calibrations count, broadcasts to x; None: all
     how: Recipe = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})  # that x is rounded in
+    # The format, where its numbers are part of the program: fewer kernels, one program a format.
+    known: NumericFormat | None = dataclasses.field(default=None, metadata={"static": True})
     # Whether the format is known to be an integer one, which takes less to round to.
     integer: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def grid(self) -> Grid:
         """The format as its arithmetic needs it."""
+        if self.known is not None:
+            return Grid(*map(jnp.asarray, known_grid(self.known, self.dtype)))
+        assert self.grids is not None and self.row is not None
         packed = jax.lax.dynamic_index_in_dim(self.grids, self.row, keepdims=False)
         return Grid(*(packed[field] for field in range(len(Grid._fields))))
 
@@ -86,7 +95,7 @@ class Quantized:
                 f" {axis} of shape {self.x.shape}. Choose a size that does, or absmax, min_max or"
                 " mse."
             )
-        return split_blocks(self.x.astype(self.grids.dtype), self.how.granularity)
+        return split_blocks(self.x.astype(self.dtype), self.how.granularity)
 
     def active_blocks(self) -> jax.Array | None:
         """Which elements of `blocks` count."""
@@ -98,12 +107,16 @@ class Quantized:
 def in_one_format(
     x: jax.Array | None, q: Quantizer, how: Recipe, bounds: Bounds | None = None
 ) -> Quantized:
-    """A tensor on its way into the format of `q`, which is packed for it alone."""
+    """A tensor on its way into the format of `q`, which is packed for it alone.
+
+    In a program a format known when that is traced is part of it; outside all share one.
+    """
     dtype = np.dtype(np.float32) if x is None else carrier_dtype(x.dtype)
     tensor = cast(jax.Array, x)  # None for a gradient
-    grids = pack_grids([q.fmt], dtype)
+    known = known_format([q.fmt]) if x is None or isinstance(x, jax.core.Tracer) else None
+    grids, row = (None, None) if known else (pack_grids([q.fmt], dtype), np.int32(0))
     integer = is_known_integer(q.fmt)
-    return Quantized(tensor, grids, np.int32(0), bounds, q.key, q.active, how, integer)
+    return Quantized(tensor, grids, row, bounds, q.key, q.active, how, dtype, known, integer)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------
@@ -147,7 +160,7 @@ def calibrated(
         bounds, state = run(stopped, state)
         return dataclasses.replace(q, bounds=bounds), state
     bounds = q.how.calibration.read(state, q.grid())
-    bounds = jax.tree.map(lambda b: b.astype(q.grids.dtype), bounds)
+    bounds = jax.tree.map(lambda b: b.astype(q.dtype), bounds)
     if not told:
         own = tells_nothing(bounds)
         bounds = jax.lax.cond(own, lambda q: run(q, state)[0], lambda q: bounds, stopped)

@@ -210,13 +210,12 @@ def _values_after(residual: _Residual, gradient: jax.Array) -> jax.Array:
     """The values of a residual, once there is a gradient.
 
     They would else be computed in the forward pass, and kept. XLA's CPU backend heeds no barrier,
-    so they are the result of a function there that takes a slice of the gradient.
+    so they are the result of a function there that takes the gradient, too.
     """
     if jax.default_backend() != "cpu":
         residual, _ = jax.lax.optimization_barrier((residual, gradient))
         return residual.values()
-    # A slice, not an index: the gradient may have no element.
-    return _outlined_values(residual, gradient[(slice(0, 1),) * gradient.ndim])
+    return _outlined_values(residual, gradient)
 
 
 @outline

@@ -153,8 +153,8 @@ def _offered(trace: Trace, space: Space) -> Callable[..., tuple[Any, jax.Array]]
     ]
 
     def offered(key: Key, x: jax.Array, held: Held) -> tuple[Any, jax.Array]:
-        found = [quantized(key, x, held.numbers) for quantized in options]
-        how: Any = found[0]
+        found: list[Any] = [quantized(key, x, held.numbers) for quantized in options]
+        how = found[0]
         # Without the tensor, which stands for itself, and with the grids of all options apart.
         how = dataclasses.replace(how, x=None, grids=None)
         return how, jnp.stack([quantized.grids for quantized in found])

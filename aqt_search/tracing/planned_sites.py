@@ -101,7 +101,9 @@ class PlannedSites:
         self._told = told
         self._residuals = residuals
         _check_sites(execution, trace)
-        self._quantized = quantized_by(trace, plans)
+        # Outside of a program, one that serves every format is compiled for each operation.
+        in_program = any(isinstance(x, jax.core.Tracer) for x in trace.inputs)
+        self._quantized = quantized_by(trace, plans, built_in=in_program)
         self._numbers = numbers_of(trace, plans)
 
     def with_numbers(self, held: Held) -> Held:

@@ -14,7 +14,7 @@ import numpy as np
 
 from aqt_search.numerics.explicit_axes import entered
 from aqt_search.numerics.fake_quant import check_key
-from aqt_search.numerics.formats import NumericFormat, is_known_integer, is_traced
+from aqt_search.numerics.formats import NumericFormat, is_known_integer, is_traced, known_format
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
 from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
@@ -217,36 +217,42 @@ def layer_number(site: Site, numbers: Mapping[Path, jax.Array]) -> jax.Array:
     return number
 
 
-def quantized_by(trace: Trace, plans: Mapping[Key, Plan]) -> Callable[..., Quantized]:
+def quantized_by(
+    trace: Trace, plans: Mapping[Key, Plan], built_in: bool = False
+) -> Callable[..., Quantized]:
     """Returns `quantized(key, x, numbers)`: a tensor under its plan, or that of its layer.
 
-    x is None for the gradient of a site; numbers are those of `Held`. The formats of all plans are
-    packed into one array: one for each tensor would cost a kernel.
+    x is None for the gradient of a site; numbers are those of `Held`. Formats that are known are
+    part of the program where `built_in`; those of all other plans are packed into one array, as one
+    for each tensor would cost a kernel.
     """
     each = [layer for plan in plans.values() for layer in plan.each]
     formats, twins = [plan.quantizer.fmt for plan in each], [plan.twin for plan in each]
+    of_plans = {key: [own.quantizer.fmt for own in plan.each] for key, plan in plans.items()}
+    known = {key: known_format(of_plans[key]) if built_in else None for key in plans}
+    integers = {key for key in plans if all(map(is_known_integer, of_plans[key]))}
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]
     dtypes = {carrier_dtype(o.dtype) for o in operands} | {_OF_GRADIENTS}
-    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes if plans}
+    packed = any(fmt is None for fmt in known.values())
+    grids = {dtype: pack_grids(formats, dtype, twins) for dtype in dtypes if packed}
     starts = itertools.accumulate((len(plan.each) for plan in plans.values()), initial=0)
     rows = dict(zip(plans, map(np.int32, starts)))
-    integers = {
-        key for key, p in plans.items() if all(is_known_integer(o.quantizer.fmt) for o in p.each)
-    }
 
     def quantized(key: Key, x: Any, numbers: Mapping[Path, jax.Array]) -> Quantized:
         plan, dtype = plans[key], _OF_GRADIENTS if x is None else carrier_dtype(x.dtype)
-        row, random_key, active = rows[key], plan.quantizer.key, plan.quantizer.active
+        random_key, active = plan.quantizer.key, plan.quantizer.active
+        grid, row = (grids[dtype], rows[key]) if known[key] is None else (None, None)
         if plan.layers:
             number = layer_number(trace.sites[key[0]], numbers)
-            row = row + number
+            row = None if row is None else row + number
             keys = [p.quantizer.key for p in plan.layers if p.quantizer.key is not None]
             random_key = jnp.stack(keys)[number] if keys else None  # of all layers or of none
             active = _of_layers([p.quantizer.active for p in plan.layers], number)
-        grid, random_key, active = entered((grids[dtype], random_key, active))
-        integer = key in integers
-        return Quantized(x, grid, row, None, random_key, active, plan.how, integer)
+        grid, random_key, active = entered((grid, random_key, active))
+        return Quantized(
+            x, grid, row, None, random_key, active, plan.how, dtype, known[key], key in integers
+        )
 
     return quantized
 
