@@ -231,14 +231,14 @@ def served_program(
 
 
 def training_step(apply: Callable, optimizer: optax.GradientTransformation) -> Callable:
-    """A step of a classifier with batch statistics."""
+    """A step of a classifier, with batch statistics or without."""
 
     def step(params, batch_stats, opt_state, images, labels):
         def loss_of(params):
             variables = {"params": params, "batch_stats": batch_stats}
             logits, updates = apply(variables, images, train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates["batch_stats"]
+            return losses.mean(), updates.get("batch_stats", {})
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
