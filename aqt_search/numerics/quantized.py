@@ -77,7 +77,8 @@ class Quantized:
         """The format as its arithmetic needs it."""
         if self.known is not None:
             return Grid(*map(jnp.asarray, known_grid(self.known, self.dtype)))
-        assert self.grids is not None and self.row is not None
+        assert self.grids is not None
+        assert self.row is not None
         packed = jax.lax.dynamic_index_in_dim(self.grids, self.row, keepdims=False)
         return Grid(*(packed[field] for field in range(len(Grid._fields))))
 

@@ -238,13 +238,15 @@ def _gradient(
     return gradient
 
 
-def with_backward(forward: ForwardFunction, bind: Bind, residuals: str) -> Callable:
+def with_backward(
+    forward: ForwardFunction, bind: Bind, in_codes: tuple[bool, bool] | None
+) -> Callable:
     """`run(lhs, rhs, gradients)`: the product, with gradients by products of its own.
 
     Args:
       forward: the product.
       bind: that of values.
-      residuals: "codes" keeps codes where the forward pass has them; else values.
+      in_codes: which operand is kept in codes, if the forward pass has them; None: values are.
     """
 
     @jax.custom_vjp
@@ -253,7 +255,7 @@ def with_backward(forward: ForwardFunction, bind: Bind, residuals: str) -> Calla
 
     def run_forward(lhs, rhs, gradients):
         found = forward((lhs, rhs), told=True)
-        codes = found.codes if residuals == "codes" else (None, None)
+        codes = [c if own else None for c, own in zip(found.codes, in_codes or (False, False))]
         kept = tuple(map(_residual, (lhs, rhs), found.values, found.inside, codes))
         return found.result, (kept, gradients)
 
@@ -268,7 +270,7 @@ def with_backward(forward: ForwardFunction, bind: Bind, residuals: str) -> Calla
             gradient = _gradient(side, bind, residual, kept[1 - side], back)
             if isinstance(residual.operand, Quantized):
                 gradient = _back_through(residual, gradient)
-            if residuals == "codes":
+            if in_codes is not None:
                 gradient = jax.tree.map(_with_first_derivatives, gradient)
             found.append(gradient)
         return (*found, None)

@@ -15,7 +15,7 @@ import numpy as np
 
 from aqt_search.numerics.explicit_axes import sharded_as
 from aqt_search.numerics.fake_quant import quantize_dequantize
-from aqt_search.numerics.formats import NumericFormat
+from aqt_search.numerics.formats import NumericFormat, is_traced
 from aqt_search.numerics.qtensor import QTensor
 from aqt_search.numerics.quantized import Codes, Quantized, carrier_dtype
 from aqt_search.products import depthwise
@@ -113,6 +113,20 @@ def _of_values(bind: Bind, layout: Layout, operands, gradients: Gradients) -> Bi
     return lambda lhs, rhs, accumulate: depthwise.shifted_products(lhs, rhs, params)
 
 
+def _in_codes(
+    residuals: str, kept: Sequence[Carrier | None], formats: Sequence[NumericFormat | None]
+) -> tuple[bool, bool] | None:
+    """Which operands are kept in codes, if those of a native product are; None: values are."""
+    if residuals == "values":
+        return None
+    # A known format that nothing is to carry is that of a small weight.
+    left, right = (
+        carrier is not None or (fmt is not None and is_traced(fmt))
+        for carrier, fmt in zip(kept, formats)
+    )
+    return left, right
+
+
 def product(
     bind: Bind,
     layout: Layout,
@@ -153,17 +167,18 @@ def product(
     # `jax.eval_shape` tells no sharding where only some axes of the mesh are explicit.
     closed = jax.make_jaxpr(lambda a, b: plain(a, b, None))(*map(abstract, own))
     (result,) = closed.out_avals
-    run = functools.partial(_run, bind, layout, carriers, result.dtype, residuals, kept)
+    in_codes = _in_codes(residuals, kept, formats)
+    run = functools.partial(_run, bind, layout, carriers, result.dtype, in_codes, kept)
     return sharded_as(run, result.sharding)(operands, gradients)
 
 
 def _run(
     bind: Bind, layout: Layout, carriers: Sequence[Carrier] | None, dtype: np.dtype,
-    residuals: str, kept: Sequence[Carrier | None],
+    in_codes: tuple[bool, bool] | None, kept: Sequence[Carrier | None],
     operands: tuple[OperandValue, OperandValue], gradients: Gradients,
 ) -> jax.Array:  # fmt: skip
     """The product on codes in `carriers`, or in floating point without."""
-    reverse_alone = gradients != (None, None) or residuals == "codes"
+    reverse_alone = gradients != (None, None) or in_codes is not None
     of_values = _of_values(bind, layout, operands, gradients)
     if carriers is not None:
         forward = functools.partial(native_forward, bind, layout, carriers, dtype)
@@ -173,5 +188,5 @@ def _run(
         lhs, rhs = map(values_of, operands)
         return of_values(lhs, rhs, None)
     if reverse_alone:
-        return with_backward(forward, of_values, residuals)(*operands, gradients)
+        return with_backward(forward, of_values, in_codes)(*operands, gradients)
     return with_forward_derivative(forward, of_values)(*operands)
