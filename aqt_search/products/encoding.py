@@ -69,8 +69,7 @@ def _in_carrier(
         bad = bad_sums(codes, found.codes, carrier, summed if axis is None else (axis + 1,))
         scale = where(bad, jnp.nan, scale)
     scale = where(does_not_fit(carrier, q.grid()), jnp.nan, scale)
-    if carrier.shift:
-        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
+    zero = _zero_point_in(carrier, scale, zero)
     codes, inside = join_blocks(codes, how.granularity, q.x.shape), found.inside
     if inside is not None:
         inside = join_blocks(inside, how.granularity, q.x.shape)
@@ -107,7 +106,11 @@ def encode_stored(q: QTensor, carrier: Carrier) -> Codes:
     scale = q.scales(dtype)
     if scale is None:
         scale = jnp.ones((1,) * q.ndim, dtype)
-    zero = q.zero_point
-    if carrier.shift:
-        zero = jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift
-    return Codes(codes, Scale(scale, zero_point=zero), None)
+    return Codes(codes, Scale(scale, zero_point=_zero_point_in(carrier, scale, q.zero_point)), None)
+
+
+def _zero_point_in(carrier: Carrier, scale: jax.Array, zero: jax.Array | None) -> jax.Array | None:
+    """What stands for 0 in a carrier that shifts codes."""
+    if not carrier.shift:
+        return zero
+    return jnp.full_like(scale, -carrier.shift) if zero is None else zero - carrier.shift

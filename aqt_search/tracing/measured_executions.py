@@ -86,10 +86,12 @@ def measure_executions(
     states = checked_state(state or {}, trace, plans)
     # The layers of a stack are one program: the first stands for all.
     plans = {key: plan.each[0]._replace(layers=()) for key, plan in plans.items()}
-    groups = _alike(trace, plans)
+    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
+    groups = _alike(trace, plans, equations)
     milliseconds: dict[str, dict[str, float]] = {}
     for names in groups:
-        found = _times_of(trace, plans, states, names[0], purpose, seconds / len(groups))
+        name, share = names[0], seconds / len(groups)
+        found = _times_of(trace, plans, states, name, equations[name], purpose, share)
         milliseconds |= dict.fromkeys(names, found)
     return {
         "executions": {name: _fastest(found) for name, found in milliseconds.items()},
@@ -114,9 +116,10 @@ def _chip() -> str:
     return names[0] if names else platform.machine()
 
 
-def _alike(trace: Trace, plans: Mapping[Key, Plan]) -> list[list[str]]:
+def _alike(
+    trace: Trace, plans: Mapping[Key, Plan], equations: Mapping[str, Any]
+) -> list[list[str]]:
     """The names of quantized products, those of one program together."""
-    equations = site_equations(trace.closed.jaxpr, trace.site_paths)
     groups: dict[str, list[str]] = {}
     for name, site in trace.sites.items():
         own = [plans.get((name, side)) for side in SIDES]
@@ -134,11 +137,11 @@ def _times_of(
     plans: Mapping[Key, Plan],
     states: Mapping[Key, Any],
     name: str,
+    eqn: Any,
     purpose: str,
     seconds: float,
 ) -> dict[str, float]:
     """Milliseconds of a site's product in each execution that it has a form for."""
-    eqn = site_equations(trace.closed.jaxpr, trace.site_paths)[name]
     own = {key: plan for key, plan in plans.items() if key[0] == name}
     first = (0,) * len(trace.sites[name].layers)
     own_states = {
@@ -152,11 +155,12 @@ def _times_of(
         held = _with_stored_weights(trace, own, held, name, eqn, operands)
     runs = {}
     for execution in _CANDIDATES:
-        sites = PlannedSites(
-            trace, own, execution=execution, update=False, residuals=Residuals("codes")
-        )
 
-        def product(operands, held, sites=sites):
+        def product(operands, held, execution=execution):
+            sites = PlannedSites(
+                trace._replace(inputs=list(operands)), own, execution=execution, update=False,
+                residuals=Residuals("codes"),
+            )  # fmt: skip
             return sites.at_site(name, eqn, operands, held)[0][0]
 
         run = _with_gradients(product) if purpose == "training" else product
