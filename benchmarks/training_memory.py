@@ -53,6 +53,7 @@ def plans(model: Model, dtype: Any) -> dict[str, Plan]:
     def plan(apply: Callable, formats: Any = None) -> Plan:
         def step(formats, *args):
             own = apply if formats is None else functools.partial(apply, formats)
+            own = functools.partial(own, rngs={"dropout": jax.random.key(0)})
             return training_step(own, RESNET_OPTIMIZER)(*args)
 
         def at(batch: int) -> timing.Build:
