@@ -21,7 +21,7 @@ test: $(INSTALLED)
 FAST := $(addprefix tests/test_,$(addsuffix .py,formats fake_quant granularity calibration quantizer \
 	qtensor gradient_rules learned_scales ops depthwise sites control_flow rules transform freeze \
 	stateful assignment_file cost roofline space policy critic answer searchers own_loop import \
-	residuals stored_order matrices measured_facts measured_executions))
+	residuals stored_order tiled_weights gpu_programs matrices measured_facts measured_executions))
 
 test-fast: $(INSTALLED)
 	$(RUN) $(PYTEST) $(FAST)

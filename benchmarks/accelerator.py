@@ -149,8 +149,8 @@ def decoding(k: int, rows: int) -> dict[str, Make]:
 
     return {
         "float": lambda: Program(lambda x, w: x @ w, (x, w)),
-        "int8 weights": ours("int8", None, "emulated"),
-        "int4 weights": ours("int4", None, "emulated"),
+        "int8 weights": ours("int8", None, "auto"),
+        "int4 weights": ours("int4", None, "auto"),
         "int8 weights and activations": ours("int8", "int8", "auto"),
         "int4 weights, int8 activations": ours("int4", "int8", "auto"),
         "Qwix int8 weights and activations": lambda: _served(

@@ -23,6 +23,7 @@ from aqt_search.products.carriers import Carrier, carriers_of, check_execution, 
 from aqt_search.products.derivatives import (
     Bind,
     Forward,
+    ForwardFunction,
     Gradients,
     with_backward,
     with_forward_derivative,
@@ -33,6 +34,7 @@ from aqt_search.products.measured_facts import work_of
 from aqt_search.products.native import block_place, native_forward, refusal
 from aqt_search.products.operands import OperandValue, abstract, dtype_of, stored_values, values_of
 from aqt_search.products.stored_order import in_stored_order
+from aqt_search.products.tiled_weights import product_in_tiles, takes_tiles
 
 
 class _Emulated(NamedTuple):
@@ -70,6 +72,21 @@ def _emulated_forward(
     accumulate = np.float32 if _is_narrow(operands) else None
     result = bind(lhs.value, rhs.value, accumulate).astype(dtype)
     return Forward(result, values, (lhs.inside, rhs.inside), (lhs.codes, rhs.codes))
+
+
+def _forward_in_tiles(
+    bind: Bind, layout: Layout, dtype: np.dtype, kept: Sequence[Carrier | None],
+    operands: tuple[OperandValue, OperandValue], told: bool,
+) -> Forward:  # fmt: skip
+    """`_emulated_forward`, with the values of stored weights tile by tile, unless they are kept."""
+    lhs, rhs = operands
+    if told:
+        return _emulated_forward(bind, dtype, kept, operands, told)
+    assert isinstance(rhs, QTensor)
+    x = _emulated(lhs, carrier_dtype(dtype_of(lhs)), None, told).value
+    accumulate = np.float32 if _is_narrow(operands) else None
+    result = product_in_tiles(x, rhs, layout, carrier_dtype(rhs.dtype), accumulate).astype(dtype)
+    return Forward(result, (x, x), (None, None))  # nothing but the result is asked for
 
 
 def _is_narrow(operands: tuple[OperandValue, OperandValue]) -> bool:
@@ -153,7 +170,7 @@ def product(
       FormatError: no carrier, or not the one asked for, holds the formats.
       ValueError: unknown execution, or one that this product has no form for.
     """
-    plain, own = bind, operands
+    plain, own, asked = bind, operands, execution
     if execution != "emulated":  # which adds up in the order of the training step
         bind, layout, operands = in_stored_order(bind, layout, operands)
     execution = _choose(layout, operands, execution, formats)
@@ -167,24 +184,27 @@ def product(
     # `jax.eval_shape` tells no sharding where only some axes of the mesh are explicit.
     closed = jax.make_jaxpr(lambda a, b: plain(a, b, None))(*map(abstract, own))
     (result,) = closed.out_avals
+    forward = None
+    if carriers is not None:
+        forward = functools.partial(native_forward, bind, layout, carriers, result.dtype)
+    elif asked != "emulated" and takes_tiles(layout, operands):
+        forward = functools.partial(_forward_in_tiles, bind, layout, result.dtype, kept)
     in_codes = _in_codes(residuals, kept, formats)
-    run = functools.partial(_run, bind, layout, carriers, result.dtype, in_codes, kept)
+    run = functools.partial(_run, bind, layout, forward, result.dtype, in_codes, kept)
     return sharded_as(run, result.sharding)(operands, gradients)
 
 
 def _run(
-    bind: Bind, layout: Layout, carriers: Sequence[Carrier] | None, dtype: np.dtype,
+    bind: Bind, layout: Layout, forward: ForwardFunction | None, dtype: np.dtype,
     in_codes: tuple[bool, bool] | None, kept: Sequence[Carrier | None],
     operands: tuple[OperandValue, OperandValue], gradients: Gradients,
 ) -> jax.Array:  # fmt: skip
-    """The product on codes in `carriers`, or in floating point without."""
+    """The product as `forward` computes it, or of values without."""
     reverse_alone = gradients != (None, None) or in_codes is not None
     of_values = _of_values(bind, layout, operands, gradients)
-    if carriers is not None:
-        forward = functools.partial(native_forward, bind, layout, carriers, dtype)
-    elif reverse_alone or _is_narrow(operands):
+    if forward is None and (reverse_alone or _is_narrow(operands)):
         forward = functools.partial(_emulated_forward, of_values, dtype, kept)
-    else:
+    if forward is None:
         lhs, rhs = map(values_of, operands)
         return of_values(lhs, rhs, None)
     if reverse_alone:
