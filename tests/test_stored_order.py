@@ -73,6 +73,23 @@ def test_served_programs_read_weights_as_they_lie(make, execution, fmt):
     assert not [dims for dims in moved if math.prod(dims) in sizes]
 
 
+def test_layers_of_a_scan_in_formats_of_their_own_are_read_as_they_lie():
+    def apply(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    params, x = {"w": sample(3, 64, 64)}, sample(5, 64, seed=1)
+    sites = aqs.find_sites(apply, params, x)
+    rules = [(r"w\[1\]", {"weight": "int4", "activation": "int8"}), (".*", "int8")]
+    assignment = aqs.assign(sites, rules)
+    frozen = aqs.freeze(apply, assignment, params, x)
+    assert len(frozen.weights["w"]["rhs"].groups) == 2  # int8 and int4
+    served = jax.jit(aqs.serve(apply)).lower(frozen, x).compile()
+    expected = jax.jit(aqs.quantize(apply))(assignment, params, x)
+    np.testing.assert_allclose(served(frozen, x), expected, rtol=1e-4, atol=1e-4)
+    moved = instructions(served.as_text(), "transpose")
+    assert not [dims for dims in moved if math.prod(dims) == 64 * 64]
+
+
 def test_an_activation_is_rounded_once():
     """Static scales: a rounding for each of the five, and none of weights."""
     apply, params, x = linen()

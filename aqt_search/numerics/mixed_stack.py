@@ -66,7 +66,8 @@ class MixedStack:
                 own = jax.tree.map(lambda leaf: leaf[place], group)
                 if fmt is None:
                     return own.dequantize(carrier_dtype(own.dtype)), None, None, None
-                return own.codes(STORAGE_DTYPES[fmt]), own.scale, own.tensor_scale, own.zero_point
+                codes = own.codes_as_stored(STORAGE_DTYPES[fmt])
+                return codes, own.scale, own.tensor_scale, own.zero_point
 
             return of
 
@@ -76,6 +77,7 @@ class MixedStack:
         return QTensor(
             data, scale, tensor_scale, zero_point, numeric_format("fp32") if fmt is None else fmt,
             first.granularity, first.shape, first.dtype, centred=fmt is not None and first.centred,
+            order=() if fmt is None else first.order,
         )  # fmt: skip
 
     def _common_format(self) -> NumericFormat | None:

@@ -122,10 +122,11 @@ class QTensor:
 
     def codes(self, dtype: np.dtype) -> jax.Array:
         """The codes as numbers of `dtype`, of the tensor's shape."""
-        codes = self._stored_codes(dtype)
+        codes = self.codes_as_stored(dtype)
         return codes.transpose(*self.order) if self.order else codes
 
-    def _stored_codes(self, dtype: np.dtype) -> jax.Array:
+    def codes_as_stored(self, dtype: np.dtype) -> jax.Array:
+        """The codes as numbers of `dtype`, with the axes in the order of `data`."""
         if self.fmt in STORAGE_DTYPES:
             return self.data.astype(dtype)
         place = {axis: own for own, axis in enumerate(self.order)}
