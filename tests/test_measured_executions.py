@@ -100,13 +100,24 @@ def test_layers_of_a_scan_and_static_scales(purpose):
 
 
 def test_arrays_may_be_abstract_and_formats_without_codes():
-    """float16 has no form on codes: it runs emulated."""
+    """float16 has no form on codes: it runs in floating point."""
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (PARAMS, X))
     assignment = assigned(layers, PARAMS, X, "fp16")
     record = aqs.measure_executions(layers, assignment, *abstract, seconds=QUICK)
-    assert set(record["executions"].values()) == {"emulated"}
+    assert set(record["executions"].values()) <= {"emulated", "auto"}
+    training = aqs.measure_executions(
+        layers, assignment, *abstract, purpose="training", seconds=QUICK
+    )
+    assert set(training["executions"].values()) == {"emulated"}
     empty = aqs.measure_executions(layers, {}, *abstract, seconds=QUICK)
     assert empty["executions"] == {}
+
+
+def test_values_of_stored_weights_are_measured_as_they_are_served():
+    """Weights alone in int8: emulated serving turns them back, auto reads them as they lie."""
+    assignment = assigned(layers, PARAMS, X, {"weight": "int8", "activation": None})
+    record = aqs.measure_executions(layers, assignment, PARAMS, X, seconds=QUICK)
+    assert all(set(times) == {"emulated", "auto"} for times in record["milliseconds"].values())
 
 
 def test_what_is_wrong_is_said():
@@ -118,3 +129,11 @@ def test_what_is_wrong_is_said():
             transformation(layers, execution={"one": "int9"})
     with pytest.raises(aqs.SiteError, match="none of its sites is in this function: 'other'"):
         aqs.quantize(layers, execution={"other": "int8"})(assignment, PARAMS, X)
+    with pytest.raises(ValueError, match="expected a positive number"):
+        aqs.measure_executions(layers, assignment, PARAMS, X, seconds=0)
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda p: aqs.measure_executions(layers, assignment, p, X))(PARAMS)
+    with pytest.raises(ValueError, match=r'expected its record\["executions"\]'):
+        aqs.serve(layers, execution={"executions": {}, "milliseconds": {}})
+    with pytest.raises(TypeError, match=r"expected a sequence of formats, \['int8'\]"):
+        aqs.quantize(layers, residuals="codes", options="int8")

@@ -376,3 +376,31 @@ def test_wrong_arguments():
         aqs.fake_quant(x, aqs.Quantizer("int4", calibration=aqs.delayed(aqs.absmax())))
     with pytest.raises(ValueError, match=r"got channel_axes \(0,\) and a quantizer with"):
         aqs.fake_quant(x, "mxfp4", (0,))
+
+
+CALIBRATIONS = {
+    "absmax": aqs.absmax(), "min_max": aqs.min_max(), "percentile": aqs.percentile(95.0),
+    "mse": aqs.mse(), "fixed": aqs.fixed(1.5), "centred": aqs.centred(aqs.absmax()),
+    "moving average": aqs.moving_average(aqs.absmax()), "lsq": aqs.lsq(), "pact": aqs.pact(),
+    "batch_quant": aqs.batch_quant(), "mean deviation": aqs.mean_deviation(3.0),
+    "average": aqs.moving_average(aqs.mean_deviation(3.0), 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["int2", "int4", "uint4", "int8", "e2m1", "e4m3", "e5m2", "bf16"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_a_format_known_in_a_program_gives_the_bits_of_one_that_is_data(calibration, name):
+    x = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    fmt, how = aqs.numeric_format(name), CALIBRATIONS[calibration]
+    state = aqs.init_state(aqs.Quantizer(fmt, calibration=how), x.shape)
+
+    def run(fmt, x, state):
+        q = aqs.Quantizer(fmt, calibration=how)
+        values, state = aqs.fake_quant_with_state(x, q, state)
+        return values, aqs.fake_quant_with_state(1.3 * x, q, state, update=False)
+
+    known = jax.jit(lambda x, state: run(fmt, x, state))(x, state)
+    data = jax.jit(run)(jax.tree.map(jnp.asarray, fmt), x, state)
+    assert jax.tree.structure(known) == jax.tree.structure(data)
+    for one, other in zip(jax.tree.leaves(known), jax.tree.leaves(data)):
+        np.testing.assert_array_equal(one, other)

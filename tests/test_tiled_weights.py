@@ -46,8 +46,8 @@ def stored(w, quantizer):
     return aqs.quantize_tensor(w, quantizer, channels, order=(1, 0))
 
 
-def multiplied(x, w, **how):
-    return aqs.dot_general(x, w, NUMBERS, **({"execution": "auto"} | how))
+def multiplied(x, w, numbers=NUMBERS, execution="auto"):
+    return aqs.dot_general(x, w, numbers, execution=execution)
 
 
 def loops(fun, *args):
@@ -92,6 +92,29 @@ def test_gradients_are_those_of_the_values(small_tiles):
     tangent = sample(4, 32, seed=3)
     _, slope = jax.jvp(lambda x: multiplied(x, w), (x,), (tangent,))
     np.testing.assert_allclose(slope, tangent @ w.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (3, 0), (2, 3)])
+def test_a_batch_of_any_shape(small_tiles, rows):
+    x, w = sample(*rows, 32), stored(sample(32, 64, seed=1), "int8")
+    found = jax.jit(lambda x, w: multiplied(x, w, numbers=(((x.ndim - 1,), (0,)), ((), ()))))(x, w)
+    np.testing.assert_allclose(found, x @ w.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, contracting, order",
+    [((32, 10, 8), (0,), (1, 2, 0)), ((4, 8, 72), (0, 1), (2, 0, 1)), ((72, 32), (1,), ())],
+)
+def test_weights_of_several_axes(small_tiles, shape, contracting, order):
+    """Heads that are kept, heads that are summed over, and what lies so by itself."""
+    x, w = sample(5, *(shape[a] for a in contracting)), sample(*shape, seed=1)
+    kept = tuple(a for a in range(len(shape)) if a not in contracting)
+    stored = aqs.quantize_tensor(w, "int4", kept, order=order)
+    numbers = ((tuple(range(1, x.ndim)), contracting), ((), ()))
+    assert loops(lambda x, w: multiplied(x, w, numbers=numbers), x, stored) == 1
+    expected = np.tensordot(x.astype(np.float64), stored.dequantize(), numbers[0])
+    found = multiplied(x, stored, numbers=numbers)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_under_vmap_every_product_is_its_own(small_tiles):

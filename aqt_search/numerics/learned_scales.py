@@ -215,6 +215,8 @@ def batch_quant(channel_axis: int = -1) -> Calibration:
         )
 
     def adjusted(state: _Residuals, low, high, grid: Grid) -> Bounds:
+        # Numbers of a known format, too, are divided by as such, not multiplied by their inverse.
+        grid = jax.lax.optimization_barrier(grid)
         gamma, offset = jax.nn.softplus(state.gamma.value), state.offset.value
         levels = (grid.max_value - grid.min_value).astype(jnp.float32)
         scale = (high - low) / levels

@@ -105,6 +105,19 @@ class Quantized:
         return split_blocks(jnp.broadcast_to(self.active, self.x.shape), self.how.granularity)
 
 
+def built_in_format(formats: Sequence[NumericFormat], how: Recipe) -> NumericFormat | None:
+    """The format of these that is part of a program, see `Quantized.known`.
+
+    None where they differ or are traced; and where more than one number of a format is a factor, or
+    one is divided by: XLA multiplies constants with one another first, and by the inverse of one,
+    so that the last bits would not be those of a format that is data.
+    """
+    learned = how.calibration.derivative is not None or how.gradient.error_scaling
+    if learned or how.calibration.centred or how.scale_format == "e4m3":
+        return None
+    return known_format(formats)
+
+
 def in_one_format(
     x: jax.Array | None, q: Quantizer, how: Recipe, bounds: Bounds | None = None
 ) -> Quantized:
@@ -114,7 +127,8 @@ def in_one_format(
     """
     dtype = np.dtype(np.float32) if x is None else carrier_dtype(x.dtype)
     tensor = cast(jax.Array, x)  # None for a gradient
-    known = known_format([q.fmt]) if x is None or isinstance(x, jax.core.Tracer) else None
+    traced = x is None or isinstance(x, jax.core.Tracer)
+    known = built_in_format([q.fmt], how) if traced else None
     grids, row = (None, None) if known else (pack_grids([q.fmt], dtype), np.int32(0))
     integer = is_known_integer(q.fmt)
     return Quantized(tensor, grids, row, bounds, q.key, q.active, how, dtype, known, integer)
@@ -215,6 +229,9 @@ def codes_of_tensor(q: Quantized, grid: Grid) -> Codes:
     x = q.blocks()
     if bounds is None:
         bounds, _ = _calibrate(q, x, grid, ())
+    if q.known is not None and not how.calibration.covers:
+        # They may be a multiple of something: see `built_in_format`.
+        bounds = jax.lax.optimization_barrier(bounds)
     found = _encode(x, bounds, grid, how, random, q.integer)
     if how.calibration.covers:
         return found

@@ -166,6 +166,10 @@ def fastest(work: Work, formats: Sequence[NumericFormat]) -> str:
 def check_execution(execution: Execution) -> None:
     """Raises ValueError for an unknown execution, of all sites or of one."""
     by_site = execution if isinstance(execution, Mapping) else {"": execution}
+    if "executions" in by_site and "milliseconds" in by_site:
+        raise ValueError(
+            'execution is a whole record of measure_executions: expected its record["executions"].'
+        )
     for name, own in by_site.items():
         if own not in EXECUTIONS:
             of = f" of site {name!r}" if name else ""

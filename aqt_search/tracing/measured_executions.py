@@ -41,7 +41,8 @@ from aqt_search.tracing.transform import (
 )
 
 PURPOSES = ("serving", "training")
-_CANDIDATES = ("emulated", "int8", "fp8", "bf16")
+# "auto" is one more where it is none of the others: values of stored weights, read as they lie.
+_CANDIDATES = ("emulated", "int8", "fp8", "bf16", "auto")
 _HOPELESS = 5.0  # times the fastest: measured no further
 
 
@@ -74,11 +75,18 @@ def measure_executions(
       "jaxlib" it was measured on}.
 
     Raises:
-      ValueError: an unknown purpose.
+      ValueError: an unknown purpose; seconds below 0; inside of jit.
       SiteError: as for `quantize`; the state is not of this assignment.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"Unknown purpose {purpose!r}: expected one of {', '.join(PURPOSES)}.")
+    if seconds <= 0:
+        raise ValueError(f"seconds is {seconds}: expected a positive number.")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, args, kwargs))):
+        raise ValueError(
+            "measure_executions runs programs to time them: call it outside of jit and of other"
+            " transformations, and pass what it returns to `execution=`."
+        )
     trace = trace_function(fun, params, args, kwargs, {})
     assignment = for_sites(assignment, trace)
     check_assignment(assignment, trace.sites)
@@ -153,7 +161,7 @@ def _times_of(
     operands = _operands(trace.sites[name], eqn)
     if purpose == "serving":
         held = _with_stored_weights(trace, own, held, name, eqn, operands)
-    runs = {}
+    runs, programs = {}, set()
     for execution in _CANDIDATES:
 
         def product(operands, held, execution=execution):
@@ -165,9 +173,13 @@ def _times_of(
 
         run = _with_gradients(product) if purpose == "training" else product
         try:
-            compiled = jax.jit(run).lower(operands, held).compile()
+            lowered = jax.jit(run).lower(operands, held)
         except (FormatError, ValueError):  # it has no form on such codes
             continue
+        if lowered.as_text() in programs:
+            continue
+        programs.add(lowered.as_text())
+        compiled = lowered.compile()
         runs[execution] = lambda compiled=compiled: compiled(operands, held)
     return _medians(runs, seconds)
 

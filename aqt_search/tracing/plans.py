@@ -14,9 +14,15 @@ import numpy as np
 
 from aqt_search.numerics.explicit_axes import entered
 from aqt_search.numerics.fake_quant import check_key
-from aqt_search.numerics.formats import NumericFormat, is_known_integer, is_traced, known_format
+from aqt_search.numerics.formats import NumericFormat, is_known_integer, is_traced
 from aqt_search.numerics.granularity import PER_TENSOR, Granularity, per_channel, resolve
-from aqt_search.numerics.quantized import Quantized, carrier_dtype, init_bounds, pack_grids
+from aqt_search.numerics.quantized import (
+    Quantized,
+    built_in_format,
+    carrier_dtype,
+    init_bounds,
+    pack_grids,
+)
 from aqt_search.numerics.quantizer import Quantizer, Recipe, operand_format, quantizer, recipe
 from aqt_search.products.layout import Layout, conv_layout, dot_layout, ragged_layout
 from aqt_search.tracing.control_flow import Path, equations_along
@@ -229,7 +235,7 @@ def quantized_by(
     each = [layer for plan in plans.values() for layer in plan.each]
     formats, twins = [plan.quantizer.fmt for plan in each], [plan.twin for plan in each]
     of_plans = {key: [own.quantizer.fmt for own in plan.each] for key, plan in plans.items()}
-    known = {key: known_format(of_plans[key]) if built_in else None for key in plans}
+    known = {k: built_in_format(of_plans[k], p.how) if built_in else None for k, p in plans.items()}
     integers = {key for key in plans if all(map(is_known_integer, of_plans[key]))}
     names = {name for name, _ in plans}
     operands = [getattr(trace.sites[name], side) for name in names for side in SIDES]

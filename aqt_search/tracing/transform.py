@@ -82,6 +82,8 @@ def find_sites(
 def residuals_of(residuals: str, options: Sequence[str | NumericFormat]) -> Residuals:
     """What sites keep for their backward products, as `quantize` takes it."""
     check_residuals(residuals)
+    if isinstance(options, str):
+        raise TypeError(f"options is {options!r}: expected a sequence of formats, [{options!r}].")
     return Residuals(residuals, tuple(map(numeric_format, options)))
 
 
