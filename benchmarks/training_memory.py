@@ -1,12 +1,12 @@
 """What a training step of int8 products plans to hold, beside the float one, and what fits so.
 
-    python -m benchmarks.training_memory                  # 5 networks: 4 minutes on 2 cores
+    python -m benchmarks.training_memory                  # 5 networks: a few minutes on 2 cores
     python -m benchmarks.training_memory --gigabytes 80 --dtype bfloat16
     python -m benchmarks.training_memory --quick          # a small one, to see that it runs
 
 Steps are compiled, not run: XLA's plan for the device at hand tells the temporary bytes of a step,
 and with its arguments and results what it takes in all. The largest batch is looked for by
-compiling, between what the growth from one batch to the next says fits and what does not.
+compiling, from the one on that its growth from one batch to another says.
 """
 
 from __future__ import annotations
@@ -81,16 +81,20 @@ def plans(model: Model, dtype: Any) -> dict[str, Plan]:
 
 def largest_batch(plan: Plan, budget: float, batch: int, built: timing.Build) -> int:
     """The largest multiple of eight whose step plans no more bytes than the budget; 0 for none."""
-    least, most, known = 0, None, {batch: built.peak_bytes, 8: plan(8).peak_bytes}
-    growth = (known[batch] - known[8]) / (batch - 8)
-    guess = 8 * int((8 + (budget - known[8]) / growth) // 8)
-    while most is None or most - least > 8:
-        tried = min(max(guess, least + 8), (most or guess + least + 16) - 8)
-        if plan(tried).peak_bytes <= budget:
-            least, guess = tried, tried + 8
-        else:
-            most, guess = tried, tried - 8
-    return least
+
+    def fits(tried: int) -> bool:
+        return plan(tried).peak_bytes <= budget
+
+    small = plan(8).peak_bytes
+    growth = (built.peak_bytes - small) / (batch - 8)
+    tried = max(8, 8 * int((8 + (budget - small) / growth) // 8))
+    if fits(tried):
+        while fits(tried + 8):
+            tried += 8
+        return tried
+    while tried > 0 and not fits(tried):
+        tried -= 8
+    return tried
 
 
 def print_network(model: Model, dtype: Any, budget: float | None) -> None:

@@ -259,14 +259,10 @@ def known_format(formats: Sequence[NumericFormat]) -> NumericFormat | None:
 
 
 @functools.cache
-def known_grid(fmt: NumericFormat, dtype: np.dtype) -> Grid:
-    """`as_grid` of a `known_format`, in numbers of numpy."""
-    kind = dtype.type
-    low, high = kind(fmt.min_value), kind(fmt.max_value)
-    return Grid(
-        low, high, kind(2.0**fmt.min_exponent), kind(2.0**fmt.mantissa_bits),
-        kind(2.0**-fmt.mantissa_bits), kind(1) / high, kind(bool(is_unscaled(fmt))),
-    )  # fmt: skip
+def known_grid(fmt: NumericFormat, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """The numbers of `as_grid` for a `known_format`, which a program may be built with."""
+    with jax.ensure_compile_time_eval():
+        return tuple(map(np.asarray, as_grid(fmt, dtype)))
 
 
 def _round_steps(steps: jax.Array, rounding: str, random: jax.Array | None) -> jax.Array:

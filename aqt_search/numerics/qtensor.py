@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -170,22 +170,31 @@ class QTensor:
         numbers = jnp.arange(self.shape[0])
         return self.rows(jnp.take(numbers, widened(indices), mode="fill", fill_value=-1), jnp.nan)
 
+    def of_rows(self, taken: Callable[[jax.Array], jax.Array], count: int) -> QTensor:
+        """The `count` rows that `taken` takes of all that has rows; data are stored row by row."""
+
+        def own(part: jax.Array | None) -> jax.Array | None:
+            if part is None or part.ndim == 0 or part.shape[0] != self.shape[0]:
+                return part  # one for all rows
+            return taken(part)
+
+        return dataclasses.replace(
+            self, data=taken(self.data), scale=own(self.scale), zero_point=own(self.zero_point),
+            shape=(count, *self.shape[1:]),
+        )  # fmt: skip
+
     def rows(self, numbers: jax.Array, fill: float) -> jax.Array:
         """The rows of these numbers, int32 of any shape; `fill` where a number is negative."""
         packed = self.row_axes == 0 and self.fmt not in STORAGE_DTYPES
-        count, flat = self.shape[0], numbers.reshape(-1)
+        flat = numbers.reshape(-1)
 
-        def taken(part):
-            own = part is not None and part.ndim > 0 and part.shape[0] == count
-            return jnp.take(part, flat, axis=0, mode="clip") if own else part
+        def taken(part: jax.Array) -> jax.Array:
+            return jnp.take(part, flat, axis=0, mode="clip")
 
         if packed or self.order or self.granularity.block_axis == 0:
             values = taken(self.dequantize())
         else:
-            values = dataclasses.replace(
-                self, data=taken(self.data), scale=taken(self.scale),
-                zero_point=taken(self.zero_point), shape=(flat.size, *self.shape[1:]),
-            ).dequantize()  # fmt: skip
+            values = self.of_rows(taken, flat.size).dequantize()
         values = values.reshape(*numbers.shape, *self.shape[1:])
         inside = numbers.reshape(*numbers.shape, *(1,) * (self.ndim - 1)) >= 0
         return jnp.where(inside, values, jnp.asarray(fill, values.dtype))

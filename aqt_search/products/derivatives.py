@@ -209,8 +209,8 @@ def _no_second_derivatives(primals, tangents):
 def _values_after(residual: _Residual, gradient: jax.Array) -> jax.Array:
     """The values of a residual, once there is a gradient.
 
-    They would else be computed in the forward pass, and kept. XLA's CPU backend heeds no barrier,
-    so they are the result of a function there that takes the gradient, too.
+    They would else be computed in the forward pass, and kept. XLA's CPU backend takes barriers out
+    before it fuses, so they are the result of a function there that takes the gradient, too.
     """
     if jax.default_backend() != "cpu":
         residual, _ = jax.lax.optimization_barrier((residual, gradient))

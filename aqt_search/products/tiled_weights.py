@@ -52,7 +52,8 @@ def product_in_tiles(
         lying = dataclasses.replace(weights, data=weights.data.reshape(n, -1), row_axes=1)
 
     def product(start: jax.typing.ArrayLike, size: int) -> jax.Array:
-        values = _rows(lying, start, size).dequantize(dtype)
+        tile = lying.of_rows(lambda part: jax.lax.dynamic_slice_in_dim(part, start, size), size)
+        values = tile.dequantize(dtype)
         return product_of_matrices(x, values, layout, accumulate)
 
     tiles = jax.lax.map(lambda start: product(start, rows), rows * jnp.arange(n // rows))
@@ -62,18 +63,3 @@ def product_in_tiles(
     if n % rows:
         found = jnp.concatenate([found, product(n - n % rows, n % rows)], place)
     return found
-
-
-def _rows(weights: QTensor, start: jax.typing.ArrayLike, size: int) -> QTensor:
-    """The rows from `start` on of weights that are stored row by row."""
-
-    def own(part: jax.Array | None) -> jax.Array | None:
-        if part is None or part.ndim == 0 or part.shape[0] != weights.shape[0]:
-            return part  # one for all rows
-        return jax.lax.dynamic_slice_in_dim(part, start, size)
-
-    data = jax.lax.dynamic_slice_in_dim(weights.data, start, size)
-    return dataclasses.replace(
-        weights, data=data, scale=own(weights.scale), zero_point=own(weights.zero_point),
-        shape=(size, *weights.shape[1:]),
-    )  # fmt: skip

@@ -70,12 +70,13 @@ def measure_executions(
       seconds: of timed runs, about; compiling comes to that.
 
     Returns:
-      {"executions": {site: the fastest execution}, which `execution=` takes, "milliseconds":
+      {"executions": {site: the fastest execution, "auto" if that is the values of stored weights,
+      read as they lie}, which `execution=` takes, "milliseconds":
       {site: {execution: median}} of one product, "purpose", and the "backend", "chip", "jax" and
       "jaxlib" it was measured on}.
 
     Raises:
-      ValueError: an unknown purpose; seconds below 0; inside of jit.
+      ValueError: an unknown purpose; seconds not above 0; inside of jit.
       SiteError: as for `quantize`; the state is not of this assignment.
     """
     if purpose not in PURPOSES:
@@ -176,9 +177,10 @@ def _times_of(
             lowered = jax.jit(run).lower(operands, held)
         except (FormatError, ValueError):  # it has no form on such codes
             continue
-        if lowered.as_text() in programs:
+        text = lowered.as_text()
+        if text in programs:
             continue
-        programs.add(lowered.as_text())
+        programs.add(text)
         compiled = lowered.compile()
         runs[execution] = lambda compiled=compiled: compiled(operands, held)
     return _medians(runs, seconds)
