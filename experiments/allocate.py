@@ -23,9 +23,11 @@ from aqt_search import search
 from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.space import Space
+from aqt_search.training.processes import on_first
 from aqt_search.training.workdir import (
     check_lock,
     delete_leftovers,
+    is_there,
     read_json,
     write_json,
 )
@@ -74,7 +76,7 @@ def values_of(
     """The values of the space's options: read from values.json, or measured and written there."""
     path = workdir / VALUES_FILE
     values = np.zeros(space.mask.shape)
-    if not path.exists():
+    if not is_there(path):
         start = time.monotonic()
         values = VALUES[config.allocate.by](config, there.parts, space, there.variables)
         seconds = time.monotonic() - start
@@ -107,7 +109,7 @@ def allocated_points(
     claim_run(workdir, config, there.parts.images, "allocate", ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
     points, granularities = [], configured_quantizers(config).granularities.values()
-    (workdir / POLICIES_FOLDER).mkdir(exist_ok=True)
+    on_first((workdir / POLICIES_FOLDER).mkdir)(exist_ok=True)
     delete_leftovers(workdir / POLICIES_FOLDER)
     for name, limits in targets.items():
         assignment = space.concrete_assignment(search.allocate(values, costs, limits))
@@ -135,7 +137,7 @@ def run(
         )
         tell_points(found, len(points))
         check_lock(workdir)
-        return write_report(workdir)
+        return on_first(write_report)(workdir)
 
 
 if __name__ == "__main__":

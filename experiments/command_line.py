@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -29,10 +31,13 @@ from aqt_search.training.checkpoint import CheckpointError
 from aqt_search.training.guard import CollapsedSearchError
 from aqt_search.training.loop import DivergedError, InterruptedRunError
 from aqt_search.training.metrics import MetricsError
-from aqt_search.training.workdir import WorkdirError
+from aqt_search.training.processes import ProcessError, check_agreed, is_first, several
+from aqt_search.training.workdir import WorkdirError, identity_of
 from experiments.allocator import keep_freed_memory
+from experiments.connection import WAIT_SECONDS, connect
 from experiments.from_config import ConfigError
 from experiments.schema import SCHEMA, check, near, with_homes
+from experiments.start_record import start_record
 
 
 class FailedJobError(RuntimeError):
@@ -52,6 +57,7 @@ USER_ERRORS = (
     MetricsError,
     PTQError,
     PaletteError,
+    ProcessError,
     ReportError,
     RuleError,
     SiteError,
@@ -59,6 +65,7 @@ USER_ERRORS = (
     WorkdirError,
 )
 _INTERRUPTED_STATUS = 130
+_LAST_WORDS_SECONDS = 1.0
 Check = Callable[[ml_collections.ConfigDict], None]
 
 
@@ -70,13 +77,47 @@ def quiet_logs() -> None:
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """Prints user errors to standard error and exits with 1."""
+    """Prints user errors to standard error and exits with 1.
+
+    In a run of several processes any error ends this one at once, which ends the others.
+    """
     quiet_logs()
     try:
         yield
     except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _end(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if not several() or isinstance(error, InterruptedRunError):
+            raise
+        lost = _OTHERS_LOST.search(str(error))
+        _end(f"{_LOST} ({str(error).strip()[:200]})" if lost else traceback.format_exc())
+
+
+# What collectives say when a process at their other end is gone.
+_OTHERS_LOST = re.compile("Gloo|NCCL|coordination service|heartbeat|Connection", re.IGNORECASE)
+_LOST = (
+    "ProcessError: another process of this run has ended: its own output says why. Run the same"
+    " command on all hosts again to go on."
+)
+
+
+def _end(message: str) -> NoReturn:
+    """Prints what went wrong and ends this process with 1."""
+    if not several():
+        print(message, file=sys.stderr)
         sys.exit(1)
+    print(f"process {jax.process_index()}: {message}", file=sys.stderr)
+    if is_first():
+        time.sleep(_LAST_WORDS_SECONDS)  # the others, who may say the same, lose sight of it then
+    _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process without the end of the interpreter, which would wait for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a pipe whose reader is gone
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -93,10 +134,9 @@ def ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
         message = str(error) or "Interrupted. Run the same command again to go on."
         print(message, file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a pipe whose reader is gone
-                stream.flush()
-        os._exit(_INTERRUPTED_STATUS)
+        if isinstance(error, InterruptedRunError) and several():
+            jax.distributed.shutdown()  # as all of them stopped at this step
+        _leave(_INTERRUPTED_STATUS)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -200,7 +240,15 @@ def start(
     """Runs `job(config, workdir)`, if all of the configuration is as it has to be."""
     folder = given_workdir(workdir)
     check(config)
-    job(with_homes(config), folder)
+    if several():
+        own = identity_of(config.to_dict(), ["data.data_dir"])
+        check_agreed({"the job": sys.argv[0], "--workdir": workdir, **own}, "what to run")
+    if is_first():
+        print(start_record(config), file=sys.stderr)
+        job(with_homes(config), folder)
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        job(with_homes(config), folder)
 
 
 def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check = check) -> None:
@@ -220,12 +268,23 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check
         "workdir", None, "Folder of the run; made if needed. The same command goes on where it was."
     )
     flags.mark_flags_as_required(["config", "workdir"])
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT on which process 0 of a run of several listens."
+    )
+    processes = flags.DEFINE_integer(
+        "processes", None, "How many processes run this command; 1: this one alone."
+    )
+    process = flags.DEFINE_integer("process", None, "The number of this one of them, from 0.")
+    wait_seconds = flags.DEFINE_integer(
+        "wait_seconds", WAIT_SECONDS, "How long to wait for the other processes.", lower_bound=1
+    )
 
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
         keep_freed_memory()
         with named_errors():
+            connect(coordinator.value, processes.value, process.value, wait_seconds.value)
             start(job, load_config(config), workdir.value, check)
 
     with ended_by_signals():

@@ -16,7 +16,7 @@ import aqt_search as aqs
 from aqt_search.training.checkpoint import restore_latest
 from aqt_search.training.loop import CHECKPOINT_FOLDER
 from aqt_search.training.train_step import TrainState
-from aqt_search.training.workdir import CONFIG_FILE, read_json
+from aqt_search.training.workdir import CONFIG_FILE, is_there, read_json
 from configs import base
 from experiments import from_config, results
 from experiments.architecture import (
@@ -53,7 +53,7 @@ class FinishedRun(NamedTuple):
 def result_of(folder: Path) -> dict[str, Any] | None:
     """The result of the run in `folder`; None if it has not ended, or failed."""
     path = folder / results.RESULT_FILE
-    result = read_json(path) if path.exists() else {"error": ""}
+    result = read_json(path) if is_there(path) else {"error": ""}
     return None if "error" in result else result
 
 
@@ -131,7 +131,7 @@ def _as_found(
 ) -> tuple[from_config.Parts, Mapping[str, Any], Mapping[str, Any] | None]:
     """The plain model that a search of the architecture found, cut out of the whole one."""
     path = folder / results.POLICY_FILE
-    told = read_policy_file(path).get(ARCHITECTURE) if path.exists() else None
+    told = read_policy_file(path).get(ARCHITECTURE) if is_there(path) else None
     # A model that was trained by a policy has been built with its architecture.
     whole = told is not None and not config.policy
     net = configured_net(config, parts.model, parts.images.splits.image_shape) if whole else None
@@ -153,7 +153,7 @@ def run_config(config: ml_collections.ConfigDict, folder: Path) -> ml_collection
       ConfigError: there is no finished run, or one of another model, data set or seed: its held-out
         images would be others.
     """
-    if result_of(folder) is None or not (folder / CONFIG_FILE).exists():
+    if result_of(folder) is None or not is_there(folder / CONFIG_FILE):
         raise from_config.ConfigError(
             f"{folder} holds no finished run: it has no {results.RESULT_FILE} without an error, or"
             f" no {CONFIG_FILE}. Give the --workdir of a run that has ended."

@@ -25,7 +25,7 @@ from aqt_search.tracing.rules import match_rules
 from aqt_search.training import train_step
 from aqt_search.training.loop import Schedule
 from aqt_search.training.optimizer import make_optimizer
-from aqt_search.training.parallel import AXIS, replica_count
+from aqt_search.training.parallel import AXIS, data_shard, replica_count
 from aqt_search.training.scales import with_scales
 from aqt_search.training.schedules import learning_rate
 from aqt_search.training.train_step import TrainState, init_train_state
@@ -326,6 +326,7 @@ def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offs
         augmentation=data.Augmentation(
             config.data.crop_padding, config.data.flip, tuple(config.data.crop_area) or None
         ),
+        shard=data_shard(),
     )
 
 
@@ -347,6 +348,7 @@ def reward_stream(config: ml_collections.ConfigDict, images: Images) -> Any:
         seed=config.seed + _REWARD_SEED_OFFSET,
         mean=images.mean,
         std=images.std,
+        shard=data_shard(),
     )
 
 
@@ -360,15 +362,22 @@ def statistics_batches(
 
 
 def evaluation_batches(
-    config: ml_collections.ConfigDict, images: Images, split: str
+    config: ml_collections.ConfigDict, images: Images, split: str, whole: bool = False
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """One pass over a split ("train", "reward" or "test"), in batches the devices can share.
 
-    Of the training images, not augmented, the first `evaluation.train_images`, in whole batches.
+    Of the training images, not augmented, the first `evaluation.train_images`, in whole batches. In
+    a run of several processes each has its shard of every batch, or the `whole` of it.
     """
     replicas, source = replica_count(), getattr(images.splits, split)
     batch_size = math.ceil(config.evaluation.batch_size / replicas) * replicas
-    batches = data.eval_batches(source, batch_size=batch_size, mean=images.mean, std=images.std)
+    batches = data.eval_batches(
+        source,
+        batch_size=batch_size,
+        mean=images.mean,
+        std=images.std,
+        shard=None if whole else data_shard(),
+    )
     if split != "train":
         return batches
     wanted = config.evaluation.train_images

@@ -22,6 +22,7 @@ from aqt_search.training.loop import (
     run_side_by_side,
     run_steps,
 )
+from aqt_search.training.processes import check_agreed, on_first
 from aqt_search.training.workdir import (
     CONFIG_FILE,
     WorkdirError,
@@ -66,9 +67,15 @@ def inputs_of(config: ml_collections.ConfigDict, images: from_config.Images) -> 
     for key, folder in folders.items():
         if folder:
             found[key] = checkpoint_fingerprint(Path(folder) / CHECKPOINT_FOLDER)
-    if config.policy and Path(config.policy).is_file():
-        found["policy"] = hashlib.sha256(Path(config.policy).read_bytes()).hexdigest()[:16]
+    if config.policy and (digest := _file_fingerprint(Path(config.policy))):
+        found["policy"] = digest
     return found
+
+
+@on_first
+def _file_fingerprint(path: Path) -> str | None:
+    """Hash of a file's bytes; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def claim_run(
@@ -88,6 +95,7 @@ def claim_run(
     """
     _check_job(workdir, job)
     inputs = inputs_of(config, images)
+    check_agreed(inputs, "what the run reads")
     claimed = config.to_dict() | {INPUTS: inputs, JOB: {"name": job, "command": command()}}
     claim_workdir(workdir, claimed, ignore=_ignored(claimed, ignore))
     return claimed_identity(claimed, ignore)

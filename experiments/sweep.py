@@ -26,9 +26,11 @@ from absl import logging
 from aqt_search.report import format_table, load_records, write_report
 from aqt_search.report.against_uniform import UNIFORM_SERIES
 from aqt_search.training.checkpoint import latest_step
-from aqt_search.training.loop import CHECKPOINT_FOLDER, InterruptedRunError
-from aqt_search.training.parallel import release_programs, replica_count
-from aqt_search.training.workdir import check_lock, lock_workdir, write_json
+from aqt_search.training.guard import CollapsedSearchError
+from aqt_search.training.loop import CHECKPOINT_FOLDER, DivergedError, InterruptedRunError
+from aqt_search.training.parallel import local_replica_count, release_programs
+from aqt_search.training.processes import is_first, on_first, several
+from aqt_search.training.workdir import check_lock, is_there, lock_workdir, write_json
 from configs.base import get_config
 from experiments import from_config, results
 from experiments.command_line import FailedJobError, run_job
@@ -265,6 +267,7 @@ def run_points(
     With `release` compiled programs are let go of now and then, so that hundreds of points end in
     the memory of a few.
     """
+    side_by_side = side_by_side and not several()  # each then has the devices of all of them
     kept, groups = 0, dict[str, list[Point]]()
     for point in points:
         groups.setdefault(point.program if side_by_side else point.name, []).append(point)
@@ -295,6 +298,8 @@ def _run_point(point: Point, folder: Path, images: from_config.Images) -> dict[s
     except InterruptedRunError:
         raise
     except Exception as error:
+        if several() and not isinstance(error, (CollapsedSearchError, DivergedError)):
+            raise  # what failed in one process alone leaves the others where they were
         return failure(point, folder, error)
 
 
@@ -316,8 +321,8 @@ def _run_group(
             done = latest_step(own / CHECKPOINT_FOLDER) or 0
             alike.setdefault((done, job.structure), []).append((point, job))
         for members in alike.values():
-            for start in range(0, len(members), replica_count()):
-                together = members[start : start + replica_count()]
+            for start in range(0, len(members), local_replica_count()):
+                together = members[start : start + local_replica_count()]
                 found = run_together(members[0][1].step, [job for _, job in together])
                 for (point, _), result in zip(together, found):
                     if isinstance(result, Exception):
@@ -338,13 +343,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
         tell_points(found, len(points))
         check_lock(workdir)
         measure_sensitivity(config, points, workdir, images_of)
-        return write_report(workdir)
+        return on_first(write_report)(workdir)
 
 
 def _free_keys(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
     """Keys that may change while the sweep goes on; of sensitivities until they are measured."""
     keys = ["log_every", "data.data_dir", "sweep.sensitivity", *_unread_sections(config)]
-    if (workdir / sensitivity.SENSITIVITY_FILE).exists():
+    if is_there(workdir / sensitivity.SENSITIVITY_FILE):
         keys = [key for key in keys if "sensitivity" not in key]
     return keys
 
@@ -365,7 +370,7 @@ def measure_sensitivity(
     images_of: Callable[[Point], from_config.Images],
 ) -> None:
     """Sensitivity of every site, on the weights of the first point of `sweep.sensitivity`."""
-    if not config.sweep.sensitivity or (workdir / sensitivity.SENSITIVITY_FILE).exists():
+    if not config.sweep.sensitivity or is_there(workdir / sensitivity.SENSITIVITY_FILE):
         return
     named = [point for point in points if point.baseline == config.sweep.sensitivity]
     if result_of(workdir / "points" / named[0].name) is None:
@@ -374,7 +379,7 @@ def measure_sensitivity(
     own = named[0].config.copy_and_resolve_references()
     own.sensitivity = config.sensitivity.copy_and_resolve_references()
     own.sensitivity.checkpoint = str(workdir / "points" / named[0].name)
-    sensitivity.write(sensitivity.prepare(own, images_of(named[0]))(), workdir)
+    on_first(sensitivity.write)(sensitivity.prepare(own, images_of(named[0]))(), workdir)
 
 
 def main(
@@ -383,9 +388,10 @@ def main(
     run: Callable[[ml_collections.ConfigDict, Path], Path] = run,
 ) -> None:
     """Runs the job of the command line: `run(config, workdir)` returns the path of its report."""
-    keep_compiled(workdir / COMPILED_FOLDER)
+    if is_first():
+        keep_compiled(workdir / COMPILED_FOLDER)
     report = run(config, workdir)
-    records = load_records(report.parent)
+    records = on_first(load_records)(report.parent)
     print()
     print(format_table(records))
     print(f"\nReport: {report}")

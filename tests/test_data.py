@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import grain
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -734,6 +735,24 @@ def test_lazy_and_decoded_sources_give_the_same_batches(tmp_path):
     assert_same(*runs)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_are_rows_of_the_whole_batches(shards):
+    """Together the shards of a batch are its bits: same images, same crops, same mirror images."""
+    source, training = random_source(), {"seed": 0, "augmentation": AUGMENTED}
+
+    def batches_of(index=None):
+        shard = None if index is None else grain.sharding.ShardOptions(index, shards)
+        options = {"batch_size": 8, "shard": shard, **UNIT}
+        trained = data.train_batches(source, **training, **options)
+        return take(trained, 9) + list(data.eval_batches(source, **options))
+
+    whole, parts = batches_of(), [batches_of(index) for index in range(shards)]
+    joined = [{key: np.concatenate([part[key] for part in of_one]) for key in of_one[0]}
+              for of_one in zip(*parts, strict=True)]  # fmt: skip
+    assert all(len(batch["label"]) == 8 // shards for part in parts for batch in part)
+    assert_same(whole, joined)
+
+
 BAD_BATCHES = {
     "larger than the data": ({"batch_size": 51}, "batch_size is 51, but .* has 50 images"),
     "no images": ({"batch_size": 0}, "batch_size is 0"),
@@ -741,6 +760,7 @@ BAD_BATCHES = {
     "mean of one channel": ({"mean": [0.5]}, r"mean has shape \(1,\).*expected \(3,\)"),
     "constant channel": ({"std": [1, 0, 1]}, "std > 0"),
     "not a number": ({"mean": [0, np.nan, 0]}, "finite"),
+    "shards": ({"shard": grain.sharding.ShardOptions(0, 3)}, "batch of 8 .* divided .* of 3"),
 }
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -425,3 +426,16 @@ def test_broken_image_of_image_net_is_named(tmp_path):
     splits = image_net(tmp_path, lambda split, number, image: image[: -200 * (number == 3) or None])
     with pytest.raises(data.DataError, match=r"validation: validation_3\.JPEG: broken image"):
         list(data.eval_batches(splits.test, batch_size=8, **UNIT))
+
+
+def test_shards_read_the_parts_that_the_whole_batch_would(tmp_path):
+    write_images(tmp_path / "images", coordinates)
+    source = open_folder(tmp_path).train
+    options = {"batch_size": 8, "seed": 0, "mean": [0] * 3, "std": [1] * 3}
+
+    def batches_of(shard):
+        return take(data.train_batches(source, augmentation=AUGMENTED, shard=shard, **options), 3)
+
+    halves = [batches_of(grain.sharding.ShardOptions(index, 2)) for index in range(2)]
+    joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*halves)]
+    assert_same(batches_of(None), joined)

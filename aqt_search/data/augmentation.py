@@ -59,14 +59,31 @@ def draw_crops(
     return random_crops(rng, count, area=augmentation.crop_area, aspect=augmentation.crop_aspect)
 
 
-def augment(images: np.ndarray, rng: np.random.Generator, augmentation: Augmentation) -> np.ndarray:
-    """Augments uint8 [B, H, W, C], each image by its own draw from `rng`."""
-    batch_size = len(images)
+def augment(
+    images: np.ndarray,
+    rng: np.random.Generator,
+    augmentation: Augmentation,
+    rows: range | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """Augments uint8 [B, H, W, C], each image by its own draw from `rng`.
+
+    Args:
+        images: [B, H, W, C].
+        rng: of the whole batch.
+        augmentation: what is done.
+        rows: which of the batch the images are; None: they are all of it. Each is then augmented as
+            it would be among all.
+        batch_size: of the whole batch, with `rows`.
+    """
+    rows = range(len(images)) if rows is None else rows
+    batch_size = len(images) if batch_size is None else batch_size
+    own = slice(rows.start, rows.stop)
     if augmentation.crop_padding:
         corners = rng.integers(0, 2 * augmentation.crop_padding + 1, size=(2, batch_size))
-        images = shifted_crops(images, augmentation.crop_padding, *corners)
+        images = shifted_crops(images, augmentation.crop_padding, *corners[:, own])
     if augmentation.flip:
-        flipped = np.flatnonzero(rng.integers(0, 2, size=batch_size))
+        flipped = np.flatnonzero(rng.integers(0, 2, size=batch_size)[own])
         mirrored = images[flipped][:, :, ::-1]
         images = images.copy()
         images[flipped] = mirrored

@@ -34,6 +34,7 @@ def train_batches(
     augmentation: Augmentation = NO_AUGMENTATION,
     start_step: int = 0,
     num_threads: int | None = None,
+    shard: "grain.sharding.ShardOptions | None" = None,
 ) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
     """An endless iterator over shuffled, augmented, normalized batches.
 
@@ -53,26 +54,32 @@ def train_batches(
         start_step: number of the first batch.
         num_threads: background threads that make batches; None is what suits the source. 0 makes
             them in the caller's.
+        shard: of n shards number i reads rows i B / n to (i + 1) B / n of every batch alone, in
+            the bits that they have in the whole one; None reads all.
+            `grain.sharding.ShardByJaxProcess()` gives every process its own.
 
     Returns:
-        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}.
+        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}, of a shard B / n.
 
     Raises:
-        DataError: a batch larger than the source, or statistics that do not fit it; from the
-            iterator: a broken image, or random crops of a source that cannot make them.
+        DataError: a batch larger than the source or that cannot be divided over the shards, or
+            statistics that do not fit it; from the iterator: a broken image, or random crops of a
+            source that cannot make them.
     """
     import grain
 
     _check_batch_size(source, batch_size)
+    rows = _rows_of(shard, batch_size)
     if start_step < 0:
         raise DataError(f"start_step is {start_step}, expected a batch number >= 0.")
     mean, std = checked_statistics(mean, std, source.image_shape[-1])
     order_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    read = functools.partial(_read_augmented, source, augmentation, rows)
     batches = (
         grain.MapDataset.range(len(source) // batch_size)
         .repeat()
         .map_with_index(_shuffled_indices(len(source), batch_size, order_seed))
-        .random_map(functools.partial(_read_augmented, source, augmentation), seed=augment_seed)
+        .random_map(read, seed=augment_seed)
         .map(functools.partial(_normalize_batch, mean, std))
     )
     iterator = iter(batches.to_iter_dataset(_read_options(source, num_threads)))
@@ -87,6 +94,7 @@ def eval_batches(
     mean: np.ndarray,
     std: np.ndarray,
     num_threads: int | None = None,
+    shard: "grain.sharding.ShardOptions | None" = None,
 ) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
     """An iterator over the source once, in its order, in batches of one size.
 
@@ -97,14 +105,15 @@ def eval_batches(
         batch_size: images in a batch; may be more than the source has.
         mean: float32 [C], of `channel_statistics` of the training images.
         std: float32 [C], the same.
-        num_threads: as for `train_batches`.
+        num_threads, shard: as for `train_batches`.
 
     Returns:
         A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B],
-        "mask": float32 [B]}, the mask 1 for examples and 0 for filling.
+        "mask": float32 [B]}, the mask 1 for examples and 0 for filling; of a shard B / n.
 
     Raises:
-        DataError: an empty source, or statistics that do not fit it.
+        DataError: an empty source, a batch that cannot be divided over the shards, or statistics
+            that do not fit it.
     """
     import grain
 
@@ -114,7 +123,7 @@ def eval_batches(
     mean, std = checked_statistics(mean, std, source.image_shape[-1])
     batches = (
         grain.MapDataset.range(-(-len(source) // batch_size))
-        .map(functools.partial(_read_in_order, source, batch_size))
+        .map(functools.partial(_read_in_order, source, batch_size, _rows_of(shard, batch_size)))
         .map(functools.partial(_normalize_batch, mean, std))
     )
     return iter(batches.to_iter_dataset(_read_options(source, num_threads)))
@@ -132,6 +141,20 @@ def _check_batch_size(source: ImageSource, batch_size: int) -> None:
             f"batch_size is {batch_size}, but the training source has {len(source)} images. "
             "Give a smaller batch_size, or hold out less."
         )
+
+
+def _rows_of(shard: "grain.sharding.ShardOptions | None", batch_size: int) -> range:
+    """The rows of every batch that a shard reads."""
+    if shard is None:
+        return range(batch_size)
+    index, count = shard.shard_index, shard.shard_count
+    if batch_size % count or not 0 <= index < count:
+        raise DataError(
+            f"A batch of {batch_size} images cannot be divided for shard {index} of {count}:"
+            " expected a multiple of their number, and shards that count from 0."
+        )
+    size = batch_size // count
+    return range(index * size, (index + 1) * size)
 
 
 def _read_options(source: ImageSource, num_threads: int | None) -> "grain.ReadOptions":
@@ -162,10 +185,15 @@ def _shuffled_indices(size: int, batch_size: int, seed: int) -> Callable[[int, i
 
 
 def _read_augmented(
-    source: ImageSource, augmentation: Augmentation, indices: np.ndarray, rng: np.random.Generator
+    source: ImageSource,
+    augmentation: Augmentation,
+    rows: range,
+    indices: np.ndarray,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    batch = source.read(indices, draw_crops(len(indices), rng, augmentation))
-    return {**batch, "image": augment(batch["image"], rng, augmentation)}
+    own, crops = slice(rows.start, rows.stop), draw_crops(len(indices), rng, augmentation)
+    batch = source.read(indices[own], None if crops is None else crops[own])
+    return {**batch, "image": augment(batch["image"], rng, augmentation, rows, len(indices))}
 
 
 def _normalize_batch(
@@ -174,7 +202,9 @@ def _normalize_batch(
     return {**batch, "image": normalize(batch["image"], mean, std)}
 
 
-def _read_in_order(source: ImageSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
-    indices = number * batch_size + np.arange(batch_size)
+def _read_in_order(
+    source: ImageSource, batch_size: int, rows: range, number: int
+) -> dict[str, np.ndarray]:
+    indices = number * batch_size + np.arange(rows.start, rows.stop)
     mask = (indices < len(source)).astype(np.float32)
     return {**source.read(np.minimum(indices, len(source) - 1)), "mask": mask}

@@ -22,7 +22,7 @@ import numpy as np
 
 from aqt_search.palette.rules import PaletteError
 from aqt_search.palette.storage import PalettedTensor
-from aqt_search.training.workdir import write_bytes
+from aqt_search.training.workdir import write_whole
 
 _VERSION = 1
 # What reading bytes that are no such file raises.
@@ -95,7 +95,7 @@ def save(path: str | os.PathLike, params: Any) -> int:
       WorkdirError: the file cannot be written; what was there before is untouched.
     """
     content = encoded(params)
-    write_bytes(path, content)
+    write_whole(path, content)
     return len(content)
 
 

@@ -100,7 +100,8 @@ def evaluate_assignments(
         `jax.vmap(space.assignment)(choices)` of choices [n, decisions]; `Point`s alike, where
         `qapply` is of `subnets.of_points`.
       variables: {"params": ..., "batch_stats": ...}, not replicated.
-      batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them.
+      batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them;
+        in a run of several processes whole in each.
       chunk: assignments evaluated at once; memory grows with it where they are vectorized.
       batch_stats: what BatchNorm normalises by. "batch", the batch's own statistics, fit every
         assignment; padding counts in them, so batches should have little of it. "running" takes
@@ -118,8 +119,9 @@ def evaluate_assignments(
     count, replicas = _count(assignments), parallel.replica_count()
     size = math.ceil(min(chunk, count) / replicas) * replicas
     rows = np.minimum(np.arange(math.ceil(count / size) * size), count - 1).reshape(-1, size)
+    own_rows = parallel.own_rows(rows)
     host = jax.tree.map(np.asarray, assignments)
-    chunks = [parallel.shard(jax.tree.map(lambda leaf, r=r: leaf[r], host)) for r in rows]
+    chunks = [parallel.shard(jax.tree.map(lambda leaf, r=r: leaf[r], host)) for r in own_rows]
     if vectorized is None:
         vectorized = jax.default_backend() != "cpu"
     step = _program(qapply, batch_stats, vectorized)
@@ -127,7 +129,7 @@ def evaluate_assignments(
     sums, examples = np.zeros((2, count)), 0.0
     for batch in batches:
         on_devices = parallel.replicate(batch)
-        found = jax.device_get([step(part, held, on_devices) for part in chunks])
+        found = parallel.from_replicas([step(part, held, on_devices) for part in chunks])
         sums += np.asarray(found, float).swapaxes(0, 1).reshape(2, -1)[:, :count]
         examples += float(np.sum(batch["mask"], dtype=float))
     if not examples:

@@ -4,7 +4,8 @@ A checkpoint of step s is the folder `step_<s>` with the arrays (`arrays/`, orba
 `manifest.json`: name, shape, dtype and CRC-32 of every leaf, the identity of the run, and the
 caller's `extra`. It is written under a temporary name and renamed when all is on the disk, so a
 folder of the final name is whole. A second save of the same step becomes `step_<s>-1`, and so on:
-no moment is without the former one. One process saves at a time; see `workdir.lock_workdir`.
+no moment is without the former one. One process saves at a time; see `workdir.lock_workdir`. In a
+run of several processes all call these functions, and the first reads and writes (`processes`).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from aqt_search.training.processes import on_first
 from aqt_search.training.workdir import (
     WorkdirError,
     differences,
@@ -136,13 +138,23 @@ def _quiet_orbax() -> Generator[None]:
         logging.set_verbosity(verbosity)
 
 
+def _checkpointer() -> ocp.Checkpointer:
+    """Of the process that calls it alone: the others of its run are elsewhere."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _stored_leaves(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     """What orbax stores: it takes no array of size zero, which holds no bits anyway."""
     return {_LEAF.format(i): array for i, array in enumerate(arrays) if array.size}
 
 
 def _write_arrays(folder: Path, arrays: list[np.ndarray]) -> None:
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _quiet_orbax(), _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_stored_leaves(arrays)))
 
 
@@ -152,7 +164,7 @@ def _read_arrays(
     """Arrays of the shapes and dtypes of `like`, the `places`-th stored; raises as orbax does."""
     stored = {_LEAF.format(i): array for i, array in zip(places, like) if array.size}
     kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _quiet_orbax(), _checkpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(item=stored, restore_args=kinds, partial_restore=part)
         found = checkpointer.restore(folder.absolute(), args=args)
     return [found.get(_LEAF.format(i), empty) for i, empty in zip(places, like)]
@@ -175,12 +187,14 @@ def _step_folders(directory: Path) -> list[tuple[int, int, Path]]:
     return sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
 
 
+@on_first
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Step of the newest checkpoint in the folder, damaged or not; None if there is none."""
     folders = _step_folders(Path(directory))
     return folders[-1][0] if folders else None
 
 
+@on_first
 def save_checkpoint(
     directory: str | os.PathLike,
     step: int,
@@ -196,7 +210,7 @@ def save_checkpoint(
         directory: folder of the checkpoints; made if needed.
         step: not below the newest step there; the same step again takes its place.
         state: pytree of jax or numpy arrays of any dtype and size, typed PRNG keys and Python
-            numbers; every process must see all of every array.
+            numbers; of several processes that of the first is saved.
         extra: JSON values, such as the position in the data.
         identity: of the run, by key (`workdir.identity_of`): what a restore may ask for.
         keep: how many steps to keep, at least 1. With 2 or more, a damaged newest checkpoint
@@ -261,12 +275,14 @@ def _write_folder(folder: Path, manifest: dict, arrays: list[np.ndarray]) -> Non
     sync_folder(folder.parent)
 
 
+@on_first
 def delete_unfinished(directory: str | os.PathLike) -> None:
     """Delete what a killed save, or a killed deletion, left behind."""
     for path in Path(directory).glob(_TEMPORARY + "*"):
         shutil.rmtree(path)
 
 
+@on_first
 def delete_after(directory: str | os.PathLike, step: int) -> None:
     """Delete the checkpoints of later steps, for a run that goes back."""
     for found, _, path in reversed(_step_folders(Path(directory))):
@@ -337,7 +353,19 @@ def restore_latest(
             first leaf that does), or another identity (names every key).
         TypeError: a leaf of the template is neither array nor number.
     """
-    directory = Path(directory)
+    found = _read_latest(Path(directory), template, identity, part)
+    if found is None:
+        return None
+    leaves, structure = jax.tree.flatten(template)
+    state = [_from_numpy(array, like) for array, like in zip(found.state, leaves, strict=True)]
+    return found._replace(state=jax.tree.unflatten(structure, state))
+
+
+@on_first
+def _read_latest(
+    directory: Path, template: Any, identity: Mapping[str, Any] | None, part: bool
+) -> RestoredCheckpoint | None:
+    """`restore_latest`, its state a list of arrays."""
     damaged: list[tuple[int, Path, str]] = []
     for step, _, folder in reversed(_step_folders(directory)):
         try:
@@ -376,8 +404,8 @@ def _set_aside(folder: Path) -> Path:
     return target
 
 
-def _restore(folder: Path, content: dict, template: Any, part: bool) -> Any:
-    """The state of one checkpoint; _DamagedError if it is not whole."""
+def _restore(folder: Path, content: dict, template: Any, part: bool) -> list[np.ndarray]:
+    """The arrays of one checkpoint; _DamagedError if it is not whole."""
     named = _named_leaves(template)
     wanted = [_describe(name, leaf) for name, leaf in named]
     entries, names = list(enumerate(content["leaves"])), {leaf.name for leaf in wanted}
@@ -397,8 +425,7 @@ def _restore(folder: Path, content: dict, template: Any, part: bool) -> Any:
         same_form = array.shape == like.shape and array.dtype == like.dtype
         if not same_form or _crc(array) != entry["crc32"]:
             raise _DamagedError(f"the bits of leaf {leaf.name} are not those that were saved")
-    values = [_from_numpy(array, like) for array, (_, like) in zip(arrays, named, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(template), values)
+    return arrays
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, Any]:
@@ -424,6 +451,7 @@ def _check_identity(folder: Path, there: Mapping | None, wanted: Mapping | None)
         )
 
 
+@on_first
 def checkpoint_fingerprint(directory: str | os.PathLike) -> str | None:
     """Hash of the leaves (names, shapes, dtypes, bits) of the newest checkpoint; None without one.
 

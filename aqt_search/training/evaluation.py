@@ -54,7 +54,8 @@ def evaluate(
       qapply: `quantize(model.apply)`; compiled once for all assignments that look alike.
       assignment: formats by site.
       variables: {"params": ..., "batch_stats": ...}, not replicated.
-      batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them.
+      batches: with "image", "label" and "mask" (0 on padding), as `data.eval_batches` yields them;
+        in a run of several processes each has its own shard of every batch.
 
     Raises:
       ValueError: there is no example.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import io
 import math
 import sys
 import time
@@ -24,8 +26,9 @@ from aqt_search.training.checkpoint import (
     restore_latest,
     save_checkpoint,
 )
-from aqt_search.training.interrupt import Interrupt
+from aqt_search.training.interrupt import SIGNALS, Interrupt
 from aqt_search.training.metrics import MetricsError, MetricWriter, Progress
+from aqt_search.training.processes import is_first, on_first, several
 from aqt_search.training.workdir import check_lock
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -142,24 +145,25 @@ def _run_together(
     lanes = [_Lane(run) for run in runs]
     done = _go_to_one_step(lanes)
     names = ", ".join(run.workdir.name for run in runs)
-    if done:
-        print(f"{names}: {_where(done, schedule)}", file=sys.stderr)
+    if done and is_first():
+        print(f"{names}: {_where(done, schedule)}{lanes[0].moved()}", file=sys.stderr)
     if done >= schedule.total_steps or all(lane.error for lane in lanes):
         return [lane.error or LoopResult(lane.state, lane.seconds) for lane in lanes]
     loop = _Loop(placement, placement.compile(step), schedule, lanes)
     with (
         contextlib.ExitStack() as writers,
-        Progress(schedule.total_steps, initial=done, description=names) as progress,
+        _progress(schedule.total_steps, done, names) as progress,
         Interrupt() as interrupt,
     ):
+        stops = _StopRequests(interrupt)
         for lane in lanes:
             if not lane.error:
-                lane.writer = writers.enter_context(MetricWriter(lane.run.workdir, done))
+                lane.open_writer(writers, done)
         for number in range(done + 1, schedule.total_steps + 1):
             loop.turn(number)
             loop.advance()
             last = number == schedule.total_steps
-            stopped_by = interrupt.requested  # read once: a later signal ends the next step
+            stopped_by = stops.read()  # once: a later signal ends the next step
             due = last or number % schedule.checkpoint_every == 0
             # A stop saves at a step of its own, whose record an undisturbed run does not have.
             shown = loop.record(number) if due or loop.is_due(number) else None
@@ -174,6 +178,34 @@ def _run_together(
                     " Run the same command again to go on."
                 )
     return loop.results()
+
+
+def _progress(total: int, done: int, names: str) -> Progress:
+    """The progress of runs, which the first process alone shows."""
+    hidden = None if is_first() else io.StringIO()
+    return Progress(total, initial=done, description=names, stream=hidden)
+
+
+class _StopRequests:
+    """When to stop: in a run of several processes all stop at one step, whoever was asked to.
+
+    What each was asked is sent in every step, and read when some more have been started: nothing
+    waits for it.
+    """
+
+    def __init__(self, interrupt: Interrupt):
+        self._interrupt = interrupt
+        self._sent: collections.deque[jax.Array] = collections.deque()
+
+    def read(self) -> str | None:
+        """The name of the signal that was asked to stop by, if all are to stop now."""
+        if not several():
+            return self._interrupt.requested
+        names = [None, *(signal.name for signal in SIGNALS)]
+        self._sent.append(parallel.most(names.index(self._interrupt.requested)))
+        if len(self._sent) <= _MOST_STEPS_AHEAD:
+            return None
+        return names[parallel.told(self._sent.popleft())]
 
 
 def _where(done: int, schedule: Schedule) -> str:
@@ -201,7 +233,8 @@ class _Lane:
         self.run = run
         self.folder = run.workdir / CHECKPOINT_FOLDER
         self.error: RuntimeError | None = None
-        self.writer: MetricWriter  # opened before the first step, if one is left
+        # Of the first process, opened before the first step, if one is left.
+        self.writer: MetricWriter
         self._first_positions = [stream.get_state() for stream in run.streams]
         with contextlib.suppress(OSError):  # a save would say so
             delete_unfinished(self.folder)
@@ -212,6 +245,7 @@ class _Lane:
         self.seconds = self.spent = 0.0  # before this start, and up to the newest checkpoint
         self.metrics: list[tuple[int, dict[str, float]]] = []  # of the steps still needed
         self.recorded = 0  # step of the last record
+        self.devices: tuple[int, int] | None = None  # that made the checkpoint
         template = jax.tree.map(np.asarray, self.run.state)
         try:
             found = restore_latest(self.folder, template, identity=self.run.identity)
@@ -225,7 +259,26 @@ class _Lane:
             self.state, self.done = found.state, found.step
             self.seconds = found.extra["seconds"]
             self.recorded = found.extra.get("recorded", self.done)
+            self.devices = tuple(found.extra.get("devices", ())) or None
             self.metrics = [(step, values) for step, values in found.extra.get("metrics", ())]
+
+    @on_first
+    def open_writer(self, writers: contextlib.ExitStack, done: int) -> None:
+        self.writer = writers.enter_context(MetricWriter(self.run.workdir, done))
+
+    @on_first
+    def _write(self, number: int, values: Mapping[str, float]) -> None:
+        self.writer.write(number, values)
+
+    def moved(self) -> str:
+        """That a run goes on elsewhere than where it was, in words; "" where it does not."""
+        there, now = self.devices, _devices_of_run()
+        if there is None or there == now:
+            return ""
+        return (
+            f" It ran on {_told(*there)} and goes on on {_told(*now)}, with the same batches: what"
+            " each device samples is drawn anew, and sums round otherwise."
+        )
 
     def go_back(self, step: int) -> None:
         logging.warning(
@@ -251,7 +304,7 @@ class _Lane:
         """Writes the means since the last record."""
         since = [metrics for at, metrics in self.metrics if at > self.recorded]
         means = {name: float(np.mean([metrics[name] for metrics in since])) for name in since[0]}
-        self.writer.write(number, means | dict(self.run.describe(state)))
+        self._write(number, means | dict(self.run.describe(state)))
         self.recorded = number
         self.metrics = [kept for kept in self.metrics if kept[0] > number - self.run.looks_back]
         return {name: means[name] for name in ("loss", "accuracy", "cost") if name in means}
@@ -274,10 +327,26 @@ class _Lane:
             "seconds": self.spent,
             "recorded": self.recorded,
             "metrics": self.metrics,
+            "devices": list(_devices_of_run()),
         }
+        self._save(number, extra)
+
+    @on_first
+    def _save(self, number: int, extra: Mapping[str, Any]) -> None:
         check_lock(self.run.workdir)
         self.writer.flush()
         save_checkpoint(self.folder, number, self.state, extra, identity=self.run.identity)
+
+
+def _devices_of_run() -> tuple[int, int]:
+    """(devices in all, processes that have them)."""
+    return jax.device_count(), jax.process_count()
+
+
+def _told(devices: int, processes: int) -> str:
+    """A run's devices in words."""
+    of = f" of {processes} processes" if processes > 1 else ""
+    return f"{devices} device{'s' if devices > 1 else ''}{of}"
 
 
 class _Loop:
@@ -286,8 +355,8 @@ class _Loop:
     def __init__(self, placement, step, schedule: Schedule, lanes: Sequence[_Lane]):
         self._placement, self._step = placement, step
         self._schedule, self._lanes = schedule, lanes
-        self._state = placement.put([lane.state for lane in lanes])
-        self._inputs = placement.put([lane.run.inputs for lane in lanes])
+        self._state = self._put([lane.state for lane in lanes])
+        self._inputs = self._put([lane.run.inputs for lane in lanes])
         self._started = time.monotonic()
         self._pending: list[Any] = []  # metrics of the newest steps
         self._each(lambda index, lane: lane.look_back())
@@ -326,7 +395,16 @@ class _Loop:
                 states[index] = lane.run.turns[number](states[index])
 
         self._each(act)
-        self._state = self._placement.put(states)
+        self._state = self._put(states)
+
+    def _put(self, trees: Sequence[Any]) -> Any:
+        """Onto the devices: the first process's trees, though all have made the same ones.
+
+        Hosts of other kinds may round otherwise, and replicas must not differ in a bit.
+        """
+        if several():
+            trees = on_first(lambda: jax.tree.map(np.asarray, list(trees)))()
+        return self._placement.put(trees)
 
     def _fetch(self, tree: Any, index: int) -> Any:
         return parallel.unreplicate(self._placement.view(tree, index))

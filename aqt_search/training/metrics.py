@@ -21,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from aqt_search.training.processes import on_first
 from aqt_search.training.workdir import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,6 +66,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
+@on_first
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """All records of a run in the order of writing: {"step": int, name: float, ...}.
 

@@ -1,5 +1,7 @@
 """Runs on devices: one run with a replica per device, or a run per device, side by side.
 
+The devices of one run may be those of several processes (`processes`).
+
 The only file that knows about `jax.pmap`.
 """
 
@@ -7,11 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from aqt_search.training.processes import gathered, several
+
+if TYPE_CHECKING:
+    import grain
 
 AXIS = "batch"  # the mapped axis that shards a batch over the replicas
 _RUNS = "runs"  # the mapped axis over runs side by side
@@ -22,13 +29,38 @@ class BatchShapeError(ValueError):
 
 
 def replica_count() -> int:
-    """Devices of this process, each of which holds one replica."""
+    """Devices of all processes of this run, each of which holds one replica."""
+    return jax.device_count()
+
+
+def local_replica_count() -> int:
+    """Replicas of this process: what it gives to a step, and holds of one, has so many slices."""
     return jax.local_device_count()
+
+
+def _devices() -> list[jax.Device] | None:
+    """All devices, those of process 0 first, so that every process has rows in a row of a batch.
+
+    None, which is jax.pmap's own choice, in a run of one process.
+    """
+    if not several():
+        return None
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def data_shard() -> grain.sharding.ShardOptions | None:
+    """The part of every batch that this process reads; None for all of it."""
+    if not several():
+        return None
+    import grain
+
+    return grain.sharding.ShardByJaxProcess()
 
 
 def pmap_step(step: Callable, *, donate_state: bool = True) -> Callable:
     """Compiles `step(state, ...)` for all replicas, with `AXIS` bound and every argument mapped."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ())
+    donated = (0,) if donate_state else ()
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=donated, devices=_devices())
 
 
 def release_programs() -> None:
@@ -38,12 +70,13 @@ def release_programs() -> None:
     then (jax 0.10): a sweep would grow by each of its points.
     """
     _compiled_alone.cache_clear()
+    _most.cache_clear()
     jax.clear_caches()
 
 
 def replicate(tree: Any) -> Any:
-    """Copies every leaf [...] to every replica, as [replicas, ...]."""
-    count = replica_count()
+    """Copies every leaf [...] to every replica, as [local replicas, ...] in each process."""
+    count = local_replica_count()
     if not jax.tree.leaves(tree):  # which pmap refuses
         return tree
 
@@ -60,13 +93,52 @@ def _placed(count: int, axis_name: str) -> Callable:
 
     Under the axis name of the step, which would be compiled again for what came from another.
     """
-    devices = jax.local_devices()[:count]
+    devices = _devices() if axis_name == AXIS else None
+    devices = jax.local_devices()[:count] if devices is None else devices
     return jax.pmap(lambda leaves: jax.tree.map(jnp.array, leaves), axis_name, devices=devices)
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first replica's copy of every leaf, as numpy arrays."""
+    """The copy of every leaf of this process's first replica, as numpy arrays."""
     return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0))[0], tree)
+
+
+def from_replicas(tree: Any) -> Any:
+    """What all replicas hold, leaves [replicas, ...] as numpy arrays; a collective call."""
+    if not several():
+        return jax.device_get(tree)
+
+    def own(leaf: jax.Array) -> np.ndarray:
+        shards = [leaf.addressable_data(i) for i in range(local_replica_count())]
+        return np.concatenate([np.asarray(shard) for shard in shards])
+
+    parts = gathered(jax.tree.map(own, tree))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def own_rows(rows: np.ndarray) -> np.ndarray:
+    """This process's part of rows [n, B] for all replicas: [n, B / processes]."""
+    size = rows.shape[1] // jax.process_count()
+    return rows[:, jax.process_index() * size : (jax.process_index() + 1) * size]
+
+
+def most(value: int) -> jax.Array:
+    """The largest of the numbers that the processes give, on the devices: read it by `told`.
+
+    A collective call, which waits for nobody: what is read of it some steps later is there, and the
+    same for all.
+    """
+    return _most()(np.full(local_replica_count(), value, np.int32))
+
+
+def told(value: jax.Array) -> int:
+    """A number of `most`, when it is there."""
+    return int(np.asarray(value.addressable_data(0))[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _most() -> Callable:
+    return jax.pmap(lambda value: jax.lax.pmax(value, AXIS), AXIS, devices=_devices())
 
 
 def replica_index() -> jax.Array | int:
@@ -77,10 +149,12 @@ def replica_index() -> jax.Array | int:
 def shard(batch: Any) -> Any:
     """Splits the leading axis of every leaf: [B, ...] to [replicas, B / replicas, ...].
 
+    In a run of several processes B is this one's part of a batch, for its own replicas.
+
     Raises:
       BatchShapeError: the batch size is no multiple of the number of replicas.
     """
-    count = replica_count()
+    count = local_replica_count()
 
     def split(leaf):
         if leaf.shape[0] % count:
@@ -125,8 +199,10 @@ def side_by_side(count: int) -> Placement:
     To its step a run looks as on a machine with that one device: `AXIS` has size 1.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, or this is a run of several processes.
     """
+    if several():
+        raise ValueError("Runs side by side are those of one process; this one has several.")
     if not 1 <= count <= replica_count():
         raise ValueError(f"{count} runs side by side need as many devices; got {replica_count()}.")
 

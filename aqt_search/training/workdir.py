@@ -1,4 +1,8 @@
-"""The folder of one run: whole-or-nothing JSON files, its configuration, its lock."""
+"""The folder of one run: whole-or-nothing JSON files, its configuration, its lock.
+
+In a run of several processes all call these functions, and the first reads and writes
+(`processes`).
+"""
 
 import contextlib
 import errno
@@ -11,11 +15,13 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from aqt_search.training.processes import on_first
+
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 # This process, also where another machine or container has one of the same number.
 _HOLDER = secrets.token_hex(8)
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_bytes` calls them
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_whole` calls them
 
 
 class WorkdirError(RuntimeError):
@@ -31,8 +37,8 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all: temporary name, fsync, `os.replace`.
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all, by whoever calls: temporary name, fsync, `os.replace`.
 
     Raises:
         WorkdirError: the file cannot be written; what was there before is untouched.
@@ -55,6 +61,9 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         ) from error
 
 
+write_bytes = on_first(write_whole)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 file whole or not at all.
 
@@ -75,6 +84,13 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
 
 
+@on_first
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether there is a file or folder of that name."""
+    return Path(path).exists()
+
+
+@on_first
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file.
 
@@ -158,6 +174,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@on_first
 def claim_workdir(
     workdir: str | os.PathLike, config: Mapping[str, Any], *, ignore: Iterable[str] = ()
 ) -> Path:
@@ -212,33 +229,40 @@ def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
         WorkdirError: another process holds the folder (names its PID), or the folder or the lock
             file cannot be made or written.
     """
-    workdir = _make_folder(workdir)
-    path = workdir / LOCK_FILE
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as held:
+        _lock(workdir, held)
+        yield workdir
+
+
+@on_first
+def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder until `held` is closed."""
+    path = _make_folder(workdir) / LOCK_FILE
     try:
-        file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - closed below
+        file = held.enter_context(open(path, "a+", encoding="ascii"))  # noqa: SIM115
     except OSError as error:
         raise WorkdirError(
             f"cannot open the lock {path}: {error.strerror}. Give another --workdir."
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WorkdirError(_lock_message(workdir, file, error)) from error
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} {_HOLDER}\n")
-            file.flush()
-        except OSError as error:
-            raise WorkdirError(
-                f"could not write {path}: {error.strerror}. Free space, then run the same command "
-                "again."
-            ) from error
-        check_lock(workdir)  # it may have been deleted since the file was opened
-        delete_leftovers(workdir)
-        yield workdir
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise WorkdirError(_lock_message(workdir, file, error)) from error
+    try:
+        file.truncate(0)
+        file.write(f"{os.getpid()} {_HOLDER}\n")
+        file.flush()
+    except OSError as error:
+        raise WorkdirError(
+            f"could not write {path}: {error.strerror}. Free space, then run the same command "
+            "again."
+        ) from error
+    check_lock(workdir)  # it may have been deleted since the file was opened
+    delete_leftovers(workdir)
 
 
+@on_first
 def check_lock(workdir: str | os.PathLike) -> None:
     """Check that the folder of this name is the one that this process has locked.
 
@@ -258,6 +282,7 @@ def check_lock(workdir: str | os.PathLike) -> None:
         )
 
 
+@on_first
 def delete_leftovers(folder: str | os.PathLike) -> None:
     """Delete what writes that were killed have left in a folder that no one else writes to."""
     for path in Path(folder).glob(".*.tmp"):

@@ -28,6 +28,7 @@ from aqt_search.tracing.sites import parameter_name
 from aqt_search.training.evaluation import StaticEvaluation, reestimate_batch_stats
 from aqt_search.training.loop import LoopResult, Run, Schedule
 from aqt_search.training.parallel import AXIS
+from aqt_search.training.processes import on_first
 from aqt_search.training.train_step import TrainState, init_train_state
 from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
@@ -181,7 +182,9 @@ def store(
     judged = judged_by(config, parts, {**variables, "params": dequantized(paletted)})
     statistics = judged.variables["batch_stats"]
     check_lock(workdir)
-    file_bytes = save(workdir / PALETTE_FILE, {"params": paletted, "batch_stats": statistics})
+    file_bytes = on_first(save)(
+        workdir / PALETTE_FILE, {"params": paletted, "batch_stats": statistics}
+    )
     float_bytes = len(encoded({"params": params, "batch_stats": statistics}))
     rows = site_rows(params, paletted)
     sizes = {

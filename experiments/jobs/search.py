@@ -107,7 +107,7 @@ def held_out_accuracy(
     """
     qapply, images = of_points(from_config.quantized(parts.model), space.net), parts.images
     whole = min(count, len(images.splits.reward)) // config.evaluation.batch_size
-    stream = from_config.evaluation_batches(config, images, "reward")
+    stream = from_config.evaluation_batches(config, images, "reward", whole=True)
     batches = list(itertools.islice(stream, max(1, whole)))
 
     def judge(choices: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from aqt_search import data
+from aqt_search.training.processes import on_first
 from aqt_search.training.sensitivity import Sensitivity, sensitivity
 from aqt_search.training.workdir import check_lock, write_bytes, write_json
 from experiments import finished_run, from_config
@@ -124,5 +125,5 @@ def run(
         found = measure()
         check_finite(found, config.sensitivity.checkpoint)
         check_lock(workdir)
-        write(found, workdir)
+        on_first(write)(found, workdir)
         return found

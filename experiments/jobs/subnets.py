@@ -28,10 +28,12 @@ from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.parallel import release_programs
+from aqt_search.training.processes import on_first
 from aqt_search.training.subnets import of_points
 from aqt_search.training.workdir import (
     CONFIG_FILE,
     check_lock,
+    is_there,
     lock_workdir,
     read_json,
     write_json,
@@ -93,7 +95,7 @@ def sampled(setting: Setting, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     config = setting.config
     points = drawn(setting.space, config.subnets.samples, config.seed)
     path = workdir / SAMPLES_FILE
-    there = read_json(path) if path.exists() else {"choices": [], "accuracies": []}
+    there = read_json(path) if is_there(path) else {"choices": [], "accuracies": []}
     known = there["accuracies"][: len(points)]
     if there["choices"][: len(points)] != points[: len(known)].tolist():
         raise from_config.ConfigError(
@@ -274,8 +276,8 @@ def run(
             },
         }
         path = workdir / SUBNETS_FILE
-        before = read_json(path)["subnets"] if path.exists() else {}
+        before = read_json(path)["subnets"] if is_there(path) else {}
         check_lock(workdir)
         write_json(path, answer | {"subnets": before | answer["subnets"]})
-        write_report(workdir)
+        on_first(write_report)(workdir)
         return answer
