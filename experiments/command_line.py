@@ -36,6 +36,7 @@ from aqt_search.training.workdir import WorkdirError, identity_of
 from experiments.allocator import keep_freed_memory
 from experiments.connection import WAIT_SECONDS, connect
 from experiments.from_config import ConfigError
+from experiments.job import started_module
 from experiments.schema import SCHEMA, check, near, with_homes
 from experiments.start_record import start_record
 
@@ -242,7 +243,7 @@ def start(
     check(config)
     if several():
         own = identity_of(config.to_dict(), ["data.data_dir"])
-        check_agreed({"the job": sys.argv[0], "--workdir": workdir, **own}, "what to run")
+        check_agreed({"job": started_module(), "--workdir": workdir, **own}, "what to run")
     if is_first():
         print(start_record(config), file=sys.stderr)
         job(with_homes(config), folder)

@@ -116,11 +116,15 @@ def _check_job(workdir: Path, job: str) -> None:
         )
 
 
+def started_module() -> str:
+    """The name of the module that this process was started with."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return module.name if module else Path(sys.argv[0]).name
+
+
 def command() -> str:
     """How this process was started, as one may paste it into a shell."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    name = module.name if module else Path(sys.argv[0]).name
-    return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    return shlex.join(["python", "-m", started_module(), *sys.argv[1:]])
 
 
 def claimed_identity(

@@ -1,23 +1,51 @@
-"""What a search shares over a mapped axis, if there is one."""
+"""What a search, or a training step, shares over a mapped axis, if there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TypeVar
+import functools
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 Tree = TypeVar("Tree")
 
 
 def total(tree: Tree, axis_name: Hashable | None) -> Tree:
     """The sum of every leaf over the replicas; the tree itself without an axis."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+    if axis_name is None:
+        return tree
+    return _joined(functools.partial(jax.lax.psum, axis_name=axis_name), tree)
 
 
 def mean(tree: Tree, axis_name: Hashable | None) -> Tree:
     """The mean of every leaf over the replicas; the tree itself without an axis."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+    if axis_name is None:
+        return tree
+    return _joined(functools.partial(jax.lax.pmean, axis_name=axis_name), tree)
+
+
+def _joined(reduce: Callable[[Any], Any], tree: Any) -> Any:
+    """`reduce` of every leaf; between processes as one message for all leaves of a dtype.
+
+    XLA:CPU sends every leaf on its own: 60 leaves between two busy processes take 200 ms, their
+    values in one vector 8 ms. Elements are added up in the same order.
+    """
+    if jax.process_count() == 1:
+        return reduce(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    found = list(map(jnp.asarray, leaves))
+    numbers = sorted(range(len(found)), key=lambda number: found[number].dtype.name)
+    for _, group in itertools.groupby(numbers, key=lambda number: found[number].dtype):
+        own = list(group)
+        sizes = [found[number].size for number in own]
+        whole = reduce(jnp.concatenate([found[number].ravel() for number in own]))
+        ends = list(itertools.accumulate(sizes))
+        for number, end, size in zip(own, ends, sizes):
+            found[number] = whole[end - size : end].reshape(found[number].shape)
+    return jax.tree.unflatten(structure, found)
 
 
 def count(axis_name: Hashable | None) -> int:

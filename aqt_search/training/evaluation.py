@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aqt_search.search import replicas
 from aqt_search.tracing.transform import quantize_with_state, with_static_activations
 from aqt_search.training import parallel
 from aqt_search.training.batch_norm import batch_statistics, running_momentum
@@ -40,7 +41,7 @@ def _evaluation_step(qapply: Callable) -> Callable:
         mask = batch["mask"]
         correct = (jnp.argmax(logits, -1) == batch["label"]) * mask
         losses = cross_entropy(logits, batch["label"], 0.0) * mask
-        return jax.lax.psum((correct.sum(), losses.sum(), mask.sum()), parallel.AXIS)
+        return replicas.total((correct.sum(), losses.sum(), mask.sum()), parallel.AXIS)
 
     return parallel.pmap_step(step, donate_state=False)
 
@@ -83,7 +84,7 @@ def _statistics_step(qapply: Callable) -> Callable:
         of_batch = functools.partial(updated, variables, assignment)
         momentum = running_momentum(of_batch, old, batch)
         own = batch_statistics(of_batch(jax.tree.map(jnp.zeros_like, old), batch), momentum)
-        return jax.lax.pmean(own, parallel.AXIS)
+        return replicas.mean(own, parallel.AXIS)
 
     return parallel.pmap_step(statistics, donate_state=False)
 

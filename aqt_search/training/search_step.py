@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aqt_search.search import replicas
 from aqt_search.search.one_shot import Search, SearchState
 from aqt_search.search.space import Space
 from aqt_search.training.parallel import AXIS
@@ -75,7 +76,7 @@ def make_search_step(
         judged = jax.tree.map(lambda *values: jnp.stack(values), *judged)
         quality = judged.pop("quality")
         new_search, told = search.update(state.search, choices, quality, update_key)
-        metrics |= jax.lax.pmean(jax.tree.map(jnp.mean, judged), AXIS) | told
+        metrics |= replicas.mean(jax.tree.map(jnp.mean, judged), AXIS) | told
         return ClassifierSearchState(new_train, new_search), metrics
 
     return step

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from aqt_search.architecture.elastic import Elastic
+from aqt_search.search import replicas
 from aqt_search.search.space import Point
 from aqt_search.training.parallel import AXIS
 
@@ -48,8 +49,7 @@ def mean_gradients(net: Elastic, point: Point, gradients: Any) -> tuple[Any, Any
       (the gradients, by how many replicas an element was had), of the same structure.
     """
     had = net.masks(point.architecture, {"params": gradients})["params"]
-    had = jax.lax.psum(had, AXIS)
-    total = jax.lax.psum(gradients, AXIS)
+    had, total = replicas.total((had, gradients), AXIS)
     return jax.tree.map(lambda g, n: g / jnp.maximum(n, 1), total, had), had
 
 

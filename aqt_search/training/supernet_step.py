@@ -17,6 +17,7 @@ import optax
 
 from aqt_search.architecture.subnet_scales import cut_scales
 from aqt_search.numerics.learned_scales import merge_learned, split_learned
+from aqt_search.search import replicas
 from aqt_search.search.space import Point, Space
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.scales import SCALES, synchronized
@@ -122,7 +123,7 @@ def make_supernet_step(
                 teacher, set_now = jax.lax.stop_gradient(logits), own
             told |= _told(subnet.kind, number, loss, logits, batch["label"])
         grads = jax.tree.map(lambda g: g / len(points), total)
-        grads, means = jax.lax.pmean((grads, told), AXIS)
+        grads, means = replicas.mean((grads, told), AXIS)
         means["gradient_norm"] = optax.tree.norm(grads)
         return SupernetState(_moved(state, optimizer, grads, set_now), allowed), means
 

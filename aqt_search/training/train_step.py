@@ -12,6 +12,7 @@ import optax
 
 from aqt_search.architecture.elastic import Elastic
 from aqt_search.numerics.learned_scales import merge_learned, split_learned
+from aqt_search.search import replicas
 from aqt_search.training.parallel import AXIS, replica_index
 from aqt_search.training.scales import SCALES, synchronized
 from aqt_search.training.subnets import mean_gradients, moved_where_had
@@ -150,10 +151,10 @@ def make_update(
         had = None
         if net is not None:
             own_grads, had = mean_gradients(net, assignment, grads[0])
-            grads = (own_grads, *jax.lax.pmean(grads[1:], AXIS))
-            batch_stats, means = jax.lax.pmean((own_stats, told), AXIS)
+            grads = (own_grads, *replicas.mean(grads[1:], AXIS))
+            batch_stats, means = replicas.mean((own_stats, told), AXIS)
         else:
-            grads, batch_stats, means = jax.lax.pmean((grads, own_stats, told), AXIS)
+            grads, batch_stats, means = replicas.mean((grads, own_stats, told), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         set_now, remembered = split_learned(
             synchronized(state.scales, own.get(SCALES, state.scales))
