@@ -24,6 +24,7 @@ from aqt_search.report import write_report
 from aqt_search.report.against_uniform import ALLOCATED_SERIES, UNIFORM_SERIES
 from aqt_search.search.space import Space
 from aqt_search.training.processes import on_first
+from aqt_search.training.storage import as_path, make_folder
 from aqt_search.training.workdir import (
     check_lock,
     delete_leftovers,
@@ -109,7 +110,7 @@ def allocated_points(
     claim_run(workdir, config, there.parts.images, "allocate", ignore=_NOT_OF_THE_VALUES)
     values = values_of(config, there, space, workdir)
     points, granularities = [], configured_quantizers(config).granularities.values()
-    on_first((workdir / POLICIES_FOLDER).mkdir)(exist_ok=True)
+    on_first(make_folder)(workdir / POLICIES_FOLDER)
     delete_leftovers(workdir / POLICIES_FOLDER)
     for name, limits in targets.items():
         assignment = space.concrete_assignment(search.allocate(values, costs, limits))
@@ -130,7 +131,7 @@ def run(
     """Decides, quantizes and evaluates every point; returns the path of report.html."""
     with opened(config, workdir, images) as images:
         check_options(config)
-        there = finished_run.load(config, Path(config.checkpoint), images)
+        there = finished_run.load(config, as_path(config.checkpoint), images)
         points = allocated_points(config, there, workdir)
         found = run_points(
             points, workdir / "points", lambda point: images, side_by_side=False, release=False

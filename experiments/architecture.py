@@ -17,6 +17,7 @@ from aqt_search.architecture.elastic import Elastic, elastic
 from aqt_search.architecture.errors import ArchitectureError
 from aqt_search.architecture.named_spaces import architecture
 from aqt_search.models.fitting import FITTED
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import read_json
 from experiments.errors import ConfigError
 
@@ -156,7 +157,7 @@ def policy_architecture(config: ml_collections.ConfigDict) -> dict[str, Any] | N
     """The architecture in the file `config.policy`, where there is one."""
     if not config.policy or config.formats:  # of both together it is said elsewhere
         return None
-    value = read_policy_file(Path(config.policy))
+    value = read_policy_file(as_path(config.policy))
     return value.get(ARCHITECTURE) if isinstance(value, Mapping) else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_collections
 
 import aqt_search as aqs
+from aqt_search.training.storage import as_path
 from experiments.architecture import ARCHITECTURE, FORMATS, read_policy_file
 from experiments.errors import ConfigError
 from experiments.quantizers import configured_quantizers
@@ -28,7 +29,7 @@ def _configured_formats(
         return aqs.assign(sites, config.formats)
     if config.formats:
         raise ConfigError("Give formats or a policy file, not both.")
-    policy = read_policy(Path(config.policy))
+    policy = read_policy(as_path(config.policy))
     layers = {**sites, **aqs.layer_sites(sites)}
     named = {layers[name].stack if name in layers else name for name in policy}
     odd = sorted(named ^ set(sites))

@@ -32,6 +32,7 @@ from aqt_search.training.guard import CollapsedSearchError
 from aqt_search.training.loop import DivergedError, InterruptedRunError
 from aqt_search.training.metrics import MetricsError
 from aqt_search.training.processes import ProcessError, check_agreed, is_first, several
+from aqt_search.training.storage import as_path, in_bucket
 from aqt_search.training.workdir import WorkdirError, identity_of
 from experiments.allocator import keep_freed_memory
 from experiments.connection import WAIT_SECONDS, connect
@@ -220,14 +221,14 @@ def given_workdir(path: str) -> Path:
     """The folder of `--workdir`, a ~ at its start being the home folder, as in a shell.
 
     Raises:
-      WorkdirError: it is empty, or there is no such home folder.
+      WorkdirError: it is empty, there is no such home folder, or nothing is known of a URI.
     """
     if not path.strip():
         raise WorkdirError(
             "workdir is empty (an unset variable?): give --workdir a folder, such as runs/search."
         )
     try:
-        return Path(path).expanduser()
+        return as_path(path) if in_bucket(path) else Path(path).expanduser()
     except RuntimeError as error:
         raise WorkdirError(f"workdir {path}: {error} Give another --workdir.") from error
 

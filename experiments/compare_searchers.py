@@ -24,6 +24,7 @@ from aqt_search import data
 from aqt_search.search.searchers import SEARCHERS, regret, scored
 from aqt_search.search.space import Space
 from aqt_search.training.assignment_batch import evaluate_assignments
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config
 from experiments.command_line import run_job
@@ -90,7 +91,7 @@ class Setting(NamedTuple):
 def prepare(config: ml_collections.ConfigDict, images: from_config.Images | None = None) -> Setting:
     """What the searchers work with, checked; `images` saves loading them again."""
     check_options(config)
-    run = finished_run.load(config, Path(config.searchers.checkpoint), images)
+    run = finished_run.load(config, as_path(config.searchers.checkpoint), images)
     search = configured_search(run.config, run.parts.sites, run.parts.schedule.total_steps)
     return Setting(run, search, *judges(config, run.parts, search.space, run.variables))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
 from pathlib import Path
 
 import jax
+
+from aqt_search.training.storage import in_bucket
 
 
 def _processor() -> str:
@@ -25,7 +28,12 @@ def keep_compiled(folder: Path) -> None:
 
     The points of a sweep, seeds above all, compile the same programs. Every kind of processor has a
     folder of its own within, as JAX does not tell them apart: a workdir may move between machines.
+    Those of a workdir in a bucket are kept in the user's cache folder: JAX reads and writes them
+    while it compiles.
     """
+    if in_bucket(folder):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aqt_search"
+        folder /= "compiled"
     if jax.config.jax_compilation_cache_dir is None:
         own = folder.absolute() / _processor()
         jax.config.update("jax_compilation_cache_dir", str(own))

@@ -13,6 +13,7 @@ import ml_collections
 
 import aqt_search as aqs
 from aqt_search.training.scales import SCALES
+from aqt_search.training.storage import as_path
 from experiments import finished_run, from_config, results
 
 
@@ -38,7 +39,7 @@ def frozen_run(
       ConfigError: there is no finished run, or one of another model, data set or seed.
       CheckpointError: its checkpoint is not whole.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     images = images or from_config.load_images(config)
     run = finished_run.load(config, folder, images)
     formats = finished_run.ended_formats(run, folder)

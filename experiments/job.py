@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from aqt_search.training import storage
 from aqt_search.training.checkpoint import checkpoint_fingerprint
 from aqt_search.training.loop import (
     CHECKPOINT_FOLDER,
@@ -23,6 +24,7 @@ from aqt_search.training.loop import (
     run_steps,
 )
 from aqt_search.training.processes import check_agreed, on_first
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import (
     CONFIG_FILE,
     WorkdirError,
@@ -66,8 +68,8 @@ def inputs_of(config: ml_collections.ConfigDict, images: from_config.Images) -> 
     folders = {key: value for key, value in identity_of(config.to_dict()).items() if key in _RUNS}
     for key, folder in folders.items():
         if folder:
-            found[key] = checkpoint_fingerprint(Path(folder) / CHECKPOINT_FOLDER)
-    if config.policy and (digest := _file_fingerprint(Path(config.policy))):
+            found[key] = checkpoint_fingerprint(as_path(folder) / CHECKPOINT_FOLDER)
+    if config.policy and (digest := _file_fingerprint(as_path(config.policy))):
         found["policy"] = digest
     return found
 
@@ -75,7 +77,9 @@ def inputs_of(config: ml_collections.ConfigDict, images: from_config.Images) -> 
 @on_first
 def _file_fingerprint(path: Path) -> str | None:
     """Hash of a file's bytes; None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    if not storage.is_file(path):
+        return None
+    return hashlib.sha256(storage.read_bytes(path)).hexdigest()[:16]
 
 
 def claim_run(

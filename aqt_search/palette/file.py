@@ -14,7 +14,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ import numpy as np
 
 from aqt_search.palette.rules import PaletteError
 from aqt_search.palette.storage import PalettedTensor
+from aqt_search.training.storage import read_bytes
 from aqt_search.training.workdir import write_whole
 
 _VERSION = 1
@@ -106,8 +106,7 @@ def load(path: str | os.PathLike) -> Any:
       FileNotFoundError: no such file.
       PaletteError: the file is damaged or another program's.
     """
-    path = Path(path)
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as members:
             header, data = json.loads(members["header"].tobytes()), members["data"].tobytes()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aqt_search.report.checked_json import ReportError, read_object, value_of
+from aqt_search.training.storage import exists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_elastic(path: Path) -> dict[str, ElasticDecision]:
       ReportError: it is broken.
     """
     found = {}
-    for name, entry in read_object(path).items() if path.exists() else ():
+    for name, entry in read_object(path).items() if exists(path) else ():
         if not isinstance(entry, dict) or "about" not in entry:
             continue
         options = tuple(
@@ -68,7 +69,7 @@ def read_elastic(path: Path) -> dict[str, ElasticDecision]:
 
 
 def _architecture(path: Path) -> dict[str, Any]:
-    policy = read_object(path) if path.exists() else {}
+    policy = read_object(path) if exists(path) else {}
     return value_of(policy, "architecture", dict, path, missing={})
 
 

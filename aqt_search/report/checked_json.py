@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aqt_search.training import storage
+
 _REPAIR = "the file is broken or half written; delete the point's folder and run the sweep again"
 
 
@@ -26,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_steps(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Every line of a JSONL file with its step; a file that is not there has no lines."""
-    if not path.exists():
+    if not storage.exists(path):
         return []
     lines = []
     for number, text in enumerate(read_text(path).splitlines(), start=1):
@@ -43,7 +45,7 @@ def read_steps(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def read_text(path: Path) -> str:
     """The text of a file. Raises ReportError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return storage.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path}: cannot be read ({error}): {_REPAIR}") from error
 

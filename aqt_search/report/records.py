@@ -21,6 +21,7 @@ from aqt_search.report.checked_json import (
     value_of,
 )
 from aqt_search.report.weight_file import WeightRow, read_weights
+from aqt_search.training import storage
 
 KINDS = (
     "float", "uniform", "search", "retrained", "random", "ptq", "palette", "supernet", "subnet",
@@ -125,10 +126,12 @@ def load_records(workdir: str | Path) -> tuple[Record, ...]:
       ReportError: `workdir` is no folder, or a file in it is missing, broken or contradictory; the
         message names the file.
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
+    workdir = storage.as_path(workdir)
+    if not storage.is_folder(workdir):
         raise ReportError(f"{workdir} is no folder; give the --workdir of a sweep")
-    records = [_read_record(path.parent) for path in workdir.glob("points/*/result.json")]
+    records = [
+        _read_record(path.parent) for path in storage.matching(workdir, "points/*/result.json")
+    ]
     cheapest: dict[str, float] = {}
     for record in records:
         if record.error is None:
@@ -143,13 +146,14 @@ def load_records(workdir: str | Path) -> tuple[Record, ...]:
 
 def unfinished_points(workdir: str | Path) -> tuple[str, ...]:
     """Names of the points that have a folder but no result yet."""
-    folders = sorted(path for path in Path(workdir).glob("points/*") if path.is_dir())
-    return tuple(path.name for path in folders if not (path / "result.json").exists())
+    there = storage.matching(storage.as_path(workdir), "points/*")
+    folders = sorted(path for path in there if storage.is_folder(path))
+    return tuple(path.name for path in folders if not storage.exists(path / "result.json"))
 
 
 def load_config(workdir: str | Path) -> Mapping[str, Any]:
     """The exact configuration of the sweep. Raises ReportError if it cannot be read."""
-    return read_object(Path(workdir) / "config.json")
+    return read_object(storage.as_path(workdir) / "config.json")
 
 
 def bits_of_format(name: str) -> int | None:
@@ -254,7 +258,7 @@ def _read_sites(path: Path) -> dict[str, SiteFacts]:
 
 def _read_policy(path: Path, sites: Mapping[str, SiteFacts], *, optional: bool) -> dict:
     """The formats of every site, in the order of `sites`; all None if optional and not there."""
-    if optional and not path.exists():
+    if optional and not storage.exists(path):
         return {name: (None, None) for name in sites}
     policy = read_object(path)
     if "architecture" in policy:  # of a model that was cut out of the configured one

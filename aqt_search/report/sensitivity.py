@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from aqt_search.report.checked_json import ReportError, number_of, read_object, value_of
 from aqt_search.report.records import Record, bits_of_format
 from aqt_search.report.table import format_order
+from aqt_search.training.storage import as_path, exists
 
 _FLOAT_BITS = 32  # of an operand that is not quantized
 
@@ -32,8 +33,8 @@ def load_sensitivity(workdir: str | Path) -> dict[str, Any] | None:
     Raises:
       ReportError: it lacks something that the figure shows, or a table is of another size.
     """
-    path = Path(workdir) / "sensitivity.json"
-    if not path.exists():
+    path = as_path(workdir) / "sensitivity.json"
+    if not exists(path):
         return None
     content = read_object(path)
     names = {key: value_of(content, key, list, path) for key in ("sites", "formats")}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aqt_search.report.checked_json import ReportError, number_of, read_object, value_of
+from aqt_search.training.storage import exists
 
 _NUMBERS = (
     "largest", "deviation", "range_to_deviation", "kurtosis", "outliers", "sqnr_db", "clipped",
@@ -57,7 +58,7 @@ def read_weights(path: Path, sites: Collection[str]) -> dict[str, WeightRow]:
     Raises:
       ReportError: it is broken, or of other sites.
     """
-    if not path.exists():
+    if not exists(path):
         return {}
     return {label: _row(label, facts, path, sites) for label, facts in read_object(path).items()}
 

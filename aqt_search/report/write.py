@@ -9,6 +9,7 @@ from typing import Any
 from aqt_search.report.checked_json import ReportError
 from aqt_search.report.front_file import front_json
 from aqt_search.report.records import Record, load_config, load_records, unfinished_points
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import write_bytes, write_text
 
 
@@ -21,7 +22,7 @@ def write_report(workdir: str | Path) -> Path:
       ReportError: no point has finished or failed yet, or a file of the sweep is broken.
       WorkdirError: a file cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     records = load_records(workdir)
     if not records:
         raise ReportError(

@@ -6,6 +6,11 @@ caller's `extra`. It is written under a temporary name and renamed when all is o
 folder of the final name is whole. A second save of the same step becomes `step_<s>-1`, and so on:
 no moment is without the former one. One process saves at a time; see `workdir.lock_workdir`. In a
 run of several processes all call these functions, and the first reads and writes (`processes`).
+
+In a bucket, which has no rename, the manifest is what makes a checkpoint whole: it is written last
+and deleted first (`checkpoint_folders`). The arrays are written to, and read from, a temporary
+folder of this machine, which needs room for one checkpoint. All else holds there, too, but for one
+thing: a checkpoint whose manifest is lost counts as unfinished, and the next save deletes it.
 """
 
 import contextlib
@@ -14,7 +19,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -26,19 +30,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from aqt_search.training import checkpoint_folders
+from aqt_search.training.checkpoint_folders import MANIFEST_FILE
 from aqt_search.training.processes import on_first
-from aqt_search.training.workdir import (
-    WorkdirError,
-    differences,
-    read_json,
-    sync_folder,
-    write_json,
-)
+from aqt_search.training.storage import BucketError, as_path
+from aqt_search.training.workdir import WorkdirError, differences, read_json, write_json
 
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:-(\d+))?$")
 _LEAF = "leaf_{:05d}"  # as orbax stores it
-_TEMPORARY = ".unfinished_"
-_DAMAGED = "damaged_"
 
 
 class CheckpointError(RuntimeError):
@@ -170,27 +169,17 @@ def _read_arrays(
     return [found.get(_LEAF.format(i), empty) for i, empty in zip(places, like)]
 
 
-def _sync_tree(folder: Path) -> None:
-    """Flush every file and folder below, so that the rename to come shows whole data only."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(parent)
-
-
 def _step_folders(directory: Path) -> list[tuple[int, int, Path]]:
     """(step, how often it was saved again, folder) of all whole checkpoints, oldest first."""
-    if not directory.is_dir():
-        return []
-    matches = [(_STEP_FOLDER.match(path.name), path) for path in directory.iterdir()]
+    names = checkpoint_folders.whole_folders(directory)
+    matches = [(_STEP_FOLDER.match(name), directory / name) for name in names]
     return sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
 
 
 @on_first
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Step of the newest checkpoint in the folder, damaged or not; None if there is none."""
-    folders = _step_folders(Path(directory))
+    folders = _step_folders(as_path(directory))
     return folders[-1][0] if folders else None
 
 
@@ -225,7 +214,7 @@ def save_checkpoint(
         TypeError: a leaf is neither array nor number, or `extra` or `identity` is no JSON.
         ValueError: `keep` or `step` out of range, or a NaN or infinity in one of these.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if keep < 1 or step < 0:
         raise ValueError(f"keep is {keep!r} and step {step!r}; expected at least 1 and 0")
     more = {"extra": dict(extra or {}), "identity": None if identity is None else dict(identity)}
@@ -263,38 +252,24 @@ def _manifest(step: int, state: Any, more: dict) -> tuple[dict, list[np.ndarray]
 
 
 def _write_folder(folder: Path, manifest: dict, arrays: list[np.ndarray]) -> None:
-    """Write a checkpoint under a temporary name, flush it, rename it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    delete_unfinished(folder.parent)
-    temporary = folder.with_name(_TEMPORARY + folder.name)
-    temporary.mkdir()
-    _write_arrays(temporary / "arrays", arrays)
-    write_json(temporary / "manifest.json", manifest)
-    _sync_tree(temporary)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    """Write a checkpoint, whole or not at all."""
+    with checkpoint_folders.written_whole(folder) as temporary:
+        _write_arrays(temporary / "arrays", arrays)
+        write_json(temporary / MANIFEST_FILE, manifest)
 
 
 @on_first
 def delete_unfinished(directory: str | os.PathLike) -> None:
     """Delete what a killed save, or a killed deletion, left behind."""
-    for path in Path(directory).glob(_TEMPORARY + "*"):
-        shutil.rmtree(path)
+    checkpoint_folders.delete_unfinished(as_path(directory))
 
 
 @on_first
 def delete_after(directory: str | os.PathLike, step: int) -> None:
     """Delete the checkpoints of later steps, for a run that goes back."""
-    for found, _, path in reversed(_step_folders(Path(directory))):
+    for found, _, path in reversed(_step_folders(as_path(directory))):
         if found > step:
-            _delete(path)
-
-
-def _delete(path: Path) -> None:
-    # renamed first, so that a kill leaves no half of a checkpoint under a final name
-    doomed = path.with_name(_TEMPORARY + path.name)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+            checkpoint_folders.delete_whole(path)
 
 
 def _delete_old(directory: Path, keep: int) -> None:
@@ -303,14 +278,20 @@ def _delete_old(directory: Path, keep: int) -> None:
     kept = {newest[step] for step in sorted(newest)[-keep:]}
     for _, _, path in _step_folders(directory):
         if path not in kept:
-            _delete(path)
+            checkpoint_folders.delete_whole(path)
 
 
 def _save_error(directory: Path, step: int, error: Exception) -> CheckpointError:
     """Error of a failed save; frees what the attempt took."""
-    with contextlib.suppress(OSError):  # the save's own error is the one to report
+    with contextlib.suppress(OSError, BucketError):  # the save's own error is the one to report
         delete_unfinished(directory)
-    last = latest_step(directory)
+    try:
+        last = latest_step(directory)
+    except BucketError:
+        return CheckpointError(
+            f"could not save the checkpoint of step {step} in {directory}: {_reason(error)}. Those "
+            "before it are whole. Run the same command again when the bucket can be reached."
+        )
     there = "there is no checkpoint yet" if last is None else f"the one of step {last} is whole"
     return CheckpointError(
         f"could not save the checkpoint of step {step} in {directory}: {_reason(error)}; {there}. "
@@ -352,8 +333,9 @@ def restore_latest(
         CheckpointMismatchError: structure, shape or dtype differs from the template (names the
             first leaf that does), or another identity (names every key).
         TypeError: a leaf of the template is neither array nor number.
+        WorkdirError: a bucket cannot be reached.
     """
-    found = _read_latest(Path(directory), template, identity, part)
+    found = _read_latest(as_path(directory), template, identity, part)
     if found is None:
         return None
     leaves, structure = jax.tree.flatten(template)
@@ -369,7 +351,7 @@ def _read_latest(
     damaged: list[tuple[int, Path, str]] = []
     for step, _, folder in reversed(_step_folders(directory)):
         try:
-            content = _read_manifest(folder / "manifest.json", step)
+            content = _read_manifest(folder / MANIFEST_FILE, step)
             _check_identity(folder, content.get("identity"), identity)
             state = _restore(folder, content, template, part)
         except _DamagedError as error:
@@ -391,17 +373,13 @@ def _read_latest(
 
 def _set_aside(folder: Path) -> Path:
     """Move a damaged checkpoint out of the way of later saves of its step."""
-    target = folder.with_name(_DAMAGED + folder.name)
     try:
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(folder, target)
+        return checkpoint_folders.set_aside(folder)
     except OSError as error:
         raise CheckpointError(
-            f"cannot move the damaged checkpoint {folder} to {target.name}: {error.strerror}. "
-            "Delete it by hand, then run the same command again."
+            f"cannot move the damaged checkpoint {folder} to damaged_{folder.name}: "
+            f"{error.strerror}. Delete it by hand, then run the same command again."
         ) from error
-    return target
 
 
 def _restore(folder: Path, content: dict, template: Any, part: bool) -> list[np.ndarray]:
@@ -414,9 +392,11 @@ def _restore(folder: Path, content: dict, template: Any, part: bool) -> list[np.
     saved = [_Leaf(e["name"], tuple(e["shape"]), e["dtype"]) for _, e in entries]
     _check_match(folder, saved, wanted)
     shaped = [_to_numpy(leaf) for _, leaf in named]
+    places = [place for place, _ in entries]
     try:
-        arrays = _read_arrays(folder / "arrays", shaped, [place for place, _ in entries], part)
-    except MemoryError:
+        with checkpoint_folders.read_locally(folder) as local:
+            arrays = _read_arrays(local / "arrays", shaped, places, part)
+    except (MemoryError, BucketError):  # which do not tell of the checkpoint
         raise
     # damaged files make orbax raise nearly any kind of exception; the reason is passed on
     except Exception as error:
@@ -434,6 +414,8 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
         sealed = read_json(path)
         content = sealed["content"]
         text = json.dumps(content, sort_keys=True)
+    except BucketError:
+        raise
     except (OSError, WorkdirError, KeyError, TypeError) as error:
         raise _DamagedError(_reason(error)) from error
     if zlib.crc32(text.encode()) != sealed.get("crc32") or content["step"] != step:
@@ -457,9 +439,9 @@ def checkpoint_fingerprint(directory: str | os.PathLike) -> str | None:
 
     It is read from the manifest alone; what is damaged there is passed over.
     """
-    for step, _, folder in reversed(_step_folders(Path(directory))):
+    for step, _, folder in reversed(_step_folders(as_path(directory))):
         with contextlib.suppress(_DamagedError):
-            leaves = _read_manifest(folder / "manifest.json", step)["leaves"]
+            leaves = _read_manifest(folder / MANIFEST_FILE, step)["leaves"]
             return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
     return None
 

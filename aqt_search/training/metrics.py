@@ -1,6 +1,5 @@
 """Metrics of a run as JSON lines and TensorBoard events, and its progress on the terminal."""
 
-import contextlib
 import io
 import json
 import math
@@ -12,20 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tensorboardX.event_file_writer import EventsWriter
-
 # pyrefly: ignore[missing-module-attribute]  # made by protobuf when it is imported
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event
 
 # pyrefly: ignore[missing-module-attribute]
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from aqt_search.training.metric_files import METRICS_FILE, metrics_content, open_metric_files
 from aqt_search.training.processes import on_first
-from aqt_search.training.workdir import write_text
+from aqt_search.training.storage import as_path
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 _RESERVED = ("step", "nonfinite")
 
 
@@ -49,11 +45,10 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record | {name: float(text) for name, text in nonfinite.items()}
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_lines(workdir: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Whole lines with their records; a last line without its newline is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    path = workdir / METRICS_FILE
+    lines = metrics_content(workdir).split(b"\n")[:-1]
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -76,7 +71,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         MetricsError: another line is no record.
     """
-    return [record for _, record in _read_lines(Path(workdir) / METRICS_FILE)]
+    return [record for _, record in _read_lines(as_path(workdir))]
 
 
 class MetricWriter:
@@ -89,7 +84,9 @@ class MetricWriter:
     A run resumed at step s drops the records of later steps and a half-written last line, so that
     each step is there once: write a step's metrics, then `flush`, then save its checkpoint. In
     `metrics.jsonl` a record outlives the death of the process as soon as `write` returns, and a
-    power cut after `flush`; in TensorBoard both after `flush`.
+    power cut after `flush`; in TensorBoard both after `flush`. In a bucket records are written by
+    `flush` alone, each time as objects of their own (`metrics/`, `tensorboard/`), and `close` joins
+    those of the lines to `metrics.jsonl`.
 
     Args:
         workdir: folder of the run; made if needed.
@@ -98,25 +95,22 @@ class MetricWriter:
 
     Raises:
         MetricsError: a damaged `metrics.jsonl`, or a file that cannot be written.
-        WorkdirError: the file cannot be rewritten without the dropped records.
+        WorkdirError: the file cannot be rewritten without the dropped records, or a bucket cannot
+            be reached, then and in `flush` and `close`.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0) -> None:
         if resume_step < 0:
             raise ValueError(f"resume_step is {resume_step!r}; expected at least 0")
-        self._path = Path(workdir) / METRICS_FILE
+        self._workdir, self._closed = as_path(workdir), False
         self._last_step = resume_step
-        folder = Path(workdir) / TENSORBOARD_FOLDER
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             kept = [
                 line.decode("utf-8") + "\n"
-                for line, record in _read_lines(self._path)
+                for line, record in _read_lines(self._workdir)
                 if 0 < resume_step >= record["step"]
             ]
-            write_text(self._path, "".join(kept))
-            self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - see close
-            self._events = _open_events(folder, resume_step)
+            self._files = open_metric_files(self._workdir, "".join(kept), resume_step)
         except OSError as error:
             raise self._error(error) from error
 
@@ -141,33 +135,26 @@ class MetricWriter:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))
         try:
-            self._lines.write(line + "\n")
-            self._lines.flush()
-            self._events.write_event(event)
+            self._files.append(line + "\n", event)
         except OSError as error:
             raise self._error(error) from error
 
     def flush(self) -> None:
         """Make all records so far outlive a power cut. Raises MetricsError."""
         try:
-            self._lines.flush()
-            os.fsync(self._lines.fileno())
-            self._events.flush()
+            self._files.flush()
         except OSError as error:
             raise self._error(error) from error
 
     def close(self) -> None:
         """Flush and close the files; a second call does nothing. Raises MetricsError."""
-        if self._lines.closed:
+        if self._closed:
             return
+        self._closed = True
         try:
             self.flush()
         finally:
-            # a failed flush has been reported; closing would report the same bytes again
-            with contextlib.suppress(OSError):
-                self._lines.close()
-            with contextlib.suppress(OSError):
-                self._events.close()
+            self._files.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -182,7 +169,7 @@ class MetricWriter:
 
     def _error(self, error: OSError) -> MetricsError:
         return MetricsError(
-            f"could not write the metrics in {self._path.parent}: {error.strerror or error}. Free "
+            f"could not write the metrics in {self._workdir}: {error.strerror or error}. Free "
             "space or make the folder writable, then run the same command again."
         )
 
@@ -197,17 +184,6 @@ def _to_float(name: str, value: Any) -> float:
         raise TypeError(
             f"metric {name!r} is {value!r:.80}; expected a number or an array of size one"
         ) from error
-
-
-def _open_events(folder: Path, resume_step: int) -> EventsWriter:
-    """A new event file, which tells TensorBoard to hide older events after `resume_step`."""
-    # The suffix keeps two starts within one second apart: file names hold whole seconds. Events
-    # are written by this thread, not by SummaryWriter's, whose death on a full disk is silent.
-    writer = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
-    first = resume_step + 1 if resume_step else 0
-    start = SessionLog(status=SessionLog.START)
-    writer.write_event(Event(step=first, wall_time=time.time(), session_log=start))
-    return writer
 
 
 class Progress:

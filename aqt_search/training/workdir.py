@@ -1,7 +1,8 @@
 """The folder of one run: whole-or-nothing JSON files, its configuration, its lock.
 
 In a run of several processes all call these functions, and the first reads and writes
-(`processes`).
+(`processes`). The folder may lie in a bucket (`storage`), where each file is one object, and the
+lock one that is renewed (`bucket_lock`).
 """
 
 import contextlib
@@ -15,17 +16,15 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from aqt_search.training import bucket_lock, storage
 from aqt_search.training.processes import on_first
+from aqt_search.training.storage import WorkdirError, as_path, in_bucket
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 # This process, also where another machine or container has one of the same number.
 _HOLDER = secrets.token_hex(8)
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_whole` calls them
-
-
-class WorkdirError(RuntimeError):
-    """A run cannot use its folder; the message says why and what to do."""
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -40,9 +39,14 @@ def sync_folder(folder: str | os.PathLike) -> None:
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all, by whoever calls: temporary name, fsync, `os.replace`.
 
+    In a bucket it is an object, which is whole by itself.
+
     Raises:
         WorkdirError: the file cannot be written; what was there before is untouched.
     """
+    if in_bucket(path):
+        storage.put(path, content)
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -87,7 +91,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 @on_first
 def is_there(path: str | os.PathLike) -> bool:
     """Whether there is a file or folder of that name."""
-    return Path(path).exists()
+    return storage.exists(path)
 
 
 @on_first
@@ -103,7 +107,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{constant} is not a JSON value")
 
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(storage.read_text(path), parse_constant=refuse)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -116,8 +120,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def _make_folder(workdir: str | os.PathLike) -> Path:
-    """The folder, made if needed and known to be writable."""
-    workdir = Path(workdir)
+    """The folder, made if needed and known to be writable; of a bucket its lock tells that."""
+    workdir = as_path(workdir)
+    if in_bucket(workdir):
+        return workdir
     try:
         str(workdir.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -221,15 +227,16 @@ def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
     """Hold the folder for this process; the system lets go when the process ends, however it does.
 
     The lock is `flock` on `run.lock`, which stays behind and names its last owner: its PID, and a
-    token of its own. A folder may be deleted under its run, and made anew by another: ask
-    `check_lock` before writing what would pass for the other's. Temporary files that a killed owner
-    left in the folder are deleted.
+    token of its own. In a bucket that file itself is the lock (`bucket_lock`), and the system does
+    not let go of it: after a kill another machine has to wait for some minutes. A folder may be
+    deleted under its run, and made anew by another: ask `check_lock` before writing what would pass
+    for the other's. Temporary files that a killed owner left in the folder are deleted.
 
     Raises:
         WorkdirError: another process holds the folder (names its PID), or the folder or the lock
             file cannot be made or written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     with contextlib.ExitStack() as held:
         _lock(workdir, held)
         yield workdir
@@ -238,6 +245,9 @@ def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
 @on_first
 def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
     """Lock the folder until `held` is closed."""
+    if in_bucket(workdir):
+        bucket_lock.hold_lock(workdir, LOCK_FILE, _HOLDER, held)
+        return
     path = _make_folder(workdir) / LOCK_FILE
     try:
         file = held.enter_context(open(path, "a+", encoding="ascii"))  # noqa: SIM115
@@ -269,10 +279,7 @@ def check_lock(workdir: str | os.PathLike) -> None:
     Raises:
         WorkdirError: it was deleted, and perhaps made anew, since.
     """
-    try:
-        holder = (Path(workdir) / LOCK_FILE).read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        holder = []
+    holder = _holder(as_path(workdir) / LOCK_FILE)
     if holder != [str(os.getpid()), _HOLDER]:
         now = f"and is now that of process {holder[0]}" if holder else "and is no run's now"
         raise WorkdirError(
@@ -282,9 +289,22 @@ def check_lock(workdir: str | os.PathLike) -> None:
         )
 
 
+def _holder(lock: Path) -> list[str]:
+    """Number and token of the process that a lock names; [] where it names none."""
+    if in_bucket(lock):
+        told = bucket_lock.read_lock(lock)
+        return [str(told["process"]), told["token"]] if "token" in told else []
+    try:
+        return lock.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return []
+
+
 @on_first
 def delete_leftovers(folder: str | os.PathLike) -> None:
     """Delete what writes that were killed have left in a folder that no one else writes to."""
+    if in_bucket(folder):  # where none leaves anything
+        return
     for path in Path(folder).glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from aqt_search.training.evaluation import StaticEvaluation, reestimate_batch_st
 from aqt_search.training.loop import LoopResult, Run, Schedule
 from aqt_search.training.parallel import AXIS
 from aqt_search.training.processes import on_first
+from aqt_search.training.storage import as_path
 from aqt_search.training.train_step import TrainState, init_train_state
 from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
@@ -214,7 +215,7 @@ def store(
 def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_config.Images) -> Job:
     """Palettes for a finished run: a job without training steps unless `palette.epochs` asks."""
     check_options(config)
-    there = finished_run.load(config, Path(config.checkpoint), images)
+    there = finished_run.load(config, as_path(config.checkpoint), images)
     variables = {name: there.variables[name] for name in ("params", "batch_stats")}
     tuned = _training_config(config)
     parts = from_config.build_parts(tuned, images, architecture=there.architecture)

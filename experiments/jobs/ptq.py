@@ -18,6 +18,7 @@ from aqt_search.tracing.sites import is_unquantized
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.evaluation import StaticEvaluation, evaluate
 from aqt_search.training.loop import Run, Schedule
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import check_lock, write_json
 from experiments import finished_run, from_config, results
 from experiments.assignment import configured_assignment
@@ -101,7 +102,7 @@ def prepare(
       targets: by the name of the cost, what the formats were chosen to cost, for the result.
     """
     check_options(config)
-    there = finished_run.load(config, Path(config.checkpoint), images)
+    there = finished_run.load(config, as_path(config.checkpoint), images)
     model, sites = there.parts.model, there.parts.sites
     formats = configured_assignment(config, sites)
     if all(is_unquantized(f) for f in formats.values()):

@@ -14,6 +14,7 @@ import numpy as np
 from aqt_search import data
 from aqt_search.training.processes import on_first
 from aqt_search.training.sensitivity import Sensitivity, sensitivity
+from aqt_search.training.storage import as_path
 from aqt_search.training.workdir import check_lock, write_bytes, write_json
 from experiments import finished_run, from_config
 from experiments.job import claim_run, opened
@@ -69,7 +70,7 @@ def prepare(
       images: saves loading the data set again.
     """
     check_options(config)
-    folder = Path(config.sensitivity.checkpoint)
+    folder = as_path(config.sensitivity.checkpoint)
     run = finished_run.load(config, folder, images)
     parts, formats = run.parts, tuple(config.sensitivity.formats)
     return functools.partial(

@@ -29,6 +29,7 @@ from aqt_search.training.assignment_batch import evaluate_assignments
 from aqt_search.training.checkpoint import save_checkpoint
 from aqt_search.training.parallel import release_programs
 from aqt_search.training.processes import on_first
+from aqt_search.training.storage import as_path
 from aqt_search.training.subnets import of_points
 from aqt_search.training.workdir import (
     CONFIG_FILE,
@@ -80,7 +81,7 @@ def load(config: ml_collections.ConfigDict, images: from_config.Images) -> Setti
             "subnets.checkpoint is empty: give the workdir of a finished run of"
             " experiments.supernet."
         )
-    folder = Path(config.subnets.checkpoint)
+    folder = as_path(config.subnets.checkpoint)
     found = finished_run.load_supernet(config, folder, images)
     space = supernet_space(found.config, found.parts)
     costs = space.cost_table(cost_function(cost_names(config)[0]))

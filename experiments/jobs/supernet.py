@@ -18,6 +18,7 @@ from aqt_search.architecture.subnet_sites import subnet_sites
 from aqt_search.models.fitting import fitted
 from aqt_search.search.space import Space
 from aqt_search.training.loop import LoopResult, Run
+from aqt_search.training.storage import as_path
 from aqt_search.training.supernet_step import SmallestSubnet, SupernetState, make_supernet_step
 from experiments import finished_run, from_config, results
 from experiments.architecture import FORMATS, configured_net
@@ -73,7 +74,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path, images: from_confi
 
     state = from_config.initial_state(config, parts, first_assignment(space), matrices)
     if config.checkpoint:  # the whole model, whose important channels come first
-        there = finished_run.load(config, Path(config.checkpoint), images)
+        there = finished_run.load(config, as_path(config.checkpoint), images)
         if there.architecture is not None:
             raise from_config.ConfigError(
                 f"The run in {config.checkpoint} is of a subnet, but a supernet starts from the"

@@ -12,6 +12,7 @@ from aqt_search.tracing.sites import is_unquantized
 from aqt_search.training import parallel
 from aqt_search.training.evaluation import as_data
 from aqt_search.training.loop import LoopResult, Run
+from aqt_search.training.storage import as_path
 from aqt_search.training.train_step import TrainState
 from experiments import finished_run, from_config, results
 from experiments.architecture import policy_architecture
@@ -62,7 +63,7 @@ def _start(config: ml_collections.ConfigDict, images: from_config.Images) -> Map
     Raises:
       ConfigError: they are of another architecture than that of `config.policy`.
     """
-    there, own = finished_run.load(config, Path(config.checkpoint), images), {}
+    there, own = finished_run.load(config, as_path(config.checkpoint), images), {}
     for name, told in (("there", there.architecture), ("now", policy_architecture(config))):
         own[name] = None if told is None else told["blocks"]
     if own["there"] != own["now"]:
