@@ -43,19 +43,18 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--config=configs/digits_resnet8.py:quick", "--config.model.width=0.25"]
-# 60 steps, a checkpoint at every tenth.
-SEARCH = [
-    "experiments.search", *QUICK, "--config.epochs=3", "--config.log_every=1",
-    "--config.checkpoint_every=10", "--config.search.delay=0.3",
+# 60 steps, a checkpoint at every tenth. The sweep's point shares its programs, and a second one and
+# the sensitivities read its checkpoint.
+QUICK = [
+    "--config=configs/digits_resnet8.py:quick", "--config.model.width=0.25", "--config.epochs=3",
+    "--config.checkpoint_every=10", "--config.log_every=1",
 ]  # fmt: skip
-# A point that another one's checkpoint is read for, and so are the sensitivities.
+TRAIN = ["experiments.train", *QUICK, "--config.formats=(('.*', 'int8'),)"]
 SWEEP = [
-    "experiments.sweep", *QUICK, "--config.epochs=0.5", "--config.optimizer.warmup_epochs=0",
-    "--config.evaluation.calibration_batches=1", "--config.sweep.baselines=('float',)",
-    "--config.sweep.targets=()", "--config.sweep.sensitivity=float",
-    "--config.sensitivity.images=64", "--config.sensitivity.formats=('int4',)",
-    "--config.sweep.stages=(('w8a8', 'ptq', {'formats': (('.*', 'int8'),)}),)",
+    "experiments.sweep", *QUICK, "--config.sweep.baselines=('int8',)", "--config.sweep.targets=()",
+    "--config.sweep.stages=(('w4a4', 'ptq', {'formats': (('.*', 'int4'),)}),)",
+    "--config.sweep.sensitivity=int8", "--config.sensitivity.images=64",
+    "--config.sensitivity.formats=('int4',)",
 ]  # fmt: skip
 MOST_SECONDS = 300
 
@@ -140,8 +139,8 @@ def ended(process):
 # --- Runs from end to end -------------------------------------------------------------------------
 
 
-def test_a_search_that_was_killed_ends_in_the_bits_of_one_on_a_disk(client, workdir, tmp_path):
-    command = [*SEARCH, f"--workdir={workdir}"]
+def test_a_run_that_was_killed_ends_in_the_bits_of_one_on_a_disk(client, workdir, tmp_path):
+    command = [*TRAIN, f"--workdir={workdir}"]
     process, until = start(*command), time.monotonic() + MOST_SECONDS
     while "checkpoints/step_000000020/manifest.json" not in keys(client, workdir):
         assert process.poll() is None, ended(process)
@@ -161,9 +160,9 @@ def test_a_search_that_was_killed_ends_in_the_bits_of_one_on_a_disk(client, work
     assert code == 0, err
     assert "taken over from process" in err
     assert "run: going on from step" in err
-    code, _, err = ended(start(*SEARCH, f"--workdir={tmp_path}/run"))
+    code, _, err = ended(start(*TRAIN, f"--workdir={tmp_path}/run"))
     assert code == 0, err
-    for name in ("metrics.jsonl", "policy.json", "probabilities.jsonl", "weights.json"):
+    for name in ("metrics.jsonl", "policy.json", "sites.json", "weights.json"):
         assert content(client, workdir / name) == (tmp_path / "run" / name).read_bytes(), name
     assert read_policy(workdir / "policy.json") == read_policy(tmp_path / "run" / "policy.json")
     last = "checkpoints/step_000000060/manifest.json"
@@ -181,7 +180,7 @@ def test_a_sweep_writes_its_report_there(client, workdir):
     assert content(client, workdir / "front.png").startswith(b"\x89PNG")
     assert content(client, workdir / "sensitivity.png").startswith(b"\x89PNG")
     points = {record.name: record.kind for record in load_records(str(workdir))}
-    assert points == {"float": "float", "float_w8a8": "ptq"}
+    assert points == {"int8": "uniform", "int8_w4a4": "ptq"}
     assert not [name for name in keys(client, workdir) if "run.lock" in name]
 
 
@@ -189,7 +188,7 @@ def test_a_sweep_writes_its_report_there(client, workdir):
 
 
 def test_a_bucket_that_is_not_there_ends_in_one_line(client):
-    code, _, err = ended(start(*SEARCH, "--workdir=s3://nowhere/run"))
+    code, _, err = ended(start(*TRAIN, "--workdir=s3://nowhere/run"))
     assert code == 1
     assert "there is no bucket nowhere for s3://nowhere/run/run.lock. Make it" in err
     assert "Traceback" not in err
