@@ -298,6 +298,15 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(client, workdir, caplog):
     assert json.loads(content(client, workdir / "run.lock"))["process"] == 7
 
 
+def test_a_lock_that_was_copied_from_a_disk_is_no_ones(client, workdir):
+    replace(client, workdir / "run.lock", f"{os.getpid()} 0123456789abcdef\n".encode())
+    with pytest.raises(WorkdirError, match="is no run's now"):
+        check_lock(workdir)
+    with lock_workdir(workdir):
+        check_lock(workdir)
+    assert keys(client, workdir) == []
+
+
 def test_a_process_that_was_killed_here_holds_nothing(client, workdir):
     code = (
         "import os, signal, sys\n"

@@ -48,14 +48,18 @@ def read_lock(path: storage.PathLike) -> dict[str, Any]:
     """
     try:
         told = json.loads(storage.read_bytes(path))
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return {}
-    return told if isinstance(told, dict) else {}
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not told.keys() >= {"process", "host", "token", "renewed"}:
+        return {"process": "unknown", "host": "unknown", "renewed": 0.0}  # copied from a disk
+    return told
 
 
 def _has_ended(there: dict[str, Any]) -> bool:
     """Whether the holder lives no more, as far as one can tell from here."""
-    if time.time() - there.get("renewed", 0.0) > _LOST_SECONDS:
+    if time.time() - there["renewed"] > _LOST_SECONDS:
         return True
     if there.get("machine") is None or there["machine"] != _machine():
         return False
