@@ -23,18 +23,25 @@ def _processor() -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
-def keep_compiled(folder: Path) -> None:
+# Above it JAX deletes what was used least; given any size, it locks the folder.
+_LARGEST_SHARED = 2**36
+
+
+def keep_compiled(folder: Path, shared: bool = False) -> None:
     """Keeps compiled programs in a folder, unless JAX keeps them elsewhere already.
 
     The points of a sweep, seeds above all, compile the same programs. Every kind of processor has a
     folder of its own within, as JAX does not tell them apart: a workdir may move between machines.
     Those of a workdir in a bucket are kept in the user's cache folder: JAX reads and writes them
     while it compiles.
+    With `shared` several processes may read and write there at once.
     """
     if in_bucket(folder):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aqt_search"
         folder /= "compiled"
     if jax.config.jax_compilation_cache_dir is None:
-        own = folder.absolute() / _processor()
+        own = folder.absolute() / ("shared" if shared else "") / _processor()
         jax.config.update("jax_compilation_cache_dir", str(own))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        if shared:  # else JAX writes in place, without a lock
+            jax.config.update("jax_compilation_cache_max_size", _LARGEST_SHARED)

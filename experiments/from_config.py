@@ -190,6 +190,11 @@ def steps_per_epoch(config: ml_collections.ConfigDict, images: Images) -> int:
     return len(images.splits.train) // config.batch_size
 
 
+def total_steps(config: ml_collections.ConfigDict, images: Images) -> int:
+    """Steps of a training run, at least one."""
+    return max(1, math.ceil(config.epochs * steps_per_epoch(config, images)))
+
+
 def check_devices(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError for batches that do not fit the devices."""
     for key, size in (
@@ -227,7 +232,7 @@ def build_parts(
     found = policy_architecture(config) if architecture is None else architecture
     model = model if found is None else model_of(model, found)
     epoch = steps_per_epoch(config, images)
-    total = max(1, math.ceil(config.epochs * epoch))
+    total = total_steps(config, images)
     if total > _MOST_STEPS:
         raise ConfigError(f"epochs is {config.epochs}: {total} steps are more than can be counted.")
     if images.splits.num_classes < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,9 +127,14 @@ def started_module() -> str:
     return module.name if module else Path(sys.argv[0]).name
 
 
+# The command that has had this process started, where it is not the process's own.
+COMMAND_VARIABLE = "AQT_SEARCH_COMMAND"
+
+
 def command() -> str:
     """How this process was started, as one may paste it into a shell."""
-    return shlex.join(["python", "-m", started_module(), *sys.argv[1:]])
+    own = shlex.join(["python", "-m", started_module(), *sys.argv[1:]])
+    return os.environ.get(COMMAND_VARIABLE) or own
 
 
 def claimed_identity(

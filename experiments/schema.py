@@ -174,6 +174,17 @@ def _check_stage(value: Any) -> None:
         require_part("its baselines", baselines, several(NAME, least=1))
 
 
+def _check_resources(value: Any) -> None:
+    """What Ray takes: parts of a device, or whole ones."""
+    demand(is_tuple(value) and all(is_tuple(pair, 2, 2) for pair in value))
+    names = [name for name, _ in value]
+    for name, amount in value:
+        demand(isinstance(name, str) and name.isprintable() and bool(name.strip()))
+        require_part(f"its amount of {name}", amount, number(1, least=0))
+        demand(amount <= 1 or amount == int(amount))
+    demand(len(set(names)) == len(names))
+
+
 def _check_name(value: Any) -> None:
     demand(isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= 100)
     demand("/" not in value and not value.startswith("."))
@@ -371,6 +382,14 @@ SCHEMA: Mapping[str, Kind] = {
     ),
     "sweep.sensitivity": text("the name of a baseline", "int8"),
     "sweep.side_by_side": flag(),
+    "sweep.engine": one_of(("local", "ray")),
+    "sweep.resources": Kind(
+        "a tuple of pairs (resource, amount), each once, whole where above 1",
+        (("CPU", 1), ("GPU", 1)),
+        _check_resources,
+    ),
+    "sweep.ray_address": text("auto, local or HOST:PORT", "10.0.0.1:6379", empty=False),
+    "sweep.ray_retries": whole(10, least=-1, most=1_000_000),
     "palette.rules": rules("bits of an index", _check_palette, ((".*", 2),), least=1),
     "palette.restarts": whole(3, above=0, most=1000),
     "palette.epochs": number(1.0, least=0, most=1e6),

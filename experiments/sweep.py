@@ -4,14 +4,16 @@
 
 Every point is a run in <workdir>/points/<name>. The same command goes on where an interrupted sweep
 stopped: finished points are kept, failed ones are tried again. With `sweep.side_by_side` points
-that share a program run at the same time, one on each device. At the end <workdir> holds
-front.json, front.png and report.html, and with `sweep.sensitivity` sensitivity.json; programs that
-are compiled are kept in <workdir>/compiled for all points.
+that share a program run at the same time, one on each device, and with `sweep.engine` "ray" points
+are tasks of a Ray cluster (experiments.ray_engine). At the end <workdir> holds front.json,
+front.png and report.html, and with `sweep.sensitivity` sensitivity.json; programs that are compiled
+are kept in <workdir>/compiled for all points.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 from absl import logging
 
@@ -44,6 +47,7 @@ from experiments.schema import check, check_values, with_homes
 COMPILED_FOLDER = "compiled"
 # What may differ between points of one program: it is an input, or not part of the program.
 _INPUTS = ("seed", "series", "formats", "policy", "checkpoint", "sweep", "log_every")
+RAY = "ray"  # `sweep.engine`
 _STAGES = {"train": train.prepare, "ptq": ptq.prepare, "palettize": palettize.prepare}
 
 
@@ -251,6 +255,14 @@ def image_loader() -> Callable[[Point], from_config.Images]:
     return images_of
 
 
+def groups(points: Sequence[Point], side_by_side: bool) -> list[list[Point]]:
+    """The points that run together, in an order in which each comes after those it follows."""
+    found = dict[str, list[Point]]()
+    for point in points:
+        found.setdefault(point.program if side_by_side else point.name, []).append(point)
+    return sorted(found.values(), key=lambda group: side_by_side and group[0].follows)
+
+
 # Of so many points programs are kept: each takes some tens of MB, and letting go some seconds.
 _POINTS_KEPT = 8
 
@@ -261,18 +273,17 @@ def run_points(
     images_of: Callable[[Point], from_config.Images],
     side_by_side: bool,
     release: bool = True,
+    holder: str | None = None,
 ) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Runs every point unless its result is there; a failure becomes its result.
 
     With `release` compiled programs are let go of now and then, so that hundreds of points end in
-    the memory of a few.
+    the memory of a few. The sweep's folder is locked by `holder`, as `lock_holder` tells it, or by
+    this process.
     """
     side_by_side = side_by_side and not several()  # each then has the devices of all of them
-    kept, groups = 0, dict[str, list[Point]]()
-    for point in points:
-        groups.setdefault(point.program if side_by_side else point.name, []).append(point)
-    # What a point takes from another is there only after it.
-    for group in sorted(groups.values(), key=lambda g: side_by_side and g[0].follows):
+    kept = 0
+    for group in groups(points, side_by_side):
         waiting = []
         for point in group:
             result = result_of(folder / point.name)
@@ -281,10 +292,11 @@ def run_points(
             else:
                 yield point, result
         if side_by_side:
+            check_lock(folder.parent, holder)  # else a later sweep would take these for its own
             yield from _run_group(waiting, folder, images_of)
         else:
             for point in waiting:
-                check_lock(folder.parent)  # else a later sweep would take its points for its own
+                check_lock(folder.parent, holder)
                 yield point, _run_point(point, folder / point.name, images_of(point))
                 kept += 1
         if release and (kept == _POINTS_KEPT or (side_by_side and waiting)):
@@ -307,7 +319,6 @@ def _run_group(
     points: Sequence[Point], folder: Path, images_of: Callable[[Point], from_config.Images]
 ) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Runs points of one program, as many at a time as there are devices."""
-    check_lock(folder.parent)  # else a later sweep would take these points for its own
     with locked([folder / point.name for point in points]):
         alike: dict[Any, list[tuple[Point, Job]]] = {}
         for point in points:
@@ -332,23 +343,41 @@ def _run_group(
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     """Runs every point and writes the report; returns the path of report.html."""
+    from experiments import ray_engine  # which is built on this file
+
     check_values(config)
+    _check_processes(config)
     points = sweep_points(config, workdir)
     check_points(config, points)
-    with lock_workdir(workdir):
+    on_ray = config.sweep.engine == RAY
+    with ray_engine.connected(config) if on_ray else contextlib.nullcontext(), lock_workdir(workdir):
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
         claim_run(workdir, config, images, "sweep", ignore=_free_keys(config, workdir))
-        found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
+        if on_ray:
+            found = ray_engine.run_points(points, workdir, config.sweep, images)
+        else:
+            found = run_points(points, workdir / "points", images_of, config.sweep.side_by_side)
         tell_points(found, len(points))
         check_lock(workdir)
-        measure_sensitivity(config, points, workdir, images_of)
+        measure = ray_engine.measure_sensitivity if on_ray else measure_sensitivity
+        measure(config, points, workdir, images_of)
         return on_first(write_report)(workdir)
+
+
+def _check_processes(config: ml_collections.ConfigDict) -> None:
+    if config.sweep.engine == RAY and several():
+        raise from_config.ConfigError(
+            "config.sweep.engine is 'ray', and there are several processes; expected one, as Ray"
+            " starts all others: leave out --coordinator, --processes and --process, or give"
+            " --processes=1."
+        )
 
 
 def _free_keys(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
     """Keys that may change while the sweep goes on; of sensitivities until they are measured."""
     keys = ["log_every", "data.data_dir", "sweep.sensitivity", *_unread_sections(config)]
+    keys += [f"sweep.{key}" for key in ("engine", "resources", "ray_address", "ray_retries")]
     if is_there(workdir / sensitivity.SENSITIVITY_FILE):
         keys = [key for key in keys if "sensitivity" not in key]
     return keys
@@ -401,5 +430,15 @@ def main(
         )
 
 
+def _begin(config: ml_collections.ConfigDict) -> None:
+    """Checks each value, as the points are checked as a whole; leaves the devices to Ray's tasks.
+
+    This comes before a device is touched, which would be this process's own from then on.
+    """
+    check_values(config)
+    if config.sweep.engine == RAY:
+        jax.config.update("jax_platforms", "cpu")
+
+
 if __name__ == "__main__":
-    run_job(main, check_values)  # the points are checked as a whole
+    run_job(main, _begin)

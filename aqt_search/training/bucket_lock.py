@@ -20,7 +20,7 @@ from typing import Any
 from absl import logging
 
 from aqt_search.training import storage
-from aqt_search.training.storage import WorkdirError
+from aqt_search.training.storage import BusyWorkdirError, WorkdirError
 
 _RENEW_SECONDS = 60.0
 _LOST_SECONDS = 600.0
@@ -72,10 +72,10 @@ def _has_ended(there: dict[str, Any]) -> bool:
     return False
 
 
-def _in_use(workdir: storage.PathLike, there: dict[str, Any]) -> WorkdirError:
+def _in_use(workdir: storage.PathLike, there: dict[str, Any]) -> BusyWorkdirError:
     process = f"process {there.get('process', 'unknown')} on {there.get('host', 'unknown')}"
     ago = time.time() - there.get("renewed", time.time())
-    return WorkdirError(
+    return BusyWorkdirError(
         f"workdir {os.fspath(workdir)} is in use by {process}, which was alive {ago:.0f} s ago. "
         "Wait for it to end, stop it, or give another --workdir. If its machine was lost, run the "
         f"same command {max(_LOST_SECONDS - ago, 0) + 1:.0f} s from now."
@@ -86,7 +86,8 @@ def hold_lock(workdir: Path, name: str, token: str, held: contextlib.ExitStack) 
     """Locks a folder in a bucket for this process, until `held` is closed.
 
     Raises:
-        WorkdirError: another process holds it, or the bucket cannot be used.
+        BusyWorkdirError: another process holds it.
+        WorkdirError: the bucket cannot be used.
     """
     path = workdir / name
     if there := read_lock(path):

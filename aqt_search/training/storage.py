@@ -31,6 +31,10 @@ class WorkdirError(RuntimeError):
     """A run cannot use its folder; the message says why and what to do."""
 
 
+class BusyWorkdirError(WorkdirError):
+    """Another process holds the folder."""
+
+
 def _scheme(path: PathLike) -> str:
     """The scheme of a URI; "" for a path on this machine."""
     found = _URI.match(os.fspath(path))

@@ -18,7 +18,7 @@ from typing import Any
 
 from aqt_search.training import bucket_lock, storage
 from aqt_search.training.processes import on_first
-from aqt_search.training.storage import WorkdirError, as_path, in_bucket
+from aqt_search.training.storage import BusyWorkdirError, WorkdirError, as_path, in_bucket
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
@@ -233,8 +233,8 @@ def lock_workdir(workdir: str | os.PathLike) -> Generator[Path]:
     for the other's. Temporary files that a killed owner left in the folder are deleted.
 
     Raises:
-        WorkdirError: another process holds the folder (names its PID), or the folder or the lock
-            file cannot be made or written.
+        BusyWorkdirError: another process holds the folder (names its PID).
+        WorkdirError: the folder or the lock file cannot be made or written.
     """
     workdir = as_path(workdir)
     with contextlib.ExitStack() as held:
@@ -258,11 +258,14 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise WorkdirError(_lock_message(workdir, file, error)) from error
+        busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        kind = BusyWorkdirError if busy else WorkdirError
+        raise kind(_lock_message(workdir, file, error)) from error
     try:
         file.truncate(0)
         file.write(f"{os.getpid()} {_HOLDER}\n")
         file.flush()
+        os.fsync(file.fileno())  # for other machines that see the folder
     except OSError as error:
         raise WorkdirError(
             f"could not write {path}: {error.strerror}. Free space, then run the same command "
@@ -273,31 +276,37 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> None:
 
 
 @on_first
-def check_lock(workdir: str | os.PathLike) -> None:
-    """Check that the folder of this name is the one that this process has locked.
+def lock_holder(workdir: str | os.PathLike) -> str:
+    """What tells the last process that has locked the folder from all others; "" for none."""
+    lock = as_path(workdir) / LOCK_FILE
+    if in_bucket(lock):
+        told = bucket_lock.read_lock(lock)
+        return f"{told['process']} {told['token']}" if "token" in told else ""
+    try:
+        return lock.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+@on_first
+def check_lock(workdir: str | os.PathLike, holder: str | None = None) -> None:
+    """Check that the folder of this name is the one that a process has locked.
+
+    Args:
+        workdir: the folder.
+        holder: the process, as `lock_holder` told it; None for this one.
 
     Raises:
         WorkdirError: it was deleted, and perhaps made anew, since.
     """
-    holder = _holder(as_path(workdir) / LOCK_FILE)
-    if holder != [str(os.getpid()), _HOLDER]:
-        now = f"and is now that of process {holder[0]}" if holder else "and is no run's now"
+    there = lock_holder(workdir)
+    if there != (holder or f"{os.getpid()} {_HOLDER}"):
+        now = f"and is now that of process {there.split()[0]}" if there else "and is no run's now"
         raise WorkdirError(
             f"workdir {workdir} was deleted or replaced while this run went on, {now}. Nothing is "
             "written there any more. Run the command again, with another --workdir if the other "
             "run is to stay."
         )
-
-
-def _holder(lock: Path) -> list[str]:
-    """Number and token of the process that a lock names; [] where it names none."""
-    if in_bucket(lock):
-        told = bucket_lock.read_lock(lock)
-        return [str(told["process"]), told["token"]] if "token" in told else []
-    try:
-        return lock.read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return []
 
 
 @on_first
