@@ -227,9 +227,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep.sensitivity = ""
     # Runs points that share a program side by side, one on each device, instead of each over all.
     config.sweep.side_by_side = False
-    # "local", or "ray": every point, or all that run side by side, is a task of a Ray cluster, whose
-    # nodes all see the workdir. What a task asks for: "CPU", "GPU", "memory" (bytes), and what else
-    # nodes have by name, such as (("CPU", 8), ("GPU", 1)) or (("TPU", 4),).
+    # "local", or "ray": every point, or those that run side by side, are a task of a Ray cluster
+    # whose nodes all see the workdir. What a task asks for: "CPU", "GPU", "memory" (bytes), and by
+    # its name what else nodes have, such as (("CPU", 8), ("GPU", 1)) or (("TPU", 4),).
     config.sweep.engine = "local"
     config.sweep.resources = (("CPU", 1),)
     # HOST:PORT; "auto" for the cluster of this machine, "local" for one that the sweep starts here.

@@ -69,6 +69,7 @@ USER_ERRORS = (
 _INTERRUPTED_STATUS = 130
 _LAST_WORDS_SECONDS = 1.0
 Check = Callable[[ml_collections.ConfigDict], None]
+Record = Callable[[ml_collections.ConfigDict], str]
 
 
 def quiet_logs() -> None:
@@ -238,6 +239,7 @@ def start(
     config: ml_collections.ConfigDict,
     workdir: str,
     check: Check = check,
+    record: Record = start_record,
 ) -> None:
     """Runs `job(config, workdir)`, if all of the configuration is as it has to be."""
     folder = given_workdir(workdir)
@@ -246,17 +248,22 @@ def start(
         own = identity_of(config.to_dict(), ["data.data_dir"])
         check_agreed({"job": started_module(), "--workdir": workdir, **own}, "what to run")
     if is_first():
-        print(start_record(config), file=sys.stderr)
+        print(record(config), file=sys.stderr)
         job(with_homes(config), folder)
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         job(with_homes(config), folder)
 
 
-def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check = check) -> None:
+def run_job(
+    job: Callable[[ml_collections.ConfigDict, Path], None],
+    check: Check = check,
+    record: Record = start_record,
+) -> None:
     """Parses `--config`, `--config.key=value` and `--workdir`, and runs `job(config, workdir)`.
 
-    `check(config)` comes before all else. Ctrl-C ends it with a message from here on.
+    `check(config)` comes before all else, and then what `record(config)` tells is printed. Ctrl-C
+    ends it with a message from here on.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `experiments` left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -287,7 +294,7 @@ def run_job(job: Callable[[ml_collections.ConfigDict, Path], None], check: Check
         keep_freed_memory()
         with named_errors():
             connect(coordinator.value, processes.value, process.value, wait_seconds.value)
-            start(job, load_config(config), workdir.value, check)
+            start(job, load_config(config), workdir.value, check, record)
 
     with ended_by_signals():
         app.run(main, flags_parser=parse_flags)

@@ -32,10 +32,15 @@ def start_record(config: ml_collections.ConfigDict) -> str:
     devices, processes, batch = jax.device_count(), jax.process_count(), config.batch_size
     kinds = sorted({device.device_kind for device in jax.devices()})
     hosts = f" of {processes} processes" if processes > 1 else ""
+    return (
+        f"{devices} x {', '.join(kinds)}{hosts}, batch {batch} = {devices} x {batch / devices:g},"
+        f" seed {config.seed}; {versions_record()}"
+    )
+
+
+def versions_record() -> str:
+    """The versions of the packages, and the commit of the first; touches no device."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     if commit := commit_of(Path(__file__).parent):
         versions[0] += f" ({commit})"
-    return (
-        f"{devices} x {', '.join(kinds)}{hosts}, batch {batch} = {devices} x {batch / devices:g},"
-        f" seed {config.seed}; {', '.join(versions)}"
-    )
+    return ", ".join(versions)

@@ -43,6 +43,7 @@ from experiments.finished_run import result_of
 from experiments.job import Job, Prepare, claim_run, locked, run_alone, run_together
 from experiments.jobs import palettize, ptq, search, sensitivity, train
 from experiments.schema import check, check_values, with_homes
+from experiments.start_record import start_record, versions_record
 
 COMPILED_FOLDER = "compiled"
 # What may differ between points of one program: it is an input, or not part of the program.
@@ -350,7 +351,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     points = sweep_points(config, workdir)
     check_points(config, points)
     on_ray = config.sweep.engine == RAY
-    with ray_engine.connected(config) if on_ray else contextlib.nullcontext(), lock_workdir(workdir):
+    with contextlib.ExitStack() as held:
+        if on_ray:
+            held.enter_context(ray_engine.connected(config))
+        held.enter_context(lock_workdir(workdir))
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
         claim_run(workdir, config, images, "sweep", ignore=_free_keys(config, workdir))
@@ -430,15 +434,16 @@ def main(
         )
 
 
-def _begin(config: ml_collections.ConfigDict) -> None:
-    """Checks each value, as the points are checked as a whole; leaves the devices to Ray's tasks.
+def record(config: ml_collections.ConfigDict) -> str:
+    """`start_record`; with Ray the devices are left to its tasks.
 
-    This comes before a device is touched, which would be this process's own from then on.
+    This process touches none before, and would keep all from then on.
     """
-    check_values(config)
-    if config.sweep.engine == RAY:
-        jax.config.update("jax_platforms", "cpu")
+    if config.sweep.engine != RAY:
+        return start_record(config)
+    jax.config.update("jax_platforms", "cpu")
+    return f"tasks of a Ray cluster, each with {dict(config.sweep.resources)}; {versions_record()}"
 
 
 if __name__ == "__main__":
-    run_job(main, _begin)
+    run_job(main, check_values, record)  # the points are checked as a whole
