@@ -235,7 +235,7 @@ def get_config() -> ml_collections.ConfigDict:
     # HOST:PORT; "auto" for the cluster of this machine, "local" for one that the sweep starts here.
     # The environment's RAY_ADDRESS counts first.
     config.sweep.ray_address = "auto"
-    config.sweep.ray_retries = 10  # of a task whose process or node is lost; -1: without end
+    config.sweep.ray_retries = 10  # of a task whose process or node is lost
 
     # experiments.palettize: the weights of `checkpoint` as indices of tables. Ordered (pattern,
     # palette) rules: bits of an index, {"bits": ..., "dimension": weights that share an index}, or

@@ -389,7 +389,7 @@ SCHEMA: Mapping[str, Kind] = {
         _check_resources,
     ),
     "sweep.ray_address": text("auto, local or HOST:PORT", "10.0.0.1:6379", empty=False),
-    "sweep.ray_retries": whole(10, least=-1, most=1_000_000),
+    "sweep.ray_retries": whole(10, least=0, most=1_000_000),
     "palette.rules": rules("bits of an index", _check_palette, ((".*", 2),), least=1),
     "palette.restarts": whole(3, above=0, most=1000),
     "palette.epochs": number(1.0, least=0, most=1e6),

@@ -178,7 +178,7 @@ def test_each_task_follows_those_whose_policy_or_weights_it_takes(tmp_path, monk
         ("resources", (("GPU", -1),), ["sweep.resources", "amount of GPU is -1"]),
         ("resources", (("GPU", 1), ("GPU", 1)), ["sweep.resources", "each once"]),
         ("ray_address", "", ["sweep.ray_address", "HOST:PORT"]),
-        ("ray_retries", -2, ["sweep.ray_retries", "-2"]),
+        ("ray_retries", -1, ["sweep.ray_retries", "-1"]),
     ],
 )
 def test_what_is_asked_of_ray_is_checked(key, value, words):
