@@ -325,7 +325,9 @@ def _returned(ref: Any) -> Results:
         if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
             raise cause from None
         reason = " ".join(str(cause or error).split())[:500]
-        raise LostTaskError(f"Ray gave up its task: {reason}") from error
+        raise LostTaskError(
+            f"Ray gave up its task, or that of a point it follows, with all its retries: {reason}"
+        ) from None
     print(words, end="", file=sys.stderr, flush=True)
     return results
 

@@ -348,12 +348,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Path:
 
     check_values(config)
     _check_processes(config)
-    points = sweep_points(config, workdir)
-    check_points(config, points)
     on_ray = config.sweep.engine == RAY
     with contextlib.ExitStack() as held:
-        if on_ray:
+        if on_ray:  # before JAX has threads: a Ray of its own is started by forking
             held.enter_context(ray_engine.connected(config))
+        points = sweep_points(config, workdir)
+        check_points(config, points)
         held.enter_context(lock_workdir(workdir))
         images_of = image_loader()
         images = images_of(points[0])  # complains before the folder is claimed
