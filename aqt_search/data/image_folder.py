@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +20,7 @@ from aqt_search.data.errors import DataError
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
 _LONGEST_NAME = 100
 _CHECK_CHUNK = 256  # images held in memory while they are checked
+_SHARD_BYTES = 2**28  # of images in a file of records, which is in memory while it is written
 
 
 class LabelledFile(NamedTuple):
@@ -27,6 +28,7 @@ class LabelledFile(NamedTuple):
 
     path: str  # relative to the folder, with forward slashes
     label: int
+    size: int  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,10 @@ def list_folder(root: str | os.PathLike) -> FolderListing:
         raise DataError(f"{root}: no such folder.")
     if not _entries(root):
         raise DataError(f"{root}: empty folder. {_layout(root)}")
-    stats = {split: _list_split(root, split) for split in ("train", "test")}
-    class_names = tuple(stats["train"])
-    for name in stats["test"]:
+    digests = hashlib.sha256(), hashlib.sha256()
+    names = {split: _list_split(root, split, digests) for split in ("train", "test")}
+    class_names = tuple(names["train"])
+    for name in names["test"]:
         if name not in class_names:
             raise DataError(
                 f"{root / 'test' / name}: class {name!r} is not in train/, which has "
@@ -72,13 +75,13 @@ def list_folder(root: str | os.PathLike) -> FolderListing:
             )
     files = {
         split: tuple(
-            LabelledFile(path, class_names.index(name))
-            for name, paths in classes.items()
-            for path in paths
+            LabelledFile(path, label, size)
+            for label, sizes in ((class_names.index(name), own) for name, own in classes.items())
+            for path, size in sizes.items()
         )
-        for split, classes in stats.items()
+        for split, classes in names.items()
     }
-    with_times, without = (_fingerprint(stats, times) for times in (True, False))
+    with_times, without = (digest.hexdigest()[:20] for digest in digests)
     return FolderListing(root, class_names, files, with_times, without)
 
 
@@ -113,19 +116,26 @@ def _check_name(path: str) -> None:
         raise DataError(f"{path!r}: a name that is not UTF-8. Rename it.") from error
 
 
-def _list_split(root: Path, split: str) -> dict[str, dict[str, os.stat_result]]:
-    """{class: {path relative to root: its stat}} of one split."""
+def _list_split(root: Path, split: str, digests: tuple[Any, Any]) -> dict[str, dict[str, int]]:
+    """{class: {path relative to root: bytes}} of one split.
+
+    Each file's path, size and time go into the first digest, without the time into the second, a
+    class at a time: what is known of a file takes several times the memory of its path.
+    """
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{root}: no folder {split}/ in it. {_layout(root)}")
-    classes = {}
+    classes: dict[str, dict[str, int]] = {}
     for entry in _entries(folder):
         if not entry.is_dir():
             raise DataError(f"{entry.path}: a file beside the class folders. {_layout(root)}")
-        classes[entry.name] = {
-            f"{split}/{entry.name}/{image.name}": image.stat() for image in _images(entry.path)
-        }
-        if not classes[entry.name]:
+        sizes = classes[entry.name] = {}
+        for image in _images(entry.path):
+            path, stat = f"{split}/{entry.name}/{image.name}", image.stat()
+            for digest, time in zip(digests, (stat.st_mtime_ns, 0), strict=True):
+                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{time}\n"))
+            sizes[path] = stat.st_size
+        if not sizes:
             raise DataError(
                 f"{entry.path}: no images in this class. Add some or delete the folder."
             )
@@ -143,16 +153,6 @@ def _images(folder: str) -> list[os.DirEntry]:
                 "Convert it, or move it out of the folder."
             )
     return entries
-
-
-def _fingerprint(stats: dict[str, dict[str, dict[str, os.stat_result]]], times: bool) -> str:
-    digest = hashlib.sha256()
-    for classes in stats.values():
-        for paths in classes.values():
-            for path, stat in paths.items():
-                time = stat.st_mtime_ns if times else 0
-                digest.update(os.fsencode(f"{path}\0{stat.st_size}\0{time}\n"))
-    return digest.hexdigest()[:20]
 
 
 @dataclasses.dataclass(eq=False)
@@ -179,8 +179,12 @@ def folder_builder(listing: FolderListing) -> type["ImageFolder"]:
     return Builder
 
 
-class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Hands over the files' bytes as they are, after decoding each once to see that it is whole."""
+class ImageFolder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Hands over the files' bytes as they are, after decoding each once to see that it is whole.
+
+    A file of records at a time: TFDS's other builder sorts all examples, above 1 GB in files of
+    their own, for which it needs TensorFlow.
+    """
 
     name = "aqt_search_image_folder"
     VERSION = tfds.core.Version("1.0.0")
@@ -201,24 +205,35 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in ("train", "test")}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable]]:
         listing = self.builder_config.listing
-        channels = _channels(listing)
-        files = listing.files[split]
-        chunks = (files[i : i + _CHECK_CHUNK] for i in range(0, len(files), _CHECK_CHUNK))
-        threads = decoding_threads(*_open(listing, listing.files["train"][0]).size)
-        keys = itertools.count()
-        with ThreadPoolExecutor(threads) as pool:
-            for chunk in chunks:
-                read = functools.partial(_checked_bytes, listing, channels)
-                # A thread is for large images; for small ones handing over costs more than reading.
-                images = pool.map(read, chunk) if threads > 1 else map(read, chunk)
-                for file, data in zip(chunk, images, strict=True):
-                    example = {"image": data, "label": file.label, "filename": file.path}
-                    yield next(keys), example
+        return {
+            split: [functools.partial(_examples, listing, shard) for shard in _shards(files)]
+            for split, files in listing.files.items()
+        }
+
+
+def _shards(files: Sequence[LabelledFile]) -> Iterator[list[LabelledFile]]:
+    """The files in runs of about `_SHARD_BYTES`."""
+    ends = itertools.accumulate(file.size for file in files)
+    numbered = ((end // _SHARD_BYTES, file) for end, file in zip(ends, files, strict=True))
+    for _, shard in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        yield [file for _, file in shard]
+
+
+def _examples(
+    listing: FolderListing, files: Sequence[LabelledFile]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    read = functools.partial(_checked_bytes, listing, _channels(listing))
+    threads = decoding_threads(*_open(listing, listing.files["train"][0]).size)
+    chunks = (files[i : i + _CHECK_CHUNK] for i in range(0, len(files), _CHECK_CHUNK))
+    keys = itertools.count()
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            # A thread is for large images; for small ones handing over costs more than reading.
+            images = pool.map(read, chunk) if threads > 1 else map(read, chunk)
+            for file, data in zip(chunk, images, strict=True):
+                yield next(keys), {"image": data, "label": file.label, "filename": file.path}
 
 
 def _open(listing: FolderListing, file: LabelledFile) -> Image.Image:

@@ -13,11 +13,14 @@ from aqt_search.data.staging import staging_folder
 
 
 def prepare(
-    builder_class: type[tfds.core.GeneratorBasedBuilder],
+    builder_class: type[tfds.core.DatasetBuilder],
     *,
     data_dir: str | os.PathLike | None,
 ) -> tfds.core.DatasetBuilder:
-    """Returns the builder with its data on disk, as array_record files, preparing them if need be.
+    """Returns a builder of the data on disk, as array_record files, preparing them if need be.
+
+    It is one that reads the folder and knows nothing of `builder_class`, which may hold a listing
+    of many files.
 
     Data is written under a fresh name beside its place and moved there in one rename, so a killed
     preparation leaves nothing that is taken for data, and of several processes preparing the same
@@ -32,9 +35,9 @@ def prepare(
         DataError: as the builder; or the data cannot be written.
     """
     builder = builder_class(data_dir=data_dir)
-    if _is_whole(builder):
-        return builder
     target = Path(builder.data_dir)
+    if _is_whole(builder):
+        return tfds.builder_from_directory(str(target))
     # One place for all configurations: a folder that changed after a kill has another.
     home = next(folder for folder in target.parents if folder.name == builder.name)
     print(f"Preparing data set {builder.name} in {target}.", file=sys.stderr)
@@ -57,7 +60,7 @@ def prepare(
             f"{target}: the data set could not be prepared: {error}. Free space or make the folder "
             "writable, or give another data_dir; then run the same command again."
         ) from error
-    return builder_class(data_dir=data_dir)
+    return tfds.builder_from_directory(str(target))
 
 
 def _is_whole(builder: tfds.core.DatasetBuilder) -> bool:

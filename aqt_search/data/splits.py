@@ -86,7 +86,7 @@ def open_splits(
     if crop_fraction is not None and image_size is None:
         raise DataError(f"crop_fraction is {crop_fraction} without image_size. Give image_size.")
     crop = None if crop_fraction is None else centre_crop(crop_fraction)
-    builder = _open_builder(name, data_dir)
+    builder, contents = _open_builder(name, data_dir)
     channels = _checked_channels(builder)
     class_names = tuple(builder.info.features["label"].names)
     open_source = functools.partial(_open_source, builder, channels, image_size, crop)
@@ -99,7 +99,7 @@ def open_splits(
     if (len(train) + len(test)) * int(np.prod(train.image_shape)) <= max_decoded_bytes:
         folder, settings = Path(builder.data_dir), (image_size, crop_fraction)
         train, test = (decode_once(source, folder, settings) for source in (train, test))
-    fingerprint = _fingerprint(builder, class_names, train, test)
+    fingerprint = _fingerprint(contents, class_names, train, test)
     if folds:
         train, test = _fold(train, test, folds, seed % folds)
     kept, held = _hold_out(len(train), held_out, seed)
@@ -115,7 +115,7 @@ def open_splits(
 
 
 def _fingerprint(
-    builder, class_names: tuple[str, ...], train: ImageSource, test: ImageSource
+    contents: str, class_names: tuple[str, ...], train: ImageSource, test: ImageSource
 ) -> str:
     digest = hashlib.sha256(repr((class_names, train.image_shape)).encode())
     for source in (train, test):
@@ -124,32 +124,27 @@ def _fingerprint(
             crcs = [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
             digest.update(repr(crcs).encode())
         else:
-            digest.update(_files_of(builder).encode())
+            digest.update(contents.encode())
     return f"{len(train)} and {len(test)} images, {digest.hexdigest()[:16]}"
 
 
-def _files_of(builder) -> str:
-    """Names and sizes of a data set's files: of the images where they are files, else records."""
-    listing = getattr(builder.builder_config, "listing", None)
-    if listing is not None:
-        return listing.contents
-    records = sorted(Path(builder.data_dir).glob("*array_record*"))
-    return repr([(path.name, path.stat().st_size) for path in records])
-
-
 def _open_builder(name: str, data_dir: str | os.PathLike | None):
-    if name == "digits":
-        from aqt_search.data.digits import Digits
-        from aqt_search.data.preparation import prepare
-
-        return prepare(Digits, data_dir=data_dir)
+    """(the builder of a prepared data set, what tells its files from others: names and sizes)."""
     if name.startswith("folder:"):
         from aqt_search.data import image_folder
         from aqt_search.data.preparation import prepare
 
         listing = image_folder.list_folder(name.removeprefix("folder:"))
-        return prepare(image_folder.folder_builder(listing), data_dir=data_dir)
-    return _open_tfds(name, data_dir)
+        return prepare(image_folder.folder_builder(listing), data_dir=data_dir), listing.contents
+    if name == "digits":
+        from aqt_search.data.digits import Digits
+        from aqt_search.data.preparation import prepare
+
+        builder = prepare(Digits, data_dir=data_dir)
+    else:
+        builder = _open_tfds(name, data_dir)
+    records = sorted(Path(builder.data_dir).glob("*array_record*"))
+    return builder, repr([(path.name, path.stat().st_size) for path in records])
 
 
 def _open_tfds(name: str, data_dir: str | os.PathLike | None):
