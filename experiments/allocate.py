@@ -49,7 +49,7 @@ from experiments.sweep import Point, changed_config, check_names, main, run_poin
 
 VALUES_FILE, POLICIES_FOLDER = "values.json", "policies"
 # Another front of the same values may be asked for in the same folder.
-_NOT_OF_THE_VALUES = ("log_every", "data.data_dir", "allocate.targets", "allocate.uniform")
+_NOT_OF_THE_VALUES = ("log_every", *from_config.HOW_READ, "allocate.targets", "allocate.uniform")
 
 
 def check_options(config: ml_collections.ConfigDict) -> None:

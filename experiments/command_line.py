@@ -36,7 +36,7 @@ from aqt_search.training.storage import as_path, in_bucket
 from aqt_search.training.workdir import WorkdirError, identity_of
 from experiments.allocator import keep_freed_memory
 from experiments.connection import WAIT_SECONDS, connect
-from experiments.from_config import ConfigError
+from experiments.from_config import HOW_READ, ConfigError
 from experiments.job import started_module
 from experiments.schema import SCHEMA, check, near, with_homes
 from experiments.start_record import start_record
@@ -245,7 +245,7 @@ def start(
     folder = given_workdir(workdir)
     check(config)
     if several():
-        own = identity_of(config.to_dict(), ["data.data_dir"])
+        own = identity_of(config.to_dict(), HOW_READ)
         check_agreed({"job": started_module(), "--workdir": workdir, **own}, "what to run")
     if is_first():
         print(record(config), file=sys.stderr)

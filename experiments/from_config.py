@@ -38,6 +38,8 @@ from experiments.errors import ConfigError
 # Streams of one run draw from the same seed; these keep their orders apart.
 _REWARD_SEED_OFFSET, _STATISTICS_SEED_OFFSET = 1_000_003, 2_000_003
 _MOST_STEPS = 2**31 - 1  # of a counter in int32
+# Keys of how images are read, whose values change nothing of what is read.
+HOW_READ = ("data.data_dir", "data.workers", "data.threads", "data.prefetch")
 JUDGED_SPLITS = ("reward", "train")  # what choices may be judged by: test images choose nothing
 
 
@@ -109,7 +111,12 @@ def load_images(config: ml_collections.ConfigDict) -> Images:
         folds=config.data.folds,
         **options,
     )
-    return Images(splits, *data.channel_statistics(splits.train))
+    return Images(splits, *data.channel_statistics(splits.train, file=splits.statistics_file))
+
+
+def readers(config: ml_collections.ConfigDict) -> data.Readers:
+    """Who makes the batches of a long stream."""
+    return data.Readers(config.data.workers, config.data.threads or None, config.data.prefetch)
 
 
 def available(key: str, wanted: int, there: int, what: str) -> int:
@@ -352,6 +359,7 @@ def training_stream(config: ml_collections.ConfigDict, images: Images, seed_offs
         augmentation=data.Augmentation(
             config.data.crop_padding, config.data.flip, tuple(config.data.crop_area) or None
         ),
+        readers=readers(config),
         shard=data_shard(),
     )
 
@@ -374,6 +382,7 @@ def reward_stream(config: ml_collections.ConfigDict, images: Images) -> Any:
         seed=config.seed + _REWARD_SEED_OFFSET,
         mean=images.mean,
         std=images.std,
+        readers=readers(config),
         shard=data_shard(),
     )
 
@@ -383,8 +392,7 @@ def statistics_batches(
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """The batches that BatchNorm statistics are re-estimated on."""
     stream = training_stream(config, images, _STATISTICS_SEED_OFFSET)
-    for _ in range(config.evaluation.calibration_batches):
-        yield next(stream)
+    yield from _first(stream, config.evaluation.calibration_batches)
 
 
 def evaluation_batches(
@@ -402,10 +410,17 @@ def evaluation_batches(
         batch_size=batch_size,
         mean=images.mean,
         std=images.std,
+        readers=readers(config),
         shard=None if whole else data_shard(),
     )
     if split != "train":
         return batches
     wanted = config.evaluation.train_images
     count = available("evaluation.train_images", wanted, len(source), "training images")
-    return itertools.islice(batches, math.ceil(count / batch_size))
+    return _first(batches, math.ceil(count / batch_size))
+
+
+def _first(stream: data.Batches, count: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """The first batches of a stream, whose workers end with the last of them."""
+    with contextlib.closing(stream):
+        yield from itertools.islice(stream, count)

@@ -57,7 +57,7 @@ Prepare = Callable[[ml_collections.ConfigDict, Path, from_config.Images], Job]
 
 
 # Keys that change nothing of what a run does; of one of many, neither do the other points.
-_NOT_OF_A_RUN = ("log_every", "data.data_dir", "sweep", "allocate")
+_NOT_OF_A_RUN = ("log_every", *from_config.HOW_READ, "sweep", "allocate")
 # Keys that say where weights lie: `inputs_of` tells what they are.
 _RUNS = ("checkpoint", "sensitivity.checkpoint", "searchers.checkpoint", "subnets.checkpoint")
 INPUTS, JOB = "inputs", "job"  # where config.json keeps it, and which job it is of

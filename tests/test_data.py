@@ -648,7 +648,7 @@ def test_batches_do_not_depend_on_threads():
                 batch_size=8,
                 seed=0,
                 augmentation=AUGMENTED,
-                num_threads=threads,
+                readers=data.Readers(threads=threads),
                 **UNIT,
             ),
             20,

@@ -54,6 +54,9 @@ class Numbers:
     def set_state(self, state):
         self.number = state["number"]
 
+    def close(self):
+        pass
+
 
 def toy_step(state, inputs, batch, other):
     key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])

@@ -284,10 +284,10 @@ def test_crops_do_not_depend_on_threads_or_where_the_iterator_started(tmp_path):
             source, batch_size=5, seed=5, augmentation=AUGMENTED, **UNIT, **kwargs
         )
 
-    whole = take(start(num_threads=0), 14)  # into the third epoch
+    whole = take(start(readers=data.Readers(threads=0)), 14)  # into the third epoch
     for threads in (1, 3):
-        assert_same(take(start(num_threads=threads), 14), whole)
-    assert_same(take(start(start_step=7, num_threads=2), 7), whole[7:])
+        assert_same(take(start(readers=data.Readers(threads=threads)), 14), whole)
+    assert_same(take(start(start_step=7, readers=data.Readers(threads=2)), 7), whole[7:])
     iterator = start()
     take(iterator, 4)
     state = json.loads(json.dumps(iterator.get_state()))

@@ -9,12 +9,15 @@ from aqt_search.data.normalization import channel_statistics
 from aqt_search.data.pipeline import eval_batches, train_batches
 from aqt_search.data.sources import ArraySource, ImageSource, RecordSource, Subset
 from aqt_search.data.splits import Splits, open_splits
+from aqt_search.data.stream import Batches, Readers
 
 __all__ = [
     "ArraySource",
     "Augmentation",
+    "Batches",
     "DataError",
     "ImageSource",
+    "Readers",
     "RecordSource",
     "Splits",
     "Subset",

@@ -33,7 +33,7 @@ def decode_once(source: RecordSource, folder: Path, settings: tuple[Any, ...]) -
     Raises:
         DataError: as `RecordSource.read`; or the file is damaged.
     """
-    path = folder / f"decoded-{_fingerprint(source, folder, settings)}.npz"
+    path = folder / f"decoded-{source_fingerprint(source, folder, settings)}.npz"
     if path.is_file():
         return _load(path)
     decoded = decode_all(source)
@@ -42,7 +42,7 @@ def decode_once(source: RecordSource, folder: Path, settings: tuple[Any, ...]) -
     return decoded
 
 
-def _fingerprint(source: RecordSource, folder: Path, settings: tuple[Any, ...]) -> str:
+def source_fingerprint(source: RecordSource, folder: Path, settings: tuple[Any, ...]) -> str:
     """Hash of the settings, the record files' names, sizes and times, and the code that decodes."""
     digest = hashlib.sha256()
     for module in (crops, decoding):

@@ -1,24 +1,36 @@
 """Mean and standard deviation of each channel, and normalization by them."""
 
+import contextlib
 import functools
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aqt_search.data.errors import DataError
 from aqt_search.data.sources import ImageSource
+from aqt_search.data.staging import staging_folder
 
 _READ_CHUNK = 64  # images that a thread holds at a time
 
 
 def channel_statistics(
-    source: ImageSource, *, max_examples: int = 10_000
+    source: ImageSource, *, max_examples: int = 10_000, file: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of pixel / 255, for each channel, over all pixels.
 
     Exact (sums in whole numbers) over the images looked at: all of them, or, of a larger source,
     `max_examples` evenly spaced ones.
+
+    Args:
+        source: training images.
+        max_examples: the most that are looked at.
+        file: where the result is kept, and found again; it is for this source alone
+            (`Splits.statistics_file`). One that is damaged, or of other examples, is made anew, and
+            where it cannot be written there is none.
 
     Returns:
         mean and std, float32 [C].
@@ -28,16 +40,43 @@ def channel_statistics(
     """
     if not len(source):
         raise DataError("channel statistics of an empty source. Give one with images.")
-    chosen = np.linspace(0, len(source) - 1, min(len(source), max_examples)).round().astype(int)
-    chunks = [chosen[start : start + _READ_CHUNK] for start in range(0, len(chosen), _READ_CHUNK)]
-    with ThreadPoolExecutor(source.read_threads) as pool:
-        found = pool.map(functools.partial(_value_counts, source), chunks)
-        counts = np.sum(list(found), axis=0)
+    count = min(len(source), max_examples)
+    counts = None if file is None else _kept_counts(file, count)
+    if counts is None:
+        counts = _all_counts(source, count)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                _keep_counts(file, count, counts)
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(axis=1)
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+
+
+def _all_counts(source: ImageSource, count: int) -> np.ndarray:
+    """How often each value occurs in `count` evenly spaced examples, int64 [C, 256]."""
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+    chunks = [chosen[start : start + _READ_CHUNK] for start in range(0, len(chosen), _READ_CHUNK)]
+    with ThreadPoolExecutor(source.read_threads) as pool:
+        found = pool.map(functools.partial(_value_counts, source), chunks)
+        return np.sum(list(found), axis=0)
+
+
+def _kept_counts(file: Path, count: int) -> np.ndarray | None:
+    try:
+        kept = json.loads(file.read_text())
+        counts = np.array(kept["counts"], np.int64)
+        return counts if kept["examples"] == count and counts.shape[1:] == (256,) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep_counts(file: Path, count: int, counts: np.ndarray) -> None:
+    with staging_folder(file.parent) as staging:
+        staged = staging / file.name
+        staged.write_text(json.dumps({"examples": count, "counts": counts.tolist()}))
+        os.replace(staged, file)
 
 
 def _value_counts(source: ImageSource, indices: np.ndarray) -> np.ndarray:

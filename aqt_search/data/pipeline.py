@@ -3,9 +3,10 @@
 Grain is imported where it is used: it takes most of a second.
 """
 
+from __future__ import annotations
+
 import functools
 import operator
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from aqt_search.data.augmentation import (
 from aqt_search.data.errors import DataError
 from aqt_search.data.normalization import checked_statistics, normalize
 from aqt_search.data.sources import ImageSource
+from aqt_search.data.stream import IN_THREADS, Batches, Readers
 
 if TYPE_CHECKING:
     import grain
@@ -33,15 +35,15 @@ def train_batches(
     std: np.ndarray,
     augmentation: Augmentation = NO_AUGMENTATION,
     start_step: int = 0,
-    num_threads: int | None = None,
-    shard: "grain.sharding.ShardOptions | None" = None,
-) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    readers: Readers = IN_THREADS,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> Batches:
     """An endless iterator over shuffled, augmented, normalized batches.
 
     Every epoch is a new order of the source; what is left of it at the end and fills no batch is
-    dropped. Batch number n depends on the source, `seed`, `batch_size` and n alone, not on threads
-    or on where the iterator started. Its random draws come from a counter-based generator (Philox)
-    at position n, so that `get_state()` is just {"next_index": n}: plain JSON, and
+    dropped. Batch number n depends on the source, `seed`, `batch_size` and n alone, not on who
+    reads it or on where the iterator started. Its random draws come from a counter-based generator
+    (Philox) at position n, so that `get_state()` is just {"next_index": n}: plain JSON, and
     `set_state` goes on with the same bits.
 
     Args:
@@ -52,14 +54,13 @@ def train_batches(
         std: float32 [C], the same.
         augmentation: what is done to images.
         start_step: number of the first batch.
-        num_threads: background threads that make batches; None is what suits the source. 0 makes
-            them in the caller's.
+        readers: threads and processes that make batches.
         shard: of n shards number i reads rows i B / n to (i + 1) B / n of every batch alone, in
             the bits that they have in the whole one; None reads all.
             `grain.sharding.ShardByJaxProcess()` gives every process its own.
 
     Returns:
-        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}, of a shard B / n.
+        An iterator of {"image": float32 [B, H, W, C], "label": int32 [B]}, of a shard B / n.
 
     Raises:
         DataError: a batch larger than the source or that cannot be divided over the shards, or
@@ -74,17 +75,19 @@ def train_batches(
         raise DataError(f"start_step is {start_step}, expected a batch number >= 0.")
     mean, std = checked_statistics(mean, std, source.image_shape[-1])
     order_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-    read = functools.partial(_read_augmented, source, augmentation, rows)
-    batches = (
-        grain.MapDataset.range(len(source) // batch_size)
-        .repeat()
-        .map_with_index(_shuffled_indices(len(source), batch_size, order_seed))
-        .random_map(read, seed=augment_seed)
-        .map(functools.partial(_normalize_batch, mean, std))
-    )
-    iterator = iter(batches.to_iter_dataset(_read_options(source, num_threads)))
-    iterator.set_state({**iterator.get_state(), "next_index": start_step})
-    return iterator
+
+    def part(rows: range) -> grain.MapDataset:
+        return (
+            grain.MapDataset.range(len(source) // batch_size)
+            .repeat()
+            .map_with_index(_ShuffledIndices(len(source), batch_size, order_seed))
+            .random_map(
+                functools.partial(_read_augmented, source, augmentation, rows), seed=augment_seed
+            )
+            .map(functools.partial(_normalize_batch, mean, std))
+        )
+
+    return Batches(source, part, rows, readers, start_step)
 
 
 def eval_batches(
@@ -93,9 +96,9 @@ def eval_batches(
     batch_size: int,
     mean: np.ndarray,
     std: np.ndarray,
-    num_threads: int | None = None,
-    shard: "grain.sharding.ShardOptions | None" = None,
-) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    readers: Readers = IN_THREADS,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> Batches:
     """An iterator over the source once, in its order, in batches of one size.
 
     The last batch is filled up with copies of the last example, which "mask" marks.
@@ -105,10 +108,10 @@ def eval_batches(
         batch_size: images in a batch; may be more than the source has.
         mean: float32 [C], of `channel_statistics` of the training images.
         std: float32 [C], the same.
-        num_threads, shard: as for `train_batches`.
+        readers, shard: as for `train_batches`.
 
     Returns:
-        A grain iterator of {"image": float32 [B, H, W, C], "label": int32 [B],
+        An iterator of {"image": float32 [B, H, W, C], "label": int32 [B],
         "mask": float32 [B]}, the mask 1 for examples and 0 for filling; of a shard B / n.
 
     Raises:
@@ -121,12 +124,15 @@ def eval_batches(
         raise DataError("evaluation on an empty source (held_out=0 holds out no reward images).")
     _check_positive(batch_size)
     mean, std = checked_statistics(mean, std, source.image_shape[-1])
-    batches = (
-        grain.MapDataset.range(-(-len(source) // batch_size))
-        .map(functools.partial(_read_in_order, source, batch_size, _rows_of(shard, batch_size)))
-        .map(functools.partial(_normalize_batch, mean, std))
-    )
-    return iter(batches.to_iter_dataset(_read_options(source, num_threads)))
+
+    def part(rows: range) -> grain.MapDataset:
+        return (
+            grain.MapDataset.range(-(-len(source) // batch_size))
+            .map(functools.partial(_read_in_order, source, batch_size, rows))
+            .map(functools.partial(_normalize_batch, mean, std))
+        )
+
+    return Batches(source, part, _rows_of(shard, batch_size), readers)
 
 
 def _check_positive(batch_size: int) -> None:
@@ -143,7 +149,7 @@ def _check_batch_size(source: ImageSource, batch_size: int) -> None:
         )
 
 
-def _rows_of(shard: "grain.sharding.ShardOptions | None", batch_size: int) -> range:
+def _rows_of(shard: grain.sharding.ShardOptions | None, batch_size: int) -> range:
     """The rows of every batch that a shard reads."""
     if shard is None:
         return range(batch_size)
@@ -157,31 +163,27 @@ def _rows_of(shard: "grain.sharding.ShardOptions | None", batch_size: int) -> ra
     return range(index * size, (index + 1) * size)
 
 
-def _read_options(source: ImageSource, num_threads: int | None) -> "grain.ReadOptions":
-    import grain
-
-    threads = source.read_threads if num_threads is None else num_threads
-    # Two batches a thread keep it busy; grain's own default holds 500 batches in memory.
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-
-
-def _shuffled_indices(size: int, batch_size: int, seed: int) -> Callable[[int, int], np.ndarray]:
+class _ShuffledIndices:
     """A function of the batch's number to its indices into the source, int64 [B].
 
     Grain's own shuffle asks for one index at a time: 1 ms for a batch of 128, 3.6 ms at 1,300
     images; and it seeds epoch e with seed + e, so that runs of neighbouring seeds share orders.
     """
-    batches_per_epoch = size // batch_size
 
-    @functools.lru_cache(maxsize=2)  # two, as threads read ahead into the next epoch
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(size)
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self._size, self._batch_size, self._seed = size, batch_size, seed
+        # Two, as threads read ahead into the next epoch.
+        self._order = functools.lru_cache(maxsize=2)(self._draw)
 
-    def indices(number: int, _: int) -> np.ndarray:
-        epoch, step = divmod(number, batches_per_epoch)
-        return order(epoch)[step * batch_size : (step + 1) * batch_size]
+    def __reduce__(self):  # what goes to another process draws anew
+        return type(self), (self._size, self._batch_size, self._seed)
 
-    return indices
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._size)
+
+    def __call__(self, number: int, _: int) -> np.ndarray:
+        epoch, step = divmod(number, self._size // self._batch_size)
+        return self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
 
 
 def _read_augmented(

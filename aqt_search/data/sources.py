@@ -32,6 +32,10 @@ class ImageSource(Protocol):
     def read_threads(self) -> int:
         """How many threads should read batches at a time."""
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether images lie in memory, decoded: reading a batch is a copy."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -68,6 +72,11 @@ class ArraySource:
     def read_threads(self) -> int:
         """One: a batch is a copy, and more threads would only compete for Python's lock."""
         return 1
+
+    @property
+    def in_memory(self) -> bool:
+        """That they are."""
+        return True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,6 +126,11 @@ class RecordSource:
     image_size: int | None
     crop: Crop | None
     read_threads: int
+
+    @property
+    def in_memory(self) -> bool:
+        """That they are not."""
+        return False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -179,6 +193,11 @@ class Subset:
     def read_threads(self) -> int:
         """The parent's."""
         return self.parent.read_threads
+
+    @property
+    def in_memory(self) -> bool:
+        """The parent's."""
+        return self.parent.in_memory
 
     def __len__(self) -> int:
         return len(self.indices)

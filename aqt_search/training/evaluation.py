@@ -63,7 +63,11 @@ def evaluate(
     """
     step = _evaluation_step(qapply)
     held = parallel.replicate((variables, as_data(assignment)))
-    sums = [step(*held, parallel.shard(batch)) for batch in batches]
+    sums: list[Any] = []
+    for batch in batches:
+        sums.append(step(*held, parallel.shard(batch)))
+        if len(sums) > parallel.MOST_STEPS_AHEAD:
+            jax.block_until_ready(sums[-parallel.MOST_STEPS_AHEAD])
     if not sums:
         raise ValueError("There is nothing to evaluate: the data set has no examples.")
     correct, loss, examples = np.sum([parallel.unreplicate(s) for s in sums], axis=0, dtype=float)

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +32,6 @@ from aqt_search.training.processes import is_first, on_first, several
 from aqt_search.training.workdir import check_lock
 
 CHECKPOINT_FOLDER = "checkpoints"
-_MOST_STEPS_AHEAD = 4  # how far Python may run ahead of the device
 
 
 class InterruptedRunError(RuntimeError):
@@ -54,6 +53,9 @@ class Stream(Protocol):
 
     def set_state(self, state: Any) -> None:
         """Goes on from a position."""
+
+    def close(self) -> None:
+        """Lets go of threads and processes: no more batches are asked for."""
 
 
 class Schedule(NamedTuple):
@@ -152,6 +154,7 @@ def _run_together(
     loop = _Loop(placement, placement.compile(step), schedule, lanes)
     with (
         contextlib.ExitStack() as writers,
+        _closing(runs),
         _progress(schedule.total_steps, done, names) as progress,
         Interrupt() as interrupt,
     ):
@@ -180,6 +183,16 @@ def _run_together(
     return loop.results()
 
 
+@contextlib.contextmanager
+def _closing(runs: Sequence[Run]) -> Generator[None]:
+    """Closes the streams of runs at the end, however it comes."""
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            for stream in run.streams:
+                stack.callback(stream.close)
+        yield
+
+
 def _progress(total: int, done: int, names: str) -> Progress:
     """The progress of runs, which the first process alone shows."""
     hidden = None if is_first() else io.StringIO()
@@ -203,7 +216,7 @@ class _StopRequests:
             return self._interrupt.requested
         names = [None, *(signal.name for signal in SIGNALS)]
         self._sent.append(parallel.most(names.index(self._interrupt.requested)))
-        if len(self._sent) <= _MOST_STEPS_AHEAD:
+        if len(self._sent) <= parallel.MOST_STEPS_AHEAD:
             return None
         return names[parallel.told(self._sent.popleft())]
 
@@ -369,8 +382,8 @@ class _Loop:
         batches = [self._placement.shard([next(s) for s in of_runs]) for of_runs in streams]
         self._state, metrics = self._step(self._state, self._inputs, *batches)
         self._pending.append(metrics)
-        if len(self._pending) > _MOST_STEPS_AHEAD:
-            jax.block_until_ready(self._pending[-_MOST_STEPS_AHEAD])
+        if len(self._pending) > parallel.MOST_STEPS_AHEAD:
+            jax.block_until_ready(self._pending[-parallel.MOST_STEPS_AHEAD])
 
     def _each(self, act: Callable[[int, _Lane], None]) -> None:
         """Does something for every run that goes on; what fails stops that run alone."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import grain
 
 AXIS = "batch"  # the mapped axis that shards a batch over the replicas
+MOST_STEPS_AHEAD = 4  # how far Python may run ahead of the devices, each step with its batches
 _RUNS = "runs"  # the mapped axis over runs side by side
 
 

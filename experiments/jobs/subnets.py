@@ -53,7 +53,7 @@ _CHUNK = 16  # subnets judged before they are written
 _COSTS = 10  # along the space, that subnets are drawn for
 # Keys that change nothing of what was judged: other targets are found from it.
 _NOT_OF_THE_SAMPLES = (
-    "log_every", "data.data_dir", "sweep", "allocate", "subnets.target", "subnets.points",
+    "log_every", *from_config.HOW_READ, "sweep", "allocate", "subnets.target", "subnets.points",
     "subnets.evaluations", "subnets.samples", "search.cost", "search.target", "search.relative_to",
     "search.further_costs",
 )  # fmt: skip
