@@ -42,7 +42,7 @@ class Numbers:
     """A stream whose batches depend on their number alone."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.closed = 0, False
 
     def __next__(self):
         self.number += 1
@@ -55,7 +55,7 @@ class Numbers:
         self.number = state["number"]
 
     def close(self):
-        pass
+        self.closed = True
 
 
 def toy_step(state, inputs, batch, other):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -74,17 +75,26 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterators:
             self._start()
+        parts = self._next_parts()
+        if parts is None:
+            self.close()
+            raise StopIteration
+        self._next_index += 1
+        if len(parts) == 1:
+            return parts[0]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _next_parts(self) -> list[dict[str, np.ndarray]] | None:
+        """What each part has of the next batch; None at the end."""
         try:
-            parts = [next(iterator) for iterator in self._iterators]
+            return [next(iterator) for iterator in self._iterators]
+        except StopIteration:
+            return None
         except BaseException as error:
             self.close()
             if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
                 raise DataError(_worker_lost(error)) from error
             raise
-        self._next_index += 1
-        if len(parts) == 1:
-            return parts[0]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def get_state(self) -> dict[str, int]:
         """The number of the next batch, as JSON."""
@@ -97,9 +107,12 @@ class Batches:
 
     def close(self) -> None:
         """Ends the workers; the next batch starts them anew."""
-        iterators, self._iterators = self._iterators, []
-        for iterator in iterators:
-            iterator.close()
+        if not self._iterators:
+            return
+        while self._iterators:
+            self._iterators.pop().close()
+        if self._in_workers:
+            gc.collect()  # cycles of grain's errors hold the last batch, in shared memory
 
     def _start(self) -> None:
         for part in self._parts:
