@@ -98,6 +98,18 @@ def checkpoints(workdir):
     return sorted(path.name for path in (workdir / CHECKPOINT_FOLDER).iterdir())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_are_closed_at_the_end(tmp_path, fails):
+    def check(step, metrics):
+        if fails:
+            raise ValueError("looked at")
+
+    streams = [Numbers(), Numbers()]
+    with lock_workdir(tmp_path), contextlib.suppress(ValueError):
+        run_steps(toy_step, Run(tmp_path, start(), streams, check=check), Schedule(3, 1, 3))
+    assert [stream.closed for stream in streams] == [True, True]
+
+
 def test_records_are_means_over_the_steps_since_the_last(undisturbed):
     result, workdir = undisturbed
     # log_every is 3, checkpoint_every 5; the last step is both.
