@@ -54,7 +54,7 @@ _INTERNAL = [
     "TrainState", "Value", "WeightRow",
 ]  # fmt: skip
 nitpick_ignore = [("py:class", name) for name in _FOREIGN + _INTERNAL]
-nitpick_ignore_regex = [("py:(class|obj)", r"(jax|np|numpy|optax|collections|typing|os)\..*")]
+nitpick_ignore_regex = [("py:(class|obj)", r"(jax|np|numpy|optax|grain|collections|typing|os)\..*")]
 
 
 def setup(app):
