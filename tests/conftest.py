@@ -43,8 +43,9 @@ def programs_end_with_their_file():
 
 # The files that take longest, first: at the end no worker waits for the other.
 _FIRST = (
-    "experiments", "processes", "ray_sweep", "bucket_workdir", "one_shot", "contracts", "freeze", "transform", "ptq_experiment", "loop",
-    "scales", "fuzz", "own_loop", "range_loss", "stateful", "quantizer", "documentation",
+    "experiments", "processes", "ray_sweep", "bucket_workdir", "one_shot", "contracts", "freeze",
+    "transform", "ptq_experiment", "loop", "scales", "fuzz", "own_loop", "range_loss", "stateful",
+    "quantizer", "documentation",
 )  # fmt: skip
 
 
