@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.crop_padding = 0  # black pixels around an image before it is cropped at random
     config.data.flip = False  # mirror half of the training images
     # Who makes the batches of images that are not held in memory, decoded; their bits, and where a
-    # run goes on, do not depend on it (docs/jobs.md, benchmarks/input_pipeline.py tells what pays).
+    # run goes on, do not depend on it (docs/hosts.md; benchmarks/input_pipeline.py: what pays).
     # Processes for each stream of batches, which share every batch; 0: threads of this one.
     config.data.workers = 0
     config.data.threads = 0  # that make batches, in each worker or here; 0: what suits the images

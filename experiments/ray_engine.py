@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from aqt_search.training.interrupt import Interrupt
 from aqt_search.training.loop import InterruptedRunError
 from aqt_search.training.metrics import MetricsError, read_metrics
+from aqt_search.training.storage import as_path, in_bucket
 from aqt_search.training.workdir import (
     BusyWorkdirError,
     WorkdirError,
@@ -138,7 +139,7 @@ def _enter(place: _Place) -> None:
     except OSError as error:
         raise _unseen(Path(place.current)) from error
     if not lock_holder(place.workdir):
-        raise _unseen(place.workdir.absolute())
+        raise _unseen(place.workdir)
     check_lock(place.workdir, place.holder)
     keep_freed_memory()
     keep_compiled(place.workdir / sweep.COMPILED_FOLDER, shared=True)
@@ -146,7 +147,8 @@ def _enter(place: _Place) -> None:
 
 def _unseen(folder: Path) -> WorkdirError:
     return WorkdirError(
-        f"the node {platform.node()} does not see the folder {folder}. Start the sweep in a folder,"
+        f"the node {platform.node()} does not see the folder"
+        f" {folder if in_bucket(folder) else folder.absolute()}. Start the sweep in a folder,"
         " and give it a --workdir, that lie at the same path of every node, on a shared disk."
     )
 
@@ -294,9 +296,14 @@ def run_points(
 
 def _taken(point: sweep.Point, folder: Path) -> set[str]:
     """Names of the points of the sweep whose policy or weights a point takes."""
-    runs = [Path(point.config.policy).parent] if point.config.policy else []
-    runs += [Path(point.config.checkpoint)] if point.config.checkpoint else []
-    return {run.name for run in runs if run.resolve().parent == folder.resolve()}
+    runs = [as_path(point.config.policy).parent] if point.config.policy else []
+    runs += [as_path(point.config.checkpoint)] if point.config.checkpoint else []
+    return {run.name for run in runs if _place_of(run.parent) == _place_of(folder)}
+
+
+def _place_of(folder: Path) -> str:
+    """A folder's name, the same for all paths to it."""
+    return str(folder if in_bucket(folder) else folder.resolve())
 
 
 def _ends(
@@ -309,7 +316,8 @@ def _ends(
         for point in points:
             result = result_of(folder / point.name)
             if result is None:
-                (folder / point.name).mkdir(parents=True, exist_ok=True)
+                if not in_bucket(folder):
+                    (folder / point.name).mkdir(parents=True, exist_ok=True)
                 result = sweep.failure(point, folder / point.name, error)
             yield point, result
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from aqt_search.training.storage import as_path
 from configs import base
 from experiments import ray_engine, sweep
 from experiments.from_config import ConfigError
@@ -153,9 +154,11 @@ def test_each_task_follows_those_whose_policy_or_weights_it_takes(tmp_path, monk
         "sweep.retrain": True, "sweep.seeds": (0, 1), "sweep.baselines": ("float", "int4"),
         "sweep.stages": (("w4", "ptq", {}, ("float",)),),
     }  # fmt: skip
-    for workdir in (Path("sweep"), tmp_path / "sweep"):
+    bucket = as_path("s3://bucket/sweep")
+    own = tmp_path / "sweep"
+    for workdir, there in ((Path("sweep"), own), (own, own), (bucket, bucket)):
         points = sweep.sweep_points(changed(**values), workdir)
-        taken = {p.name: ray_engine._taken(p, tmp_path / "sweep/points") for p in points}
+        taken = {p.name: ray_engine._taken(p, there / "points") for p in points}
         assert {name: found for name, found in taken.items() if found} == {
             f"{follower}_seed{seed}": {f"{followed}_seed{seed}"}
             for follower, followed in (("float_w4", "float"), ("retrained_1.1", "search_1.1"))
