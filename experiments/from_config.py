@@ -28,11 +28,11 @@ from aqt_search.training.optimizer import make_optimizer
 from aqt_search.training.parallel import AXIS, data_shard, replica_count
 from aqt_search.training.scales import with_scales
 from aqt_search.training.schedules import learning_rate
-from aqt_search.training.storage import in_bucket
 from aqt_search.training.train_step import TrainState, init_train_state
 from aqt_search.weights.dorefa import companded_model
 from aqt_search.weights.range_loss import ModelRangeLoss, range_loss
 from experiments.architecture import model_of, policy_architecture
+from experiments.cached_images import on_this_machine
 from experiments.errors import ConfigError
 
 # Streams of one run draw from the same seed; these keep their orders apart.
@@ -78,28 +78,13 @@ class Parts(NamedTuple):
     range_loss: ModelRangeLoss | None
 
 
-def _check_on_this_machine(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for images in a bucket, which would be read one by one, many times."""
-    for key, path in (
-        ("data.data_dir", config.data.data_dir),
-        ("data.name", config.data.name.removeprefix("folder:")),
-    ):
-        if in_bucket(path):
-            raise ConfigError(
-                f"config.{key} is {config[key]!r}, but images are read from a folder of this"
-                " machine. Copy them there (`aws s3 sync` or `gcloud storage rsync -r`), and give"
-                " that folder."
-            )
-
-
 def load_images(config: ml_collections.ConfigDict) -> Images:
     """Opens the data set (preparing it the first time), with its mean and deviation.
 
     Raises:
-      ConfigError: it lies in a bucket.
-      DataError: it cannot be read.
+      DataError: it cannot be read, or not be copied from a bucket.
     """
-    _check_on_this_machine(config)
+    config = on_this_machine(config)
     options = {"max_decoded_bytes": 0} if config.data.crop_area else {}
     splits = data.open_splits(
         config.data.name,

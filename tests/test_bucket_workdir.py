@@ -1,6 +1,7 @@
 """Workdirs in a bucket: s3fs against an emulated store on loopback, looked into through boto3."""
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -15,8 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from aqt_search import data
+from aqt_search.data import DataError
 from aqt_search.report import load_records
 from aqt_search.training import storage
 from aqt_search.training.checkpoint import (
@@ -35,8 +39,10 @@ from aqt_search.training.workdir import (
     read_json,
     write_json,
 )
+from configs import digits_resnet8
 from experiments.assignment import read_policy
 from experiments.compiled_programs import keep_compiled
+from experiments.from_config import load_images
 
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("s3fs")
@@ -506,3 +512,76 @@ def test_parts_that_were_joined_already_are_not_read_again(client, workdir):
     with MetricWriter(workdir, resume_step=1):
         assert [record["step"] for record in read_metrics(workdir)] == [1]
     assert keys(client, workdir / "metrics") == []
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def png(value):
+    content = io.BytesIO()
+    Image.fromarray(np.full((6, 6, 3), value, np.uint8)).save(content, format="png")
+    return content.getvalue()
+
+
+@pytest.fixture
+def images(client, tmp_path, monkeypatch):
+    """A configuration of images in the bucket, whose pixels are 0, 1, 2, ..."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = [f"{split}/{kind}/{n}.png" for split in ("test", "train") for kind in "ab"
+             for n in range(3)]  # fmt: skip
+    for value, name in enumerate(names):
+        replace(client, f"s3://runs/images/{name}", png(value))
+    config = digits_resnet8.get_config()
+    config.data.held_out = 0
+    config.data.name, config.data.data_dir = "folder:s3://runs/images", str(tmp_path / "prepared")
+    return config
+
+
+def test_images_are_copied_once(client, images, monkeypatch):
+    def pixels(config):
+        found = load_images(config).splits.train
+        return sorted(found.read(range(len(found)))["image"][:, 0, 0, 0])
+
+    assert pixels(images) == [6, 7, 8, 9, 10, 11]
+    downloads = []
+    original = storage.download
+    monkeypatch.setattr(storage, "download", lambda *a: (downloads.append(a[1]), original(*a)))
+    assert pixels(images) == [6, 7, 8, 9, 10, 11]
+    assert not downloads
+
+    def killed(folder, names, local):
+        original(folder, names[:-2], local)
+        (local / names[0]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    # One that has changed makes it another set, whose copy is killed.
+    replace(client, "s3://runs/images/train/a/0.png", png(200))
+    monkeypatch.setattr(storage, "download", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pixels(images)
+    monkeypatch.setattr(storage, "download", lambda *a: (downloads.append(a[1]), original(*a)))
+    assert pixels(images) == [7, 8, 9, 10, 11, 200]
+    assert downloads == [["test/a/0.png", "train/b/1.png", "train/b/2.png"]]
+
+
+def test_images_that_cannot_be_copied_are_named(client, images):
+    images.data.data_dir = "s3://runs/prepared"
+    with pytest.raises(DataError, match="prepared and read on this machine"):
+        load_images(images)
+    images.data.name, images.data.data_dir = "folder:s3://runs/none", ""
+    with pytest.raises(DataError, match="nothing below s3://runs/none"):
+        load_images(images)
+
+
+def test_a_prepared_data_set_is_copied(client, images, tmp_path):
+    own = data.open_splits("digits", data_dir=tmp_path / "here")
+    for path in (tmp_path / "here").rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path / "here")
+            replace(client, f"s3://runs/tfds/{name}", path.read_bytes())
+    images.data.name, images.data.data_dir = "aqt_search_digits", "s3://runs/tfds"
+    there = load_images(images).splits
+    indices = range(len(own.test))
+    np.testing.assert_array_equal(
+        there.test.read(indices)["image"], own.test.read(indices)["image"]
+    )

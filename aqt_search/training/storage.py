@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from etils import epath
 
@@ -223,6 +223,33 @@ def objects(folder: PathLike) -> list[str]:
             return []
     place = os.fspath(folder).partition("://")[2].rstrip("/") + "/"
     return sorted(name.removeprefix(place) for name in found if name.startswith(place))
+
+
+class Tag(NamedTuple):
+    """What tells one state of an object from another."""
+
+    size: int  # bytes
+    version: str  # of its content: the store's tag, or else when it was written
+
+
+def tags(folder: PathLike) -> dict[str, Tag]:
+    """Names of all objects below a folder of a bucket, sorted, with their tags."""
+    with _reached(folder) as store:
+        try:
+            found = store.find(os.fspath(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+    place = os.fspath(folder).partition("://")[2].rstrip("/") + "/"
+
+    def tag(about: dict[str, Any]) -> Tag:
+        version = about.get("ETag") or about.get("etag") or about.get("LastModified")
+        return Tag(about["size"], str(version or about.get("updated")))
+
+    return {
+        name.removeprefix(place): tag(about)
+        for name, about in sorted(found.items())
+        if name.startswith(place)
+    }
 
 
 def delete(folder: PathLike, names: Sequence[str]) -> None:
