@@ -223,7 +223,9 @@ def test_quantized_subnets_are_those_of_the_extracted_model(execution):
         sites = aqs.find_sites(functools.partial(small.apply, train=False), cut, images)
         expected = jax.jit(qapply(small))(aqs.assign(sites, rules), cut, images)
         if execution == "int8":
-            np.testing.assert_array_equal(masked(choices, variables), expected)
+            # Integers are summed exactly; BatchNorm between them is a product and a sum, which the
+            # compiler rounds once or twice as it vectorizes: some 20 layers of 2^-23 each.
+            np.testing.assert_allclose(masked(choices, variables), expected, rtol=0, atol=3e-6)
         else:  # a rounding may fall to the other side: a step of one activation in 127
             np.testing.assert_allclose(masked(choices, variables), expected, rtol=2e-2, atol=2e-2)
 
