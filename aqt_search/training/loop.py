@@ -288,10 +288,10 @@ class _Lane:
         there, now = self.devices, _devices_of_run()
         if there is None or there == now:
             return ""
-        return (
-            f" It ran on {_told(*there)} and goes on on {_told(*now)}, with the same batches: what"
-            " each device samples is drawn anew, and sums round otherwise."
-        )
+        where = f" It ran on {_told(*there)} and goes on on {_told(*now)}, with the same batches"
+        if there[0] == now[0]:
+            return f"{where}."
+        return f"{where}: what each device samples is drawn anew, and sums round otherwise."
 
     def go_back(self, step: int) -> None:
         logging.warning(
