@@ -4,10 +4,10 @@
     python -m benchmarks.weak_scaling --quick
     python -m benchmarks.weak_scaling --paper        # the plan alone
 
-Every process has one device and the same share of the batch. On one machine they share its cores:
-with c cores n processes take n / c times as long at best where n > c, which the table puts beside
-what was measured. The bytes that a step sends are those of the collectives in the compiled program;
-a ring takes 2 (n - 1) / n of them over each link for a sum.
+Every process has one device and the same share of the batch. On one machine they share its cores,
+so each step stands beside the same step in as many processes that know nothing of each other: the
+ratio is what being one run costs. The bytes that a step sends are those of the collectives in the
+compiled program; a ring takes 2 (n - 1) / n of them over each link for a sum.
 
 On paper, the time of a step is that of the arithmetic (at the model FLOPs utilization that is
 stated), then that of the sums: nothing is assumed to overlap. Hence these are lower bounds of the
@@ -79,38 +79,42 @@ def measure(depth: int, batch_size: int, image_size: int, rounds: int) -> dict[s
     }
 
 
-def started(count: int, arguments: Sequence[str]) -> list[subprocess.Popen]:
-    """This benchmark's own processes, one device each."""
+def started(count: int, arguments: Sequence[str], *, joined: bool) -> list[subprocess.Popen]:
+    """This benchmark's own processes, one device each, of one run or each of its own."""
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{port.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    places = [(where, count, number) if joined else (where, 1, 0) for number in range(count)]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.weak_scaling", *arguments]
-            + ["--child", where, str(count), str(number)],
+            + ["--child", *map(str, place)],
             env=environment, stdout=subprocess.PIPE, text=True,
         )
-        for number in range(count)
+        for place in places
     ]  # fmt: skip
 
 
-def print_measured(counts: Sequence[int], arguments: Sequence[str], cores: int) -> None:
+def results_of(processes: Sequence[subprocess.Popen]) -> list[dict[str, Any]]:
+    """What each has printed last."""
+    return [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
+
+
+def print_measured(counts: Sequence[int], arguments: Sequence[str]) -> None:
     """Runs every number of processes and prints their steps."""
-    print(f"{'program':30} {'processes':>9} {'ms':>8} {'ratio':>6} {'at best':>7}", end="")
+    print(f"{'program':30} {'processes':>9} {'ms':>8} {'alone':>8} {'ratio':>6}", end="")
     print(f" {'collectives':>11} {'kB':>8} {'kB a link':>9}")
-    alone: dict[str, float] = {}
     for count in counts:
-        outputs = [process.communicate()[0] for process in started(count, arguments)]
-        found = json.loads(outputs[0].splitlines()[-1])
+        alone = results_of(started(count, arguments, joined=False))
+        together = results_of(started(count, arguments, joined=True)) if count > 1 else alone
         for name in PROGRAMS:
-            row = found[name]
-            alone.setdefault(name, row["ms"])
+            row = together[0][name]
+            base = statistics.mean(found[name]["ms"] for found in alone)
             link = 2 * (count - 1) / count * row["bytes"]
             print(
-                f"{name:30} {count:9} {row['ms']:8.1f} {row['ms'] / alone[name]:6.2f}"
-                f" {max(1, count / cores):7.2f} {row['count']:11} {row['bytes'] / 1e3:8.0f}"
-                f" {link / 1e3:9.0f}"
+                f"{name:30} {count:9} {row['ms']:8.1f} {base:8.1f} {row['ms'] / base:6.2f}"
+                f" {row['count']:11} {row['bytes'] / 1e3:8.0f} {link / 1e3:9.0f}"
             )
 
 
@@ -197,7 +201,8 @@ def main() -> None:
     size = (8, 16, 16) if args.quick else (20, 32, 32)
     if args.child:
         where, count, number = args.child[0], int(args.child[1]), int(args.child[2])
-        connect(where, count, number)
+        if count > 1:
+            connect(where, count, number)
         print(json.dumps(measure(*size, args.rounds)))
         return
     if not args.paper:
@@ -207,7 +212,7 @@ def main() -> None:
         )
         print(f"jax {jax.__version__}")
         own = [*(["--quick"] if args.quick else []), f"--rounds={args.rounds}"]
-        print_measured(args.processes, own, cores)
+        print_measured(args.processes, own)
     print_paper([1, 8, 32, 64, 256])
 
 

@@ -12,8 +12,8 @@ What a run needs, estimated, as none has been run: ResNet-50 takes 3 x 4.1e9 mul
 for an image (forward and backward), 24.6e9 FLOP; 90 epochs of 1.27 million images 2.8e18 FLOP. Of
 an H200 (989e12 FLOP/s in bfloat16) at an assumed fifth of its peak that is 8,000 images/s, and 4
 hours of one, half an hour of eight; the sweep is of seven runs. A core decodes 290 images/s (one
-thread of a busy machine, images of 256 x 256 pixels, `python -m
-benchmarks.input_pipeline --folder=CIFAR-10`), so that a chip would need 28 cores for itself; with
+thread of a busy machine, images of 256 x 256 pixels, `python -m benchmarks.input_pipeline
+--folder=CIFAR-10 --rounds=1 --seconds=4`), so that a chip would need 28 cores for itself; with
 16 it trains in 7 hours. ImageNet's files are larger, 500 x 375 pixels: 1.6 times the time at the
 same quality, and more where there is more in an image than in an enlarged one. Store them with 300
 pixels on the short side, or take more hosts.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import logging as absl_logging
 
+from aqt_search.training.bucket_lock import LOST_SECONDS
 from aqt_search.training.interrupt import Interrupt
 from aqt_search.training.loop import InterruptedRunError
 from aqt_search.training.metrics import MetricsError, read_metrics
@@ -166,13 +167,19 @@ def _words() -> Iterator[io.StringIO]:
         logger.removeHandler(handler)
 
 
+def _most_seconds(folders: Sequence[Path]) -> float:
+    """How long the lock of a lost node may stay."""
+    return max((LOST_SECONDS if in_bucket(f) else 0 for f in folders), default=0) + _LOCK_SECONDS
+
+
 def _wait_for_locks(folders: Sequence[Path]) -> None:
     """Waits until no other process holds a folder, as one that Ray takes for lost may for a while.
 
     Raises:
       BusyWorkdirError: one still does.
     """
-    until = time.monotonic() + _LOCK_SECONDS
+    most = _most_seconds(folders)
+    until = time.monotonic() + most
     while True:
         try:
             with locked(folders):
@@ -180,7 +187,7 @@ def _wait_for_locks(folders: Sequence[Path]) -> None:
         except BusyWorkdirError as error:
             if time.monotonic() > until:
                 raise BusyWorkdirError(
-                    f"{error} {_LOCK_SECONDS} s were waited for it. Where no such process runs on"
+                    f"{error} {most:g} s were waited for it. Where no such process runs on"
                     " any node, the file server still keeps the lock of a node that is gone: run"
                     " the same command again later."
                 ) from error

@@ -5,7 +5,13 @@ import gc
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 
 # Read when JAX starts its backend, so set before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -39,6 +45,49 @@ def programs_end_with_their_file():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+def free_port():
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return own.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """An emulated S3, told to all clients by the environment, as a user would."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    values = {
+        "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": address,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except (urllib.error.URLError, TimeoutError):
+                assert server.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        yield address
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint):
+    """Another way to look at the store than that of the code."""
+    client = pytest.importorskip("boto3").client("s3")
+    client.create_bucket(Bucket="runs")
+    yield client
+    client.close()
 
 
 # The files that take longest, first: at the end no worker waits for the other.

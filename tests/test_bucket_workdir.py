@@ -5,11 +5,9 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -63,49 +61,6 @@ SWEEP = [
     "--config.sensitivity.formats=('int4',)",
 ]  # fmt: skip
 MOST_SECONDS = 300
-
-
-def free_port():
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return own.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """An emulated S3, told to all clients by the environment, as a user would."""
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    values = {
-        "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": address,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except (urllib.error.URLError, TimeoutError):
-                assert server.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.1)
-        yield address
-        server.kill()
-        server.wait()
-
-
-@pytest.fixture(scope="module")
-def client(endpoint):
-    """Another way to look at the store than that of the code."""
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="runs")
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from aqt_search.training.bucket_lock import LOST_SECONDS, read_lock
+from aqt_search.training.checkpoint import latest_step
 from aqt_search.training.storage import as_path
 from configs import base
 from experiments import ray_engine, sweep
@@ -51,8 +53,11 @@ def ended(process):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """(address, lose): `lose(pid)` kills the node of that worker, in whose place comes another."""
+def cluster(endpoint):
+    """(address, lose): `lose(pid)` kills the node of that worker, in whose place comes another.
+
+    All nodes know the emulated store, by the environment that they were started in.
+    """
     process = start(["tests/local_ray_cluster.py"])
     address = process.stdout.readline().strip()
 
@@ -78,21 +83,22 @@ def table(out):
     return out[out.index("\npoint ") : out.index("\nReport")]
 
 
-def content(path, workdir):
+def content(path, where):
     """What a file of a point says, but for the command, the time it took, and where it lies."""
-    text = path.read_text().replace(str(workdir), "")
+    text = path.read_text().replace(where, "")
     if path.name not in ("config.json", "result.json"):
         return text
     values = json.loads(text)
     return {k: v for k, v in values.items() if k not in ("seconds", "command", "job", "sweep")}
 
 
-def outcome(workdir):
+def outcome(workdir, written_as=""):
     """Of every point each file, and the checksums of all that its last checkpoint holds."""
+    where = written_as or str(workdir)
     found = {}
     for folder in sorted((workdir / "points").iterdir()):
-        files = {p.name: content(p, workdir) for p in folder.iterdir() if p.is_file()}
-        del files["run.lock"]
+        files = {p.name: content(p, where) for p in folder.iterdir() if p.is_file()}
+        files.pop("run.lock", None)  # a bucket keeps none
         saved = sorted(folder.glob("checkpoints/step_*/manifest.json"))
         leaves = json.loads(saved[-1].read_text())["content"]["leaves"] if saved else None
         found[folder.name] = files, leaves
@@ -140,6 +146,38 @@ def test_stops_and_lost_nodes_change_no_bit(cluster, local, tmp_path):
     command_of_point = json.loads((searched / "result.json").read_text())["command"]
     assert command_of_point.startswith("python -m experiments.sweep --config=")
     assert not (workdir_of_local / "points" / "bad" / "sites.json").exists()
+
+
+def test_a_sweep_in_a_bucket_ends_as_on_a_disk(cluster, client, local, tmp_path):
+    address, lose = cluster
+    workdir = as_path("s3://runs/ray/sweep")
+    searched = workdir / "points/search_1.1"
+    command = [*SWEEP, f"--workdir={workdir}", "--config.sweep.engine=ray"]
+    driver, until = start(command, RAY_ADDRESS=address), time.monotonic() + MOST_SECONDS
+    while latest_step(searched / "checkpoints") is None:
+        assert driver.poll() is None, ended(driver)
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert lose(read_lock(searched / "run.lock")["process"]) == "lost"
+    code, out, err = ended(driver)
+    assert code == 0, err
+    assert "taken over from process" in err
+    workdir_of_local, out_of_local = local
+    without_words = [
+        [line for line in table(text).splitlines() if "Error" not in line]  # which name a path
+        for text in (out, out_of_local)
+    ]
+    assert without_words[0] == without_words[1]
+    copied = tmp_path / "sweep"
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="runs", Prefix="ray/"):
+        for key in (found["Key"] for found in page["Contents"]):
+            path = copied / key.removeprefix("ray/sweep/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file("runs", key, str(path))
+    found, expected = outcome(copied, f"{workdir}"), outcome(workdir_of_local)
+    assert tuple(found) == POINTS
+    for name in POINTS:
+        assert found[name] == expected[name], name
 
 
 def changed(**values):
@@ -214,6 +252,17 @@ def test_without_ray_a_sweep_says_what_to_do(case, tmp_path, monkeypatch):
         sweep.run(config, tmp_path / "sweep")
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_lost_lock_in_a_bucket_is_waited_for_until_it_is_no_ones(client):
+    """A machine that was lost has held it for ten minutes, less a second, without a sign."""
+    held = {"process": 7, "host": "other", "machine": "other", "token": "0123456789abcdef"}
+    held["renewed"] = time.time() - LOST_SECONDS + 1
+    client.put_object(Bucket="runs", Key="lost/run.lock", Body=json.dumps(held).encode())
+    folder = as_path("s3://runs/lost")
+    assert ray_engine._most_seconds([folder]) > LOST_SECONDS
+    ray_engine._wait_for_locks([folder])
+    assert time.time() >= held["renewed"] + LOST_SECONDS
 
 
 def test_a_lost_lock_is_waited_for_and_then_told(tmp_path, monkeypatch):

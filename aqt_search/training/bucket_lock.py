@@ -23,7 +23,7 @@ from aqt_search.training import storage
 from aqt_search.training.storage import BusyWorkdirError, WorkdirError
 
 _RENEW_SECONDS = 60.0
-_LOST_SECONDS = 600.0
+LOST_SECONDS = 600.0  # without a sign of life
 
 
 def _machine() -> str | None:
@@ -59,7 +59,7 @@ def read_lock(path: storage.PathLike) -> dict[str, Any]:
 
 def _has_ended(there: dict[str, Any]) -> bool:
     """Whether the holder lives no more, as far as one can tell from here."""
-    if time.time() - there["renewed"] > _LOST_SECONDS:
+    if time.time() - there["renewed"] > LOST_SECONDS:
         return True
     if there.get("machine") is None or there["machine"] != _machine():
         return False
@@ -78,7 +78,7 @@ def _in_use(workdir: storage.PathLike, there: dict[str, Any]) -> BusyWorkdirErro
     return BusyWorkdirError(
         f"workdir {os.fspath(workdir)} is in use by {process}, which was alive {ago:.0f} s ago. "
         "Wait for it to end, stop it, or give another --workdir. If its machine was lost, run the "
-        f"same command {max(_LOST_SECONDS - ago, 0) + 1:.0f} s from now."
+        f"same command {max(LOST_SECONDS - ago, 0) + 1:.0f} s from now."
     )
 
 

@@ -215,10 +215,10 @@ class _StopRequests:
         if not several():
             return self._interrupt.requested
         names = [None, *(signal.name for signal in SIGNALS)]
-        self._sent.append(parallel.most(names.index(self._interrupt.requested)))
+        self._sent.append(parallel.largest(names.index(self._interrupt.requested)))
         if len(self._sent) <= parallel.MOST_STEPS_AHEAD:
             return None
-        return names[parallel.told(self._sent.popleft())]
+        return names[parallel.value_of(self._sent.popleft())]
 
 
 def _where(done: int, schedule: Schedule) -> str:

@@ -71,7 +71,7 @@ def release_programs() -> None:
     then (jax 0.10): a sweep would grow by each of its points.
     """
     _compiled_alone.cache_clear()
-    _most.cache_clear()
+    _largest.cache_clear()
     jax.clear_caches()
 
 
@@ -123,22 +123,22 @@ def own_rows(rows: np.ndarray) -> np.ndarray:
     return rows[:, jax.process_index() * size : (jax.process_index() + 1) * size]
 
 
-def most(value: int) -> jax.Array:
-    """The largest of the numbers that the processes give, on the devices: read it by `told`.
+def largest(value: int) -> jax.Array:
+    """The largest of the numbers that the processes give, on the devices: read it by `value_of`.
 
     A collective call, which waits for nobody: what is read of it some steps later is there, and the
     same for all.
     """
-    return _most()(np.full(local_replica_count(), value, np.int32))
+    return _largest()(np.full(local_replica_count(), value, np.int32))
 
 
-def told(value: jax.Array) -> int:
-    """A number of `most`, when it is there."""
+def value_of(value: jax.Array) -> int:
+    """The number of `largest`, when it is there."""
     return int(np.asarray(value.addressable_data(0))[0])
 
 
 @functools.lru_cache(maxsize=1)
-def _most() -> Callable:
+def _largest() -> Callable:
     return jax.pmap(lambda value: jax.lax.pmax(value, AXIS), AXIS, devices=_devices())
 
 
