@@ -4,10 +4,11 @@
     python -m benchmarks.weak_scaling --quick
     python -m benchmarks.weak_scaling --paper        # the plan alone
 
-Every process has one device and the same share of the batch. On one machine they share its cores,
-so each step stands beside the same step in as many processes that know nothing of each other: the
-ratio is what being one run costs. The bytes that a step sends are those of the collectives in the
-compiled program; a ring takes 2 (n - 1) / n of them over each link for a sum.
+Every process has one device and the same share of the batch, and a core of its own while there are
+enough of them. In each round all of them take a step of their own, each as a run of one process,
+and then one together, started at the same moment: the ratio is what being one run costs. The bytes
+that a step sends are those of the collectives in the compiled program; a ring takes 2 (n - 1) / n
+of them over each link for a sum.
 
 On paper, the time of a step is that of the arithmetic (at the model FLOPs utilization that is
 stated), then that of the sums: nothing is assumed to overlap. Hence these are lower bounds of the
@@ -25,16 +26,19 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from aqt_search import roofline
 from aqt_search.training import parallel
 from benchmarks import search_step, timing
 from experiments.connection import connect
 
+UNCOUNTED = 2  # rounds
 PROGRAMS = ("float32 training", "int8 training", "search, 4 formats, by scores")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -58,63 +62,75 @@ def sent_by(compiled_text: str) -> Sent:
     return Sent(count, total)
 
 
+def alone(program: search_step.Program) -> Callable[[], Any]:
+    """`search_step.runner` on the device of this process only."""
+    step = jax.pmap(program.step, parallel.AXIS, devices=jax.local_devices(), donate_argnums=(0,))
+    state, inputs, *batches = jax.tree.map(
+        lambda leaf: np.asarray(leaf)[None], (program.state, program.inputs, *program.batches)
+    )
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, inputs, *batches)
+        return state, metrics
+
+    return run
+
+
+def seconds_from_here(run: Callable[[], Any]) -> float:
+    """Of a run that all processes start at the same moment."""
+    parallel.value_of(parallel.largest(0))
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
 def measure(depth: int, batch_size: int, image_size: int, rounds: int) -> dict[str, Any]:
     """Milliseconds and collectives of the steps of this run, `batch_size` images a process."""
-    programs = [
-        program
-        for program in search_step.make_programs(depth, batch_size, image_size)
-        if program.name in PROGRAMS
-    ]
-    sent = {}
-    for program in programs:
-        state, inputs = parallel.replicate((program.state, program.inputs))
-        batches = [parallel.shard(batch) for batch in program.batches]
-        built = timing.build(parallel.pmap_step(program.step), state, inputs, *batches)
-        sent[program.name] = sent_by(built.compiled.as_text() or "")
-    runs = {program.name: search_step.runner(program) for program in programs}
-    seconds = timing.time_in_turns(runs, rounds)
-    return {
-        name: {"ms": 1e3 * statistics.median(seconds[name]), **sent[name]._asdict()}
-        for name in runs
-    }
+    found = {}
+    for program in search_step.make_programs(depth, batch_size, image_size):
+        if program.name not in PROGRAMS:
+            continue
+        sent = sent_by(search_step.build(program).compiled.as_text() or "")
+        runs = alone(program), search_step.runner(program)
+        seconds = [[seconds_from_here(run) for run in runs] for _ in range(rounds + UNCOUNTED)]
+        own, together = zip(*seconds[UNCOUNTED:])
+        found[program.name] = sent._asdict() | {
+            "alone": 1e3 * statistics.median(own),
+            "together": 1e3 * statistics.median(together),
+            "ratio": timing.median_ratio(together, own),
+        }
+    return found
 
 
-def started(count: int, arguments: Sequence[str], *, joined: bool) -> list[subprocess.Popen]:
-    """This benchmark's own processes, one device each, of one run or each of its own."""
+def started(count: int, arguments: Sequence[str]) -> list[subprocess.Popen]:
+    """This benchmark's own processes, one device each."""
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{port.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    places = [(where, count, number) if joined else (where, 1, 0) for number in range(count)]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.weak_scaling", *arguments]
-            + ["--child", *map(str, place)],
+            + ["--child", where, str(count), str(number)],
             env=environment, stdout=subprocess.PIPE, text=True,
         )
-        for place in places
+        for number in range(count)
     ]  # fmt: skip
 
 
-def results_of(processes: Sequence[subprocess.Popen]) -> list[dict[str, Any]]:
-    """What each has printed last."""
-    return [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
-
-
 def print_measured(counts: Sequence[int], arguments: Sequence[str]) -> None:
-    """Runs every number of processes and prints their steps."""
+    """Runs every number of processes and prints the steps of the first."""
     print(f"{'program':30} {'processes':>9} {'ms':>8} {'alone':>8} {'ratio':>6}", end="")
     print(f" {'collectives':>11} {'kB':>8} {'kB a link':>9}")
     for count in counts:
-        alone = results_of(started(count, arguments, joined=False))
-        together = results_of(started(count, arguments, joined=True)) if count > 1 else alone
-        for name in PROGRAMS:
-            row = together[0][name]
-            base = statistics.mean(found[name]["ms"] for found in alone)
+        outputs = [process.communicate()[0] for process in started(count, arguments)]
+        for name, row in json.loads(outputs[0].splitlines()[-1]).items():
             link = 2 * (count - 1) / count * row["bytes"]
             print(
-                f"{name:30} {count:9} {row['ms']:8.1f} {base:8.1f} {row['ms'] / base:6.2f}"
-                f" {row['count']:11} {row['bytes'] / 1e3:8.0f} {link / 1e3:9.0f}"
+                f"{name:30} {count:9} {row['together']:8.1f} {row['alone']:8.1f}"
+                f" {row['ratio']:6.2f} {row['count']:11} {row['bytes'] / 1e3:8.0f}"
+                f" {link / 1e3:9.0f}"
             )
 
 
@@ -201,8 +217,9 @@ def main() -> None:
     size = (8, 16, 16) if args.quick else (20, 32, 32)
     if args.child:
         where, count, number = args.child[0], int(args.child[1]), int(args.child[2])
-        if count > 1:
-            connect(where, count, number)
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})  # before XLA starts its threads
+        connect(where, count, number)
         print(json.dumps(measure(*size, args.rounds)))
         return
     if not args.paper:
