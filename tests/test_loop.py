@@ -435,6 +435,21 @@ def test_runs_side_by_side_resume_to_the_same_bits(tmp_path):
         same_bits(one.state, other.state)
 
 
+def test_a_run_says_when_it_goes_on_on_other_devices(tmp_path, capsys):
+    def on_one_device(steps):
+        with lock_workdir(tmp_path):
+            one = Run(tmp_path, start(), [Numbers(), Numbers()])
+            run_side_by_side(toy_step, [one], Schedule(steps, 3, 5))
+
+    run(tmp_path, steps=7)
+    run(tmp_path, steps=8)
+    assert "goes on on" not in capsys.readouterr().err
+    on_one_device(steps=9)
+    assert "It ran on 2 devices and goes on on 1 device, with" in capsys.readouterr().err
+    on_one_device(steps=10)
+    assert "goes on on" not in capsys.readouterr().err
+
+
 def test_runs_side_by_side_go_on_from_a_step_that_all_have(tmp_path, caplog):
     whole = side_by_side(tmp_path / "whole", (0.1, 0.5))
     folders = [tmp_path / "parts" / str(number) / CHECKPOINT_FOLDER for number in range(2)]

@@ -144,7 +144,7 @@ def run_side_by_side(
 def _run_together(
     step: Callable, runs: Sequence[Run], schedule: Schedule, placement: parallel.Placement
 ) -> list[LoopResult | RuntimeError]:
-    lanes = [_Lane(run) for run in runs]
+    lanes = [_Lane(run, placement.replicas) for run in runs]
     done = _go_to_one_step(lanes)
     names = ", ".join(run.workdir.name for run in runs)
     if done and is_first():
@@ -242,8 +242,9 @@ def _go_to_one_step(lanes: Sequence[_Lane]) -> int:
 class _Lane:
     """One run: where it goes on, its files, and the error that stopped it."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, replicas: int):
         self.run = run
+        self._devices = replicas, jax.process_count()  # in all, of so many processes
         self.folder = run.workdir / CHECKPOINT_FOLDER
         self.error: RuntimeError | None = None
         # Of the first process, opened before the first step, if one is left.
@@ -285,7 +286,7 @@ class _Lane:
 
     def moved(self) -> str:
         """That a run goes on elsewhere than where it was, in words; "" where it does not."""
-        there, now = self.devices, _devices_of_run()
+        there, now = self.devices, self._devices
         if there is None or there == now:
             return ""
         where = f" It ran on {_told(*there)} and goes on on {_told(*now)}, with the same batches"
@@ -340,7 +341,7 @@ class _Lane:
             "seconds": self.spent,
             "recorded": self.recorded,
             "metrics": self.metrics,
-            "devices": list(_devices_of_run()),
+            "devices": list(self._devices),
         }
         self._save(number, extra)
 
@@ -349,11 +350,6 @@ class _Lane:
         check_lock(self.run.workdir)
         self.writer.flush()
         save_checkpoint(self.folder, number, self.state, extra, identity=self.run.identity)
-
-
-def _devices_of_run() -> tuple[int, int]:
-    """(devices in all, processes that have them)."""
-    return jax.device_count(), jax.process_count()
 
 
 def _told(devices: int, processes: int) -> str:

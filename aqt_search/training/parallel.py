@@ -178,6 +178,7 @@ class Placement(NamedTuple):
     put: Callable[[Sequence[Any]], Any]  # trees, not replicated, onto the devices
     shard: Callable[[Sequence[Any]], Any]  # batches [B, ...], a step's argument
     view: Callable[[Any, int], Any]  # a run's own part, leaves [1, ...] still on its device
+    replicas: int  # of each run
 
 
 def _view(tree: Any, run: int) -> Any:
@@ -191,6 +192,7 @@ def data_parallel() -> Placement:
         put=lambda trees: replicate(trees[0]),
         shard=lambda batches: shard(batches[0]),
         view=_view,
+        replicas=replica_count(),
     )
 
 
@@ -216,7 +218,7 @@ def side_by_side(count: int) -> Placement:
             return stacked
         return _placed(count, _RUNS)(stacked)
 
-    return Placement(lambda step: _compiled_alone(step, count), put, stack, _view)
+    return Placement(lambda step: _compiled_alone(step, count), put, stack, _view, replicas=1)
 
 
 @functools.lru_cache(maxsize=4)  # the next runs of the same step find it compiled
