@@ -229,7 +229,7 @@ def given_workdir(path: str) -> Path:
             "workdir is empty (an unset variable?): give --workdir a folder, such as runs/search."
         )
     try:
-        return as_path(path) if in_bucket(path) else Path(path).expanduser()
+        return as_path(path if in_bucket(path) else Path(path).expanduser())
     except RuntimeError as error:
         raise WorkdirError(f"workdir {path}: {error} Give another --workdir.") from error
 

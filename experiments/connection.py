@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 import os
+import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
@@ -50,13 +52,21 @@ def connect(
       wait_seconds: how long to wait for the others.
 
     Raises:
-      ProcessError: flags that do not fit together, or processes of unequal numbers of devices.
+      ProcessError: flags that do not fit together, or to the other processes; a host without an
+        address, a port that is in use, or a number that another process of this host has;
+        processes of unequal numbers of devices.
     """
     given = coordinator, processes, process
-    if processes == 1 or (given == (None, None, None) and not _told_by_environment(os.environ)):
+    if given == (None, None, None) and not _told_by_environment(os.environ):
         return
-    if given != (None, None, None):
+    if processes == 1 and process in (None, 0):
+        return
+    if coordinator is None or processes is None or process is None:
+        if given != (None, None, None):
+            raise ProcessError(_incomplete(*given))
+    else:
         _check(coordinator, processes, process)
+        _claim(coordinator, process)
     # SIGTERM is the run's own, which saves; jax would take it as a notice to itself.
     jax.config.update("jax_enable_preemption_service", False)
     with _waiting(coordinator, processes, process, wait_seconds):
@@ -74,18 +84,35 @@ def connect(
                 " --processes and --process, or --processes=1 for a run of this process alone."
             ) from error
     if several():
-        counts = {"devices of a process": jax.local_device_count()}
-        check_agreed(counts | {"version of jax": jax.__version__}, "their machines")
+        _check_devices([device.process_index for device in jax.devices()])
+        facts = {"version of jax": jax.__version__, "--processes": processes}
+        check_agreed(facts, "how they were started")
 
 
-def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Raises ProcessError for flags that do not fit together."""
-    if coordinator is None or processes is None or process is None:
+def _incomplete(coordinator: str | None, processes: int | None, process: int | None) -> str:
+    return (
+        f"--coordinator is {coordinator}, --processes {processes} and --process {process}; expected"
+        " all three, such as --coordinator=10.0.0.1:8476 --processes=2 --process=0, or none, where"
+        " the cluster tells (TPU VMs, srun, mpirun)."
+    )
+
+
+def _check_devices(owners: Sequence[int]) -> None:
+    """Raises ProcessError unless every process has as many devices; sends nothing.
+
+    What is collective otherwise needs equal numbers itself.
+    """
+    counts = collections.Counter(owners)
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"process {number} has {counts[number]}" for number in sorted(counts))
         raise ProcessError(
-            f"--coordinator is {coordinator}, --processes {processes} and --process {process};"
-            " expected all three, such as --coordinator=10.0.0.1:8476 --processes=2 --process=0, or"
-            " none, where the cluster tells (TPU VMs, srun, mpirun)."
+            f"the processes of this run have unequal numbers of devices: {told}. Start each on as"
+            " many (CUDA_VISIBLE_DEVICES, --gpus-per-task)."
         )
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+    """Raises ProcessError for flags that do not fit together, or name no host."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ProcessError(
@@ -97,6 +124,48 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
             f"--process is {process} of --processes {processes}; expected a number from 0 to"
             f" {max(processes, 1) - 1}."
         )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ProcessError(
+            f"--coordinator is {coordinator!r}, but {host!r} has no address here ({error}). Give"
+            " the name or address of process 0's host, which all others can reach."
+        ) from error
+
+
+def _claim(coordinator: str, process: int) -> None:
+    """Makes sure that this host starts this process once, and that process 0's port is free.
+
+    jax does neither: two listen on one port, and a second process of a number ends both, and all
+    others, by an abort.
+
+    Raises:
+      ProcessError: another process has the number, or the port.
+    """
+    if sys.platform == "linux":  # a name that is freed when its process ends, however it does
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0aqt_search {coordinator} {process}")
+        except OSError as error:
+            claim.close()
+            raise ProcessError(
+                f"process {process} of the run at {coordinator} runs on this host already. Give"
+                " another --process, or wait until it has ended; another run needs another port of"
+                " --coordinator."
+            ) from error
+        claim.detach()  # open until then
+    if process == 0:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        port = int(coordinator.rpartition(":")[2])
+        try:
+            socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+        except OSError as error:
+            raise ProcessError(
+                f"--coordinator is {coordinator!r}, but process 0 cannot listen on port {port} of"
+                f" this host ({error}). Give all processes another port; or another run is still"
+                " there: wait until it has ended."
+            ) from error
 
 
 @contextlib.contextmanager

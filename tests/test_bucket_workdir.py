@@ -5,12 +5,14 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -196,10 +198,25 @@ def test_a_uri_that_cannot_be_read_says_what_to_install(monkeypatch, path, words
     assert all(word in str(error.value) for word in [path, *words]), str(error.value)
 
 
-@pytest.mark.parametrize("path", ["s3://", "s3:///run", "s3://runs/a*", "s3://runs/[a]"])
+@pytest.mark.parametrize(
+    "path", ["s3://", "s3:///run", "s3://runs/a*", "s3://runs/[a]", "s3:/runs/a", "GS:runs/a"]
+)
 def test_a_uri_that_is_no_place(path):
     with pytest.raises(WorkdirError, match="no place in a bucket"):
         as_path(path)
+
+
+def test_a_bucket_that_does_not_answer_is_told(endpoint, monkeypatch, caplog):
+    """A store that accepts connections and never answers: that is said while it is waited for."""
+    monkeypatch.setattr(storage, "_WAIT_SECONDS", 0.1)
+    conf = {"connect_timeout": 2, "read_timeout": 2, "retries": {"max_attempts": 0}}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": conf})
+        with pytest.raises(BucketError, match="bucket runs cannot be used"):
+            read_json(as_path("s3://runs/a.json"))
+    assert "s3://runs/a.json: still at it" in caplog.text
 
 
 def test_compiled_programs_stay_on_this_machine(monkeypatch, tmp_path):

@@ -184,6 +184,11 @@ def test_slurm_tells_them(tmp_path):
             ["--coordinator=127.0.0.1:9", "--processes=2", "--process=1", "--wait_seconds=2"],
             ["process 1 of 2 waited 2 s at 127.0.0.1:9", "--wait_seconds"],
         ),
+        (
+            ["--coordinator=nowhere.invalid:9", "--processes=2", "--process=1"],
+            ["'nowhere.invalid' has no address", "process 0's host"],
+        ),
+        (["--processes=1", "--process=5"], ["--process 5", "expected all three"]),
     ],
 )  # fmt: skip
 def test_flags_that_find_no_other_process(tmp_path, flags, words):
@@ -191,3 +196,45 @@ def test_flags_that_find_no_other_process(tmp_path, flags, words):
     assert code == 1
     assert all(word in err for word in words), err
     assert "Traceback" not in err
+
+
+def test_a_port_that_is_in_use(tmp_path):
+    command = [*SEARCH, f"--workdir={tmp_path}", "--processes=2", "--process=0"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        ((code, _, err),) = ended([start([*command, f"--coordinator={where}"])])
+    assert code == 1
+    assert f"cannot listen on port {where.rpartition(':')[2]}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a claim is a name that only Linux knows")
+def test_a_number_is_given_once(tmp_path):
+    """Of two processes with one number one waits for the others, and the other ends in words."""
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    flags = ["--processes=2", "--process=1", "--wait_seconds=20"]
+    command = [*SEARCH, f"--workdir={tmp_path}", where, *flags]
+    found = ended([start(command), start(command)])
+    words = sorted(err for _, _, err in found)
+    assert [code for code, _, _ in found] == [1, 1]
+    assert "process 1 of 2 waited 20 s" in "".join(words)
+    assert sum("runs on this host already" in err for err in words) == 1
+
+
+def test_processes_of_unequal_numbers_of_devices(tmp_path):
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    command = [*SEARCH, f"--workdir={tmp_path}", where, "--processes=2"]
+    found = ended([start([*command, f"--process={n}"], devices=n + 1) for n in range(2)])
+    for code, _, err in found:
+        assert code == 1
+        assert "process 0 has 1, process 1 has 2" in err
+        assert "Traceback" not in err
+
+
+def test_processes_that_were_told_other_numbers(tmp_path):
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    command = [*SEARCH, f"--workdir={tmp_path}", where]
+    started = [start([*command, f"--processes={n + 2}", f"--process={n}"]) for n in range(2)]
+    for code, _, err in ended(started):
+        assert code == 1
+        assert "--processes: process 0 has 2, process 1 has 3" in err

@@ -11,20 +11,27 @@ import contextlib
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from absl import logging
 from etils import epath
 
 PathLike = str | os.PathLike[str]
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WAIT_SECONDS = 60.0  # for a bucket, before it is said
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme, the package that reads it
 _EXTRAS = {"gs": "gcs", "s3": "s3"}  # and the extra of this package that brings it
 _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL",
 }
+_STILL_WAITING = (
+    f"%s: still at it after {_WAIT_SECONDS:g} s: a slow network, or a store that does not answer, "
+    "which the client asks again for some minutes before it gives up."
+)
 
 
 class WorkdirError(RuntimeError):
@@ -50,11 +57,18 @@ def as_path(path: PathLike) -> Path:
     """A path on this machine, or for a URI an `epath.Path`, which passes for one here.
 
     Raises:
-        WorkdirError: a URI of another kind than gs:// and s3://, without the name of a bucket,
-            with a character that means something in patterns, or whose package is not installed.
+        WorkdirError: a URI of another kind than gs:// and s3://, without its slashes or the name
+            of a bucket, with a character that means something in patterns, or whose package is not
+            installed.
     """
     scheme, text = _scheme(path), os.fspath(path)
     if not scheme:
+        head, colon, rest = text.partition(":")
+        if colon and head.lower() in _PACKAGES:  # tensorboardX takes such a folder for a bucket
+            raise WorkdirError(
+                f"{text} is no place in a bucket: expected {head.lower()}://{rest.lstrip('/')}. A "
+                "folder of that name of this machine is given by its absolute path."
+            )
         return Path(path)
     if scheme not in _PACKAGES:
         raise WorkdirError(
@@ -93,6 +107,9 @@ def _reached(path: PathLike) -> Generator[Any]:
     import fsspec  # takes long, and few runs need it
 
     scheme = _scheme(path)
+    waiting = threading.Timer(_WAIT_SECONDS, logging.warning, (_STILL_WAITING, path))
+    waiting.daemon = True
+    waiting.start()
     try:
         # Nothing that was listed is remembered: others write there, too.
         yield fsspec.filesystem(scheme, use_listings_cache=False)
@@ -100,6 +117,8 @@ def _reached(path: PathLike) -> Generator[Any]:
         raise
     except Exception as error:
         raise BucketError(_unreachable(path, error)) from error
+    finally:
+        waiting.cancel()
 
 
 def _unreachable(path: PathLike, error: Exception) -> str:
