@@ -36,7 +36,7 @@ from aqt_search.training.processes import is_first, on_first, several
 from aqt_search.training.workdir import check_lock, is_there, lock_workdir, write_json
 from configs.base import get_config
 from experiments import from_config, results
-from experiments.command_line import FailedJobError, run_job
+from experiments.command_line import USER_ERRORS, FailedJobError, run_job
 from experiments.compiled_programs import keep_compiled
 from experiments.configured_search import uniform_rules
 from experiments.finished_run import result_of
@@ -229,14 +229,16 @@ def _label(key: str, value: Any) -> str:
 
 def failure(point: Point, folder: Path, error: Exception) -> dict[str, Any]:
     """The result of a point that failed, as written."""
-    trace = "".join(traceback.format_exception(error))
-    logging.error("Point %s failed:\n%s", point.name, trace)
+    reason = f"{type(error).__name__}: {error}"
+    known = isinstance(error, USER_ERRORS)
+    trace = "" if known else "\n" + "".join(traceback.format_exception(error))
+    logging.error("Point %s failed: %s%s", point.name, reason, trace)
     result = {
         "name": point.name,
         "kind": point.kind,
         "seed": point.config.seed,
         "series": point.config.series,
-        "error": f"{type(error).__name__}: {error}",
+        "error": reason,
     }
     write_json(folder / results.RESULT_FILE, result)
     return result
