@@ -38,7 +38,6 @@ from aqt_search.training import parallel
 from benchmarks import search_step, timing
 from experiments.connection import connect
 
-UNCOUNTED = 2  # rounds
 PROGRAMS = ("float32 training", "int8 training", "search, 4 formats, by scores")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -87,14 +86,14 @@ def seconds_from_here(run: Callable[[], Any]) -> float:
 
 def measure(depth: int, batch_size: int, image_size: int, rounds: int) -> dict[str, Any]:
     """Milliseconds and collectives of the steps of this run, `batch_size` images a process."""
-    found = {}
+    found, uncounted = {}, timing.UNCOUNTED_ROUNDS
     for program in search_step.make_programs(depth, batch_size, image_size):
         if program.name not in PROGRAMS:
             continue
         sent = sent_by(search_step.build(program).compiled.as_text() or "")
         runs = alone(program), search_step.runner(program)
-        seconds = [[seconds_from_here(run) for run in runs] for _ in range(rounds + UNCOUNTED)]
-        own, together = zip(*seconds[UNCOUNTED:])
+        seconds = [[seconds_from_here(run) for run in runs] for _ in range(rounds + uncounted)]
+        own, together = zip(*seconds[uncounted:])
         found[program.name] = sent._asdict() | {
             "alone": 1e3 * statistics.median(own),
             "together": 1e3 * statistics.median(together),

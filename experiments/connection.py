@@ -57,13 +57,17 @@ def connect(
         processes of unequal numbers of devices.
     """
     given = coordinator, processes, process
-    if given == (None, None, None) and not _told_by_environment(os.environ):
+    if given == (None, None, None):
+        if not _told_by_environment(os.environ):
+            return
+    elif processes == 1 and process in (None, 0):
         return
-    if processes == 1 and process in (None, 0):
-        return
-    if coordinator is None or processes is None or process is None:
-        if given != (None, None, None):
-            raise ProcessError(_incomplete(*given))
+    elif coordinator is None or processes is None or process is None:
+        raise ProcessError(
+            f"--coordinator is {coordinator}, --processes {processes} and --process {process};"
+            " expected all three, such as --coordinator=10.0.0.1:8476 --processes=2 --process=0, or"
+            " none, where the cluster tells (TPU VMs, srun, mpirun)."
+        )
     else:
         _check(coordinator, processes, process)
         _claim(coordinator, process)
@@ -87,14 +91,6 @@ def connect(
         _check_devices([device.process_index for device in jax.devices()])
         facts = {"version of jax": jax.__version__, "--processes": processes}
         check_agreed(facts, "how they were started")
-
-
-def _incomplete(coordinator: str | None, processes: int | None, process: int | None) -> str:
-    return (
-        f"--coordinator is {coordinator}, --processes {processes} and --process {process}; expected"
-        " all three, such as --coordinator=10.0.0.1:8476 --processes=2 --process=0, or none, where"
-        " the cluster tells (TPU VMs, srun, mpirun)."
-    )
 
 
 def _check_devices(owners: Sequence[int]) -> None:

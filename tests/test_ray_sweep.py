@@ -98,7 +98,8 @@ def outcome(workdir, written_as=""):
     found = {}
     for folder in sorted((workdir / "points").iterdir()):
         files = {p.name: content(p, where) for p in folder.iterdir() if p.is_file()}
-        files.pop("run.lock", None)  # a bucket keeps none
+        if not written_as:  # a bucket keeps none
+            del files["run.lock"]
         saved = sorted(folder.glob("checkpoints/step_*/manifest.json"))
         leaves = json.loads(saved[-1].read_text())["content"]["leaves"] if saved else None
         found[folder.name] = files, leaves
